@@ -1,0 +1,311 @@
+"""Run a plan's slabs on worker threads: read, hash, quantize, write; shards finish as they fill up."""
+
+import hashlib
+import math
+import os
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.plan import FilePlan, Plan, TensorPlan
+from convert.quantize import (
+    Errors,
+    Piece,
+    Scratch,
+    fp8_scales,
+    is_finite,
+    largest_magnitude,
+    quantize_fp8,
+    quantize_mxfp4,
+    weight_bits,
+)
+from convert.work import Slab, list_slabs, scale_group, sqnr_db
+from runtime.contract.errors import CheckpointError, NonFiniteError
+from runtime.contract.folder import Shard
+from runtime.contract.manifest import INPUT_SCALE
+from runtime.contract.writer import ShardWriter
+
+# All workers' slabs together; a slab is 8 MiB unless one tile of rows is larger.
+_IN_FLIGHT_NBYTES = 384 * 2**20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What is known of a finished output file: what the manifest needs, and the amax of its groups."""
+
+    file: dict[str, Any]
+    layers: dict[str, dict[str, Any]]
+    sources: dict[str, dict[str, Any]]
+    group_amax: dict[str, int]
+
+
+class Engine:
+    """One component's conversion. ``on_file`` is called for each finished file, ``on_bytes`` for progress."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        shards: Iterable[Shard],
+        folder: Path,
+        finished: dict[str, FileRecord],
+        on_file: Callable[[str, FileRecord], None],
+        on_bytes: Callable[[int], None],
+    ):
+        self._plan = plan
+        self._folder = folder
+        self._on_file = on_file
+        self._on_bytes = on_bytes
+        self._files = {file.name: file for file in plan.files if file.name not in finished}
+        self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
+        self._slabs = list_slabs(plan, set(finished), set(self._amax))
+        self._sources = {shard.name: _SourceShard(shard) for shard in shards}
+        self._fused = _fused_places(plan)
+
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._next_slab = 0
+        self._next_turn: Counter[str] = Counter()
+        self._failure: BaseException | None = None
+        self._unscanned = Counter(_group(slab) for slab in self._slabs if slab.action == "scan")
+        self._unfinished = Counter(slab.output for slab in self._slabs if slab.output)
+        self._errors: defaultdict[str, list[Errors]] = defaultdict(list)
+        self._writers: dict[str, ShardWriter] = {}
+        self._finishing: list[Future[None]] = []
+
+    @property
+    def progress_nbytes(self) -> int:
+        """The sum of what ``on_bytes`` will be told."""
+        return sum(_progress(slab) for slab in self._slabs)
+
+    def run(self, n_workers: int) -> None:
+        """Convert everything that is not finished. Raises the first error of any worker."""
+        largest = max((slab.nbytes for slab in self._slabs), default=1)
+        n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
+        with (
+            ThreadPoolExecutor(3, thread_name_prefix="flush") as background,
+            ThreadPoolExecutor(1, thread_name_prefix="finish") as finisher,
+        ):
+            self._background, self._finisher = background, finisher
+            for source in self._sources.values():
+                source.open()
+            try:
+                threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n_workers)]
+                for thread in threads:
+                    thread.start()
+                self._wait(threads)
+            finally:
+                for source in self._sources.values():
+                    source.close()
+        if self._failure:
+            raise self._failure
+
+    def _wait(self, threads: list[threading.Thread]) -> None:
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.5)
+            for future in self._finishing:
+                future.result()
+        except BaseException as error:  # Ctrl-C too: let the workers end before files are closed
+            self._fail(error)
+            for thread in threads:
+                thread.join()
+
+    def _work(self) -> None:
+        scratch = Scratch()
+        while (slab := self._take()) is not None:
+            try:
+                self._process(slab, scratch)
+            except BaseException as error:
+                self._fail(error)
+
+    def _take(self) -> Slab | None:
+        with self._lock:
+            if self._failure or self._next_slab == len(self._slabs):
+                return None
+            self._next_slab += 1
+            return self._slabs[self._next_slab - 1]
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or condition())
+            if self._failure:
+                raise self._failure
+
+    def _process(self, slab: Slab, scratch: Scratch) -> None:
+        source = self._sources[slab.tensor.shard]
+        raw = scratch.take("source", slab.nbytes)
+        source.read(raw, slab.tensor.stored.offset + slab.start)
+        if slab.turn is not None:
+            self._wait_until(lambda: self._next_turn[slab.tensor.shard] == slab.turn)
+            source.digest.update(raw)
+            with self._changed:
+                self._next_turn[slab.tensor.shard] += 1
+                self._changed.notify_all()
+        if slab.action == "copy":
+            self._write(slab, slab.tensor.spec.name, slab.start, raw)
+        elif slab.action == "scan":
+            self._scan(slab, raw)
+        else:
+            self._quantize(slab, raw, scratch)
+        self._on_bytes(_progress(slab))
+        if slab.output:
+            self._count_down(slab.output)
+
+    def _scan(self, slab: Slab, raw: np.ndarray) -> None:
+        assert slab.tensor.layer is not None
+        largest = largest_magnitude(*weight_bits(raw, slab.tensor.spec.dtype, slab.tensor.layer.K))
+        self._check_finite(slab.tensor, largest)
+        group = _group(slab)
+        with self._changed:
+            self._amax[group] = max(self._amax.get(group, 0), largest)
+            self._unscanned[group] -= 1
+            self._changed.notify_all()
+
+    def _quantize(self, slab: Slab, raw: np.ndarray, scratch: Scratch) -> None:
+        layer = slab.tensor.layer
+        assert layer is not None
+        bits, widen = weight_bits(raw, slab.tensor.spec.dtype, layer.K)
+        if layer.format == "mxfp4":
+            pieces, errors, largest = quantize_mxfp4(bits, widen, layer, slab.row, scratch)
+        else:
+            scale = self._tensor_scale(slab) if slab.action == "encode" else None
+            pieces, errors, largest = quantize_fp8(bits, widen, layer, slab.row, scratch, scale)
+        self._check_finite(slab.tensor, largest)
+        if slab.row == 0 and INPUT_SCALE in layer.tensors:
+            pieces.append(Piece(INPUT_SCALE, 0, self._plan.input_scales[layer.module].reshape(1)))
+        for piece in pieces:
+            self._write(slab, layer.tensors[piece.role], piece.offset, piece.data)
+        with self._lock:
+            self._errors[layer.module].append(errors)
+
+    def _tensor_scale(self, slab: Slab) -> np.ndarray:
+        group = _group(slab)
+        self._wait_until(lambda: self._unscanned[group] == 0)
+        return fp8_scales(np.array([self._amax[group]], np.uint32))
+
+    def _write(self, slab: Slab, name: str, offset: int, data: np.ndarray) -> None:
+        """Write to the tensor, and to the fused tensor that repeats it if there is one."""
+        assert slab.output is not None
+        self._writer(slab.output).write(name, offset, data)
+        if name in self._fused:
+            output, fused_name, base = self._fused[name]
+            self._writer(output).write(fused_name, base + offset, data)
+
+    def _writer(self, name: str) -> ShardWriter:
+        with self._lock:
+            if name not in self._writers:
+                path = self._folder / name
+                self._writers[name] = ShardWriter(path, self._files[name].header, self._background)
+            return self._writers[name]
+
+    def _check_finite(self, tensor: TensorPlan, largest: int) -> None:
+        if not is_finite(largest):
+            raise NonFiniteError(self._sources[tensor.shard].describe_nonfinite(tensor))
+
+    def _count_down(self, name: str) -> None:
+        with self._lock:
+            self._unfinished[name] -= 1
+            if self._unfinished[name] == 0:
+                self._finishing.append(self._finisher.submit(self._finish, self._files[name]))
+
+    def _finish(self, file: FilePlan) -> None:
+        """Close an output file whose slabs are all written, and report it."""
+        try:
+            nbytes, digest = self._writer(file.name).finish()
+            tensors = [t for t in self._plan.tensors if t.shard in file.source_shards and t.layer]
+            record = FileRecord(
+                file={"nbytes": nbytes, "sha256": digest},
+                layers={t.layer.module: _measure(self._errors[t.layer.module]) for t in tensors if t.layer},
+                sources={name: self._sources[name].describe() for name in file.source_shards},
+                group_amax={group: self._amax[group] for t in tensors if (group := scale_group(t))},
+            )
+            self._on_file(file.name, record)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+
+class _SourceShard:
+    """An open source shard and the hash of its bytes so far."""
+
+    def __init__(self, shard: Shard):
+        self._shard = shard
+        self.digest = hashlib.sha256(shard.header.data)
+
+    def open(self) -> None:
+        self._fd = os.open(self._shard.path, os.O_RDONLY)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def read(self, out: np.ndarray, offset: int) -> None:
+        """Fill ``out`` from byte ``offset`` of the file."""
+        view = memoryview(out)
+        while view:
+            n_read = os.preadv(self._fd, [view], offset)
+            if n_read == 0:
+                raise CheckpointError(f"{self._shard.name}: ended at byte {offset} while it was read. Fetch it again.")
+            view, offset = view[n_read:], offset + n_read
+
+    def describe(self) -> dict[str, Any]:
+        return {"nbytes": self._shard.header.file_nbytes, "sha256": self.digest.hexdigest()}
+
+    def describe_nonfinite(self, tensor: TensorPlan) -> str:
+        """Name the first element of a weight that is NaN or infinite."""
+        N, K = tensor.spec.shape
+        row = np.empty(tensor.spec.nbytes // N, np.uint8)
+        for n in range(N):
+            self.read(row, tensor.stored.offset + n * row.nbytes)
+            bits, widen = weight_bits(row, tensor.spec.dtype, K)
+            values = (bits.view(np.uint16).astype(np.uint32) << 16 if widen else bits).view(np.float32)[0]
+            if not np.isfinite(values).all():
+                k = int(np.argmin(np.isfinite(values)))
+                return (
+                    f"{self._shard.name}: {tensor.spec.name}[{n}, {k}] is {values[k]}: no code stands for it."
+                    " Repair the source, or keep this layer with --ignore."
+                )
+        raise AssertionError("a non-finite weight was reported, but all its rows are finite")
+
+
+def _group(slab: Slab) -> str:
+    group = scale_group(slab.tensor)
+    assert group is not None
+    return group
+
+
+def _progress(slab: Slab) -> int:
+    """A weight that is read twice counts by halves."""
+    return slab.nbytes // 2 if slab.action in ("scan", "encode") else slab.nbytes
+
+
+def _measure(errors: list[Errors]) -> dict[str, Any]:
+    # fsum is exact, so that the order in which the slabs were done leaves no trace.
+    signal = math.fsum(part.squared_signal for part in errors)
+    error = math.fsum(part.squared_error for part in errors)
+    return {"sqnr_db": sqnr_db(signal, error), "max_abs_error": max(part.largest for part in errors)}
+
+
+def _fused_places(plan: Plan) -> dict[str, tuple[str, str, int]]:
+    """Return scale tensor -> (file, fused tensor, byte offset in it) for every fused scale."""
+    file_of = {stored.spec.name: file.name for file in plan.files for stored in file.header.tensors}
+    places = {}
+    for fused in plan.manifest.fused_scales.values():
+        offset = 0
+        for member in fused.members:
+            spec = plan.manifest.layers[member].specs()[fused.role]
+            places[spec.name] = (file_of[fused.spec.name], fused.spec.name, offset)
+            offset += spec.nbytes
+    return places

@@ -1,0 +1,1 @@
+"""numba twins of the contract's codec: the same bytes at the speed of memory."""

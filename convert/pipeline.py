@@ -1,0 +1,213 @@
+"""The story of a conversion: open, plan, check, run, finish."""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from convert.engine import Engine, FileRecord
+from convert.options import Options
+from convert.plan import Plan, make_plan
+from convert.side_files import write_side_files
+from convert.source import CONFIG_NAME, Source, find_components, open_source
+from convert.staging import Staging
+from runtime.contract.durable import hash_path, write_durably
+from runtime.contract.errors import CheckpointError, ProblemsError, UsageError
+from runtime.contract.manifest import MANIFEST_NAME, Manifest
+from runtime.version import VERSION
+
+# Room for the small files beside the shards.
+_SPARE_NBYTES = 64 * 2**20
+
+
+class Progress(Protocol):
+    """Told what happens during a run."""
+
+    def start(self, component: str, nbytes: int) -> None: ...
+    def advance(self, nbytes: int) -> None: ...
+    def log(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One component to convert: ``name`` is its folder in OUTPUT, "" for OUTPUT itself."""
+
+    name: str
+    source: Source
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did, all components together."""
+
+    output: str
+    format: str
+    n_converted: int
+    n_tensors: int
+    source_nbytes: int
+    output_nbytes: int
+    n_files_resumed: int
+    seconds: float
+
+    def __str__(self) -> str:
+        resumed = f", {self.n_files_resumed} finished files taken over" if self.n_files_resumed else ""
+        return (
+            f"Converted {self.n_converted} of {self.n_tensors} tensors to {self.format}:"
+            f" {format_nbytes(self.source_nbytes)} -> {format_nbytes(self.output_nbytes)}"
+            f" in {self.seconds:.3g} s{resumed}"
+        )
+
+
+def plan_checkpoint(source_path: Path, options: Options) -> list[Job]:
+    """Return a planned job for every component. Raises with all faults of all of them together."""
+    jobs, problems, usage_errors = [], [], []
+    for name, path in find_components(source_path).items():
+        try:
+            source = open_source(path)
+            jobs.append(Job(name, source, make_plan(source, options)))
+        except ProblemsError as error:
+            problems += error.problems
+        except UsageError as error:
+            usage_errors.append(error)
+    if usage_errors:
+        raise usage_errors[0]
+    if problems:
+        raise ProblemsError(f"{source_path}: can't be converted", problems)
+    return jobs
+
+
+def convert_checkpoint(
+    source_path: Path, output: Path, options: Options, *, n_workers: int, restart: bool, progress: Progress
+) -> Summary:
+    """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped."""
+    started = time.monotonic()
+    jobs = plan_checkpoint(source_path, options)
+    staging = Staging(output)
+    problems = output_faults(source_path, output) + disk_faults(jobs, staging)
+    if problems:
+        raise ProblemsError("nothing was written", problems)
+    n_resumed = 0
+    with staging:
+        staging.adopt(_fingerprint(jobs, options), restart=restart)
+        for job in jobs:
+            n_resumed += _convert_job(job, staging, n_workers, progress)
+        staging.publish()
+    return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
+
+
+def output_faults(source_path: Path, output: Path) -> list[str]:
+    """Return why OUTPUT can't be written."""
+    source, target = source_path.resolve(), output.resolve()
+    if target == source:
+        return [f"{output}: is SOURCE. Choose another folder."]
+    if source in target.parents:
+        return [f"{output}: lies in SOURCE. Choose a folder outside of it."]
+    if target in source.parents:
+        return [f"{output}: holds SOURCE. Choose another folder."]
+    if output.is_dir() and any(output.iterdir()):
+        return [f"{output}: is not empty. Choose another folder, or remove this one."]
+    if output.exists() and not output.is_dir():
+        return [f"{output}: is a file. Choose a folder."]
+    return []
+
+
+def disk_faults(jobs: list[Job], staging: Staging) -> list[str]:
+    """Return a sentence if the disk can't hold what is still to be written."""
+    parent = next(folder for folder in (staging.folder, *staging.folder.parents) if folder.exists())
+    done = sum(path.stat().st_size for path in staging.result.rglob("*") if path.is_file())
+    needed = sum(job.plan.output_nbytes for job in jobs) + _SPARE_NBYTES - done
+    free = shutil.disk_usage(parent).free
+    if needed <= free:
+        return []
+    return [f"{parent}: {format_nbytes(needed)} needed, {format_nbytes(free)} free. Make room or choose another disk."]
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Return a size in decimal units, three digits: "12.3 GB"."""
+    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Progress) -> int:
+    """Convert one component into the staging folder; return how many files were finished before."""
+    folder = staging.result / job.name
+    folder.mkdir(exist_ok=True)
+    component = job.name or "root"
+    records = {name: FileRecord(**entry) for name, entry in staging.read_records(component).items()}
+    n_resumed = len(records)
+
+    def on_file(name: str, record: FileRecord) -> None:
+        staging.write_record(component, name, asdict(record))
+        records[name] = record
+        progress.log(f"wrote {_join(job.name, name)} ({format_nbytes(record.file['nbytes'])})")
+
+    engine = Engine(job.plan, job.source.folder.shards, folder, records.copy(), on_file, progress.advance)
+    progress.start(job.name, engine.progress_nbytes)
+    engine.run(n_workers)
+    _check_unchanged(job.source, records)
+    manifest = _complete_manifest(job.plan.manifest, records, write_side_files(folder, job.source, job.plan))
+    write_durably(folder / MANIFEST_NAME, manifest.to_json())
+    return n_resumed
+
+
+def _complete_manifest(
+    manifest: Manifest, records: Mapping[str, FileRecord], side_files: dict[str, dict[str, Any]]
+) -> Manifest:
+    measured = {module: entry for record in records.values() for module, entry in record.layers.items()}
+    sources = {name: entry for record in records.values() for name, entry in record.sources.items()}
+    return replace(
+        manifest,
+        source={**manifest.source, "files": sources},
+        layers={module: replace(layer, **measured[module]) for module, layer in manifest.layers.items()},
+        files={**side_files, **{name: record.file for name, record in records.items()}},
+    )
+
+
+def _fingerprint(jobs: list[Job], options: Options) -> dict[str, Any]:
+    """Everything that decides the bytes: a run goes on only where all of it is the same."""
+    contents = {name: hash_path(path) for name in ("recipe", "calibration") if (path := getattr(options, name))}
+    return {
+        "tool_version": VERSION,
+        "options": {**options.to_json(), **contents},
+        "source": {job.name: _identity(job.source) for job in jobs},
+    }
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    shards = {}
+    for shard in source.folder.shards:
+        stat = shard.path.stat()
+        header = hashlib.sha256(shard.header.data).hexdigest()
+        shards[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_sha256": header}
+    side_files = {path.name: hash_path(path) for path in source.side_files}
+    return {"name": source.name, "shards": shards, CONFIG_NAME: source.config, "side_files": side_files}
+
+
+def _check_unchanged(source: Source, records: Mapping[str, FileRecord]) -> None:
+    for shard in source.folder.shards:
+        if shard.path.stat().st_size != shard.header.file_nbytes:
+            raise CheckpointError(f"{shard.name}: changed while it was converted. Start again with --restart.")
+
+
+def _summarize(output: Path, options: Options, jobs: list[Job], n_resumed: int, seconds: float) -> Summary:
+    return Summary(
+        output=os.fspath(output),
+        format=options.format,
+        n_converted=sum(len(job.plan.manifest.layers) for job in jobs),
+        n_tensors=sum(len(job.plan.tensors) for job in jobs),
+        source_nbytes=sum(shard.header.file_nbytes for job in jobs for shard in job.source.folder.shards),
+        output_nbytes=sum(job.plan.output_nbytes for job in jobs),
+        n_files_resumed=n_resumed,
+        seconds=seconds,
+    )
+
+
+def _join(component: str, name: str) -> str:
+    return f"{component}/{name}" if component else name

@@ -1,0 +1,153 @@
+"""One slab of a weight -> the bytes of its codes and scales, and its error sums."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from runtime.contract.formats import E4M3_MAX, FP8_BLOCK_SIZE, MXFP4_BLOCK_SIZE
+from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+
+# float32 bits of infinity: magnitudes from here on are not finite.
+_INFINITY_BITS = 0x7F800000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes for the tensor that plays ``role``, at byte ``offset`` of it."""
+
+    role: str
+    offset: int
+    data: np.ndarray
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Sums over elements, in float64: (w - decoded)^2, w^2; and the largest |w - decoded|."""
+
+    squared_error: float
+    squared_signal: float
+    largest: float
+
+
+class Scratch:
+    """Byte buffers that one worker reuses, grown to the largest request."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, nbytes: int) -> np.ndarray:
+        """Return ``nbytes`` bytes, uint8, holding whatever was there before."""
+        if name not in self._buffers or self._buffers[name].nbytes < nbytes:
+            self._buffers[name] = np.empty(nbytes, np.uint8)
+        return self._buffers[name][:nbytes]
+
+
+def weight_bits(raw: np.ndarray, dtype: str, K: int) -> tuple[np.ndarray, int]:
+    """Return the bits of the rows in ``raw`` as the kernels take them, and their ``widen``.
+
+    BF16 -> int16 [n, K], 16. F32 -> int32 [n, K], 0. F16 is exact in F32: int32 [n, K], 0.
+    """
+    if dtype == "BF16":
+        return raw.view(np.int16).reshape(-1, K), 16
+    if dtype == "F16":
+        return raw.view(np.float16).astype(np.float32).view(np.int32).reshape(-1, K), 0
+    return raw.view(np.int32).reshape(-1, K), 0
+
+
+def slab_row_multiple(layer: Layer) -> int:
+    """Rows that belong together: a scale tile of MXFP4, a block of FP8, else one."""
+    if layer.format == "mxfp4":
+        return MXFP4_BLOCK_SIZE
+    return FP8_BLOCK_SIZE if layer.granularity == "block" else 1
+
+
+def largest_magnitude(bits: np.ndarray, widen: int) -> int:
+    """Return the float32 bits of the largest magnitude."""
+    from convert.kernels.fp8 import tile_maxima
+
+    out = np.empty((1, 1), np.uint32)
+    tile_maxima(bits, widen, *bits.shape, out)
+    return int(out[0, 0])
+
+
+def is_finite(magnitude_bits: int) -> bool:
+    return magnitude_bits < _INFINITY_BITS
+
+
+def fp8_scales(amax_bits: np.ndarray) -> np.ndarray:
+    """Return float32 amax / 448, or 1 where that is zero; twin of contract.codec.fp8_scale."""
+    scales = amax_bits.view(np.float32) / np.float32(E4M3_MAX)
+    scales[scales == 0] = 1.0
+    return scales
+
+
+def quantize_mxfp4(
+    bits: np.ndarray, widen: int, layer: Layer, row: int, scratch: Scratch
+) -> tuple[list[Piece], Errors, int]:
+    """Return pieces, errors and the largest magnitude of rows ``row``.. of an MXFP4 layer."""
+    from convert.kernels.mxfp4 import RULE_IDS, SCALE_F32, quantize_slab
+
+    n_rows, K = bits.shape
+    pitch = layer.scale_shape[1]
+    weight = scratch.take(WEIGHT, n_rows * K // 2)
+    scale = scratch.take(WEIGHT_SCALE, n_rows * pitch)
+    scale[:] = 0
+    measured = np.empty(3)
+    largest = quantize_slab(
+        bits,
+        widen,
+        _thresholds(widen),
+        SCALE_F32,
+        RULE_IDS[layer.scale_rule],
+        layer.layout == "aiter",
+        weight,
+        scale,
+        pitch,
+        measured,
+    )
+    pieces = [Piece(WEIGHT, row * K // 2, weight), Piece(WEIGHT_SCALE, row * pitch, scale)]
+    return pieces, Errors(*measured.tolist()), int(largest)
+
+
+def quantize_fp8(
+    bits: np.ndarray, widen: int, layer: Layer, row: int, scratch: Scratch, tensor_scale: np.ndarray | None
+) -> tuple[list[Piece], Errors, int]:
+    """Return pieces, errors and the largest magnitude of rows ``row``.. of an FP8 layer.
+
+    tensor_scale: float32 [1] for granularity ``tensor``, whose amax was taken before (the largest
+    magnitude is then returned as 0), else None.
+    """
+    from convert.kernels.fp8 import encode_slab, tile_maxima
+
+    n_rows, K = bits.shape
+    tile_rows, tile_cols = _fp8_tile(layer, n_rows)
+    largest = 0
+    if tensor_scale is None:
+        amax_bits = np.empty((-(-n_rows // tile_rows), -(-K // tile_cols)), np.uint32)
+        tile_maxima(bits, widen, tile_rows, tile_cols, amax_bits)
+        largest = int(amax_bits.max())
+        scales = fp8_scales(amax_bits)
+    else:
+        scales = tensor_scale.reshape(1, 1)
+    codes = scratch.take(WEIGHT, n_rows * K).reshape(n_rows, K)
+    measured = np.empty(3)
+    encode_slab(bits, widen, scales, tile_rows, tile_cols, codes, measured)
+    scale_offset = row // tile_rows * scales.shape[1] * scales.itemsize
+    pieces = [Piece(WEIGHT, row * K, codes)]
+    if tensor_scale is None or row == 0:
+        pieces.append(Piece(WEIGHT_SCALE, scale_offset, scales))
+    return pieces, Errors(*measured.tolist()), largest
+
+
+def _fp8_tile(layer: Layer, n_rows: int) -> tuple[int, int]:
+    if layer.granularity == "block":
+        return FP8_BLOCK_SIZE, FP8_BLOCK_SIZE
+    return (1 if layer.granularity == "channel" else n_rows), layer.K
+
+
+@cache
+def _thresholds(widen: int) -> np.ndarray:
+    from convert.kernels.mxfp4 import threshold_table
+
+    return threshold_table(widen)

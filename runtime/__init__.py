@@ -1,0 +1,1 @@
+"""Read converted checkpoints: inspect, verify, dequantize, change their layout."""

@@ -1,0 +1,1 @@
+"""What the bytes of a converted checkpoint mean; imports nothing else of ours."""

@@ -1,0 +1,63 @@
+"""One output shard: planned header first, bytes at their offset, its final name when complete."""
+
+import os
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from runtime.contract.durable import hash_file, sync_folder
+from runtime.contract.header import Header
+
+_FLUSH_NBYTES = 64 * 2**20
+_PART_SUFFIX = ".part"
+
+
+class ShardWriter:
+    """Writes the tensors of ``header`` to ``path`` in any order, from any thread.
+
+    The file has another name until finish(). Bytes that are never written are zero. Long writes are
+    flushed early on ``background`` so that the last fsync finds little to do.
+    """
+
+    def __init__(self, path: Path, header: Header, background: Executor):
+        self._path = path
+        self._part = path.with_name(path.name + _PART_SUFFIX)
+        self._places = {stored.spec.name: stored for stored in header.tensors}
+        self._nbytes = header.file_nbytes
+        self._background = background
+        self._lock = Lock()
+        self._unflushed = 0
+        self._flush: Future[None] | None = None
+        self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.ftruncate(self._fd, self._nbytes)
+        _write_all(self._fd, memoryview(header.data), 0)
+
+    def write(self, name: str, offset: int, data: np.ndarray) -> None:
+        """Write ``data`` (contiguous) at byte ``offset`` of tensor ``name``."""
+        view = memoryview(data).cast("B")
+        _write_all(self._fd, view, self._places[name].offset + offset)
+        with self._lock:
+            self._unflushed += len(view)
+            if self._unflushed >= _FLUSH_NBYTES and (self._flush is None or self._flush.done()):
+                self._unflushed = 0
+                self._flush = self._background.submit(os.fdatasync, self._fd)
+
+    def finish(self) -> tuple[int, str]:
+        """Make the file durable under its final name; return its size and SHA-256."""
+        synced = self._background.submit(os.fsync, self._fd)
+        digest = hash_file(self._fd)
+        synced.result()
+        if self._flush:
+            self._flush.result()
+        os.close(self._fd)
+        os.replace(self._part, self._path)
+        sync_folder(self._path.parent)
+        return self._nbytes, digest
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        n_written = os.pwrite(fd, data, offset)
+        data, offset = data[n_written:], offset + n_written
