@@ -165,7 +165,7 @@ class Engine:
 
     def _scan(self, slab: Slab, raw: np.ndarray) -> None:
         assert slab.tensor.layer is not None
-        largest = largest_magnitude(*weight_bits(raw, slab.tensor.spec.dtype, slab.tensor.layer.K))
+        largest = largest_magnitude(weight_bits(raw, slab.tensor.spec.dtype, slab.tensor.layer.K))
         self._check_finite(slab.tensor, largest)
         group = _group(slab)
         with self._changed:
@@ -176,12 +176,12 @@ class Engine:
     def _quantize(self, slab: Slab, raw: np.ndarray, scratch: Scratch) -> None:
         layer = slab.tensor.layer
         assert layer is not None
-        bits, widen = weight_bits(raw, slab.tensor.spec.dtype, layer.K)
+        bits = weight_bits(raw, slab.tensor.spec.dtype, layer.K)
         if layer.format == "mxfp4":
-            pieces, errors, largest = quantize_mxfp4(bits, widen, layer, slab.row, scratch)
+            pieces, errors, largest = quantize_mxfp4(bits, layer, slab.row, scratch)
         else:
             scale = self._tensor_scale(slab) if slab.action == "encode" else None
-            pieces, errors, largest = quantize_fp8(bits, widen, layer, slab.row, scratch, scale)
+            pieces, errors, largest = quantize_fp8(bits, layer, slab.row, scratch, scale)
         self._check_finite(slab.tensor, largest)
         if slab.row == 0 and INPUT_SCALE in layer.tensors:
             pieces.append(Piece(INPUT_SCALE, 0, self._plan.input_scales[layer.module].reshape(1)))
@@ -269,8 +269,8 @@ class _SourceShard:
         row = np.empty(tensor.spec.nbytes // N, np.uint8)
         for n in range(N):
             self.read(row, tensor.stored.offset + n * row.nbytes)
-            bits, widen = weight_bits(row, tensor.spec.dtype, K)
-            values = (bits.view(np.uint16).astype(np.uint32) << 16 if widen else bits).view(np.float32)[0]
+            bits = weight_bits(row, tensor.spec.dtype, K)
+            values = (bits.view(np.uint16).astype(np.uint32) << 16 if tensor.spec.dtype == "BF16" else bits).view(np.float32)[0]
             if not np.isfinite(values).all():
                 k = int(np.argmin(np.isfinite(values)))
                 return (

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from convert.engine import Engine, FileRecord
 from convert.options import Options
 from convert.plan import Plan, make_plan
+from convert.progress import Silent
 from convert.side_files import write_side_files
 from convert.source import CONFIG_NAME, Source, find_components, open_source
 from convert.staging import Staging
@@ -22,14 +23,6 @@ from runtime.version import VERSION
 
 # Room for the small files beside the shards.
 _SPARE_NBYTES = 64 * 2**20
-
-
-class Progress(Protocol):
-    """Told what happens during a run."""
-
-    def start(self, component: str, nbytes: int) -> None: ...
-    def advance(self, nbytes: int) -> None: ...
-    def log(self, line: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -82,17 +75,14 @@ def plan_checkpoint(source_path: Path, options: Options) -> list[Job]:
 
 
 def convert_checkpoint(
-    source_path: Path, output: Path, options: Options, *, n_workers: int, restart: bool, progress: Progress
+    source_path: Path, output: Path, options: Options, *, n_workers: int, restart: bool, progress: Silent
 ) -> Summary:
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped."""
     started = time.monotonic()
     jobs = plan_checkpoint(source_path, options)
-    staging = Staging(output)
-    problems = output_faults(source_path, output) + disk_faults(jobs, staging)
-    if problems:
-        raise ProblemsError("nothing was written", problems)
+    check_output(source_path, output, jobs)
     n_resumed = 0
-    with staging:
+    with Staging(output) as staging:
         staging.adopt(_fingerprint(jobs, options), restart=restart)
         for job in jobs:
             n_resumed += _convert_job(job, staging, n_workers, progress)
@@ -100,7 +90,22 @@ def convert_checkpoint(
     return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
 
 
-def output_faults(source_path: Path, output: Path) -> list[str]:
+def check_output(source_path: Path, output: Path, jobs: list[Job]) -> None:
+    """Raise ProblemsError with every reason why OUTPUT can't be written."""
+    problems = _output_faults(source_path, output) + _disk_faults(jobs, Staging(output))
+    if problems:
+        raise ProblemsError("nothing was written", problems)
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Return a size in decimal units, three digits: "12.3 GB"."""
+    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def _output_faults(source_path: Path, output: Path) -> list[str]:
     """Return why OUTPUT can't be written."""
     source, target = source_path.resolve(), output.resolve()
     if target == source:
@@ -116,7 +121,7 @@ def output_faults(source_path: Path, output: Path) -> list[str]:
     return []
 
 
-def disk_faults(jobs: list[Job], staging: Staging) -> list[str]:
+def _disk_faults(jobs: list[Job], staging: Staging) -> list[str]:
     """Return a sentence if the disk can't hold what is still to be written."""
     parent = next(folder for folder in (staging.folder, *staging.folder.parents) if folder.exists())
     done = sum(path.stat().st_size for path in staging.result.rglob("*") if path.is_file())
@@ -127,15 +132,7 @@ def disk_faults(jobs: list[Job], staging: Staging) -> list[str]:
     return [f"{parent}: {format_nbytes(needed)} needed, {format_nbytes(free)} free. Make room or choose another disk."]
 
 
-def format_nbytes(nbytes: int) -> str:
-    """Return a size in decimal units, three digits: "12.3 GB"."""
-    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
-def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Progress) -> int:
+def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent) -> int:
     """Convert one component into the staging folder; return how many files were finished before."""
     folder = staging.result / job.name
     folder.mkdir(exist_ok=True)

@@ -1,7 +1,6 @@
 """One slab of a weight -> the bytes of its codes and scales, and its error sums."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
@@ -43,16 +42,16 @@ class Scratch:
         return self._buffers[name][:nbytes]
 
 
-def weight_bits(raw: np.ndarray, dtype: str, K: int) -> tuple[np.ndarray, int]:
-    """Return the bits of the rows in ``raw`` as the kernels take them, and their ``widen``.
+def weight_bits(raw: np.ndarray, dtype: str, K: int) -> np.ndarray:
+    """Return the bits of the rows in ``raw`` as the kernels take them.
 
-    BF16 -> int16 [n, K], 16. F32 -> int32 [n, K], 0. F16 is exact in F32: int32 [n, K], 0.
+    BF16 -> int16 [n, K]; F32 -> int32 [n, K]; F16, which is exact in F32, -> int32 [n, K].
     """
     if dtype == "BF16":
-        return raw.view(np.int16).reshape(-1, K), 16
+        return raw.view(np.int16).reshape(-1, K)
     if dtype == "F16":
-        return raw.view(np.float16).astype(np.float32).view(np.int32).reshape(-1, K), 0
-    return raw.view(np.int32).reshape(-1, K), 0
+        return raw.view(np.float16).astype(np.float32).view(np.int32).reshape(-1, K)
+    return raw.view(np.int32).reshape(-1, K)
 
 
 def slab_row_multiple(layer: Layer) -> int:
@@ -62,12 +61,12 @@ def slab_row_multiple(layer: Layer) -> int:
     return FP8_BLOCK_SIZE if layer.granularity == "block" else 1
 
 
-def largest_magnitude(bits: np.ndarray, widen: int) -> int:
+def largest_magnitude(bits: np.ndarray) -> int:
     """Return the float32 bits of the largest magnitude."""
     from convert.kernels.fp8 import tile_maxima
 
     out = np.empty((1, 1), np.uint32)
-    tile_maxima(bits, widen, *bits.shape, out)
+    tile_maxima(bits, *bits.shape, out)
     return int(out[0, 0])
 
 
@@ -83,10 +82,10 @@ def fp8_scales(amax_bits: np.ndarray) -> np.ndarray:
 
 
 def quantize_mxfp4(
-    bits: np.ndarray, widen: int, layer: Layer, row: int, scratch: Scratch
+    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch
 ) -> tuple[list[Piece], Errors, int]:
     """Return pieces, errors and the largest magnitude of rows ``row``.. of an MXFP4 layer."""
-    from convert.kernels.mxfp4 import RULE_IDS, SCALE_F32, quantize_slab
+    from convert.kernels.mxfp4 import RULE_IDS, make_tables, quantize_slab
 
     n_rows, K = bits.shape
     pitch = layer.scale_shape[1]
@@ -94,11 +93,11 @@ def quantize_mxfp4(
     scale = scratch.take(WEIGHT_SCALE, n_rows * pitch)
     scale[:] = 0
     measured = np.empty(3)
+    tables = make_tables(bits.dtype)
     largest = quantize_slab(
         bits,
-        widen,
-        _thresholds(widen),
-        SCALE_F32,
+        tables.thresholds,
+        tables.decoded,
         RULE_IDS[layer.scale_rule],
         layer.layout == "aiter",
         weight,
@@ -111,7 +110,7 @@ def quantize_mxfp4(
 
 
 def quantize_fp8(
-    bits: np.ndarray, widen: int, layer: Layer, row: int, scratch: Scratch, tensor_scale: np.ndarray | None
+    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, tensor_scale: np.ndarray | None
 ) -> tuple[list[Piece], Errors, int]:
     """Return pieces, errors and the largest magnitude of rows ``row``.. of an FP8 layer.
 
@@ -125,14 +124,14 @@ def quantize_fp8(
     largest = 0
     if tensor_scale is None:
         amax_bits = np.empty((-(-n_rows // tile_rows), -(-K // tile_cols)), np.uint32)
-        tile_maxima(bits, widen, tile_rows, tile_cols, amax_bits)
+        tile_maxima(bits, tile_rows, tile_cols, amax_bits)
         largest = int(amax_bits.max())
         scales = fp8_scales(amax_bits)
     else:
         scales = tensor_scale.reshape(1, 1)
     codes = scratch.take(WEIGHT, n_rows * K).reshape(n_rows, K)
     measured = np.empty(3)
-    encode_slab(bits, widen, scales, tile_rows, tile_cols, codes, measured)
+    encode_slab(bits, scales, tile_rows, tile_cols, codes, measured)
     scale_offset = row // tile_rows * scales.shape[1] * scales.itemsize
     pieces = [Piece(WEIGHT, row * K, codes)]
     if tensor_scale is None or row == 0:
@@ -145,9 +144,3 @@ def _fp8_tile(layer: Layer, n_rows: int) -> tuple[int, int]:
         return FP8_BLOCK_SIZE, FP8_BLOCK_SIZE
     return (1 if layer.granularity == "channel" else n_rows), layer.K
 
-
-@cache
-def _thresholds(widen: int) -> np.ndarray:
-    from convert.kernels.mxfp4 import threshold_table
-
-    return threshold_table(widen)

@@ -3,18 +3,23 @@
 Twin of runtime.contract.codec.quantize_mxfp4 followed by runtime.contract.layouts.
 """
 
+from dataclasses import dataclass
+from functools import cache
+
 import numpy as np
 from numba import float32, float64, int16, njit, uint8, uint32
 
 from convert.kernels.rows import (
     JIT,
-    LANES,
     add_errors,
+    as_bits,
+    as_float,
     block_maxima,
-    fold_lanes,
     magnitudes,
-    maximum,
-    to_float_bits,
+    row_maximum,
+    row_sum,
+    row_unit,
+    widen,
 )
 from runtime.contract.formats import (
     E2M1_MIDPOINTS,
@@ -30,36 +35,48 @@ BLOCK_NBYTES = BLOCK // 2
 EVEN, FLOOR, ROUNDUP, MSE = range(4)
 RULE_IDS = {rule: SCALE_RULES.index(rule) for rule in SCALE_RULES}
 
-# 2^(code - 127) as float32 and float64, code 0..254.
-SCALE_F32 = np.array([2.0 ** (code - E8M0_BIAS) for code in range(255)] + [np.nan], dtype=np.float32)
-E2M1_F32 = np.array(E2M1_VALUES, dtype=np.float32)
+_SCALES = np.array([2.0 ** (code - E8M0_BIAS) for code in range(255)])[:, None]
 
 
-def threshold_table(widen: int) -> np.ndarray:
-    """Return [255, 7] magnitude bits t such that an E2M1 code is the count of t < magnitude.
+@dataclass(frozen=True)
+class Tables:
+    """What the kernel looks up for one kind of input, by scale code.
 
-    Row s is for the scale code s. Where a tie rounds up the bits just below the midpoint stand.
+    thresholds [255, 7]: magnitude bits t such that an E2M1 code is the count of t < magnitude.
+    decoded [255, 8]: magnitude bits of the value of each E2M1 code.
     """
-    scales = np.array([2.0 ** (code - E8M0_BIAS) for code in range(255)])
-    with np.errstate(over="ignore"):  # beyond float32 no magnitude reaches the threshold
-        midpoints = (scales[:, None] * np.array(E2M1_MIDPOINTS)).astype(np.float32)
-    bits = midpoints.view(np.int32) >> widen
-    return (bits - np.array(E2M1_TIE_ROUNDS_UP)).astype(np.int16 if widen else np.int32)
+
+    thresholds: np.ndarray
+    decoded: np.ndarray
+
+
+@cache
+def make_tables(dtype: np.dtype) -> Tables:
+    """Return the tables for BF16 bits (int16) or float32 bits (int32)."""
+    shift = 32 - 8 * dtype.itemsize
+    # Where a tie rounds up the threshold is just below the midpoint.
+    thresholds = _magnitude_bits(_SCALES * np.array(E2M1_MIDPOINTS), shift) - np.array(E2M1_TIE_ROUNDS_UP)
+    decoded = _magnitude_bits(_SCALES * np.array(E2M1_VALUES), shift)
+    return Tables(thresholds.astype(dtype), decoded.astype(dtype))
+
+
+def _magnitude_bits(values: np.ndarray, shift: int) -> np.ndarray:
+    with np.errstate(over="ignore"):  # beyond float32: infinity, which no magnitude reaches
+        return values.astype(np.float32).view(np.int32) >> shift
 
 
 @njit(**JIT)
-def _choose_scales(rule, amax, amax_bits, scale_codes):
-    """scale_codes[b] from the float32 block maxima; amax_bits is their bits. See contract/scales.py."""
+def _choose_scales(rule, maxima, scale_codes):
+    """scale_codes[b] from the block maxima; see runtime/contract/scales.py."""
     if rule == ROUNDUP:
         for b in range(scale_codes.shape[0]):
-            amax[b] = amax[b] / float32(6.0)
-        for b in range(scale_codes.shape[0]):
-            code = (amax_bits[b] >> uint32(23)) + uint32((amax_bits[b] & uint32(0x7FFFFF)) != 0)
+            bits = as_bits(as_float(uint32(maxima[b]) << widen(maxima)) / float32(6.0))
+            code = (bits >> uint32(23)) + uint32((bits & uint32(0x7FFFFF)) != 0)
             scale_codes[b] = min(code, uint32(254))
     else:
         rounding = uint32(0x200000) if rule == EVEN else uint32(0)
         for b in range(scale_codes.shape[0]):
-            exponent = (amax_bits[b] + rounding) >> uint32(23)
+            exponent = ((uint32(maxima[b]) << widen(maxima)) + rounding) >> uint32(23)
             code = exponent - uint32(2) if exponent > uint32(2) else uint32(0)
             scale_codes[b] = uint32(254) if exponent >= uint32(255) else code
 
@@ -90,33 +107,49 @@ def _encode(magnitude, scale_codes, thresholds, codes):
 
 
 @njit(**JIT)
-def _decode(codes, scale_codes, scale_values, decoded):
-    """decoded[k] = float32 value of the code. 2 x value = code, and 6, 8, 12 for codes 5, 6, 7."""
+def _decode(codes, scale_codes, table, decoded):
+    """decoded[k] = magnitude bits of the code's value.
+
+    The value has one mantissa bit: its bits are the code placed on the mantissa's top bit, plus the
+    scale's exponent less one. Code 1 (a half) has no mantissa, code 0 nothing at all. Where that
+    would be subnormal the table knows.
+    """
+    # Every step is cast back to the array's own type: numba would widen it to 64 bits, and LLVM then
+    # use a quarter of the vector.
+    integer = decoded.dtype.type
+    top_bit = integer(uint32(1 << 22) >> widen(decoded))
+    one = integer(1)
     for b in range(scale_codes.shape[0]):
-        half = scale_values[scale_codes[b]]
-        for j in range(BLOCK):
-            c = codes[b * BLOCK + j]
-            doubled = c + int16(c > int16(4)) + int16(c > int16(5)) + int16(c > int16(6)) * int16(3)
-            decoded[b * BLOCK + j] = (float32(doubled) * float32(0.5)) * half
+        s = scale_codes[b]
+        if s < 2:
+            for j in range(BLOCK):
+                decoded[b * BLOCK + j] = table[s, codes[b * BLOCK + j]]
+        else:
+            base = integer((np.int32(s) - 1) * 2 * np.int32(top_bit))
+            for j in range(BLOCK):
+                c = integer(codes[b * BLOCK + j])
+                bits = integer(integer(c * top_bit) + base)
+                bits = integer(bits - top_bit) if c == one else bits
+                decoded[b * BLOCK + j] = bits if c >= one else integer(0)
 
 
 @njit(**JIT)
-def _squared_errors(magnitude, value, scale_codes, thresholds, scale_values, codes, decoded, errors):
-    """errors[b] = sum of squared errors of block b, float64, folded by halves."""
+def _squared_errors(magnitude, scale_codes, thresholds, table, codes, decoded, squares, errors):
+    """errors[b] = sum of squared errors of block b, float64, by halves."""
     _encode(magnitude, scale_codes, thresholds, codes)
-    _decode(codes, scale_codes, scale_values, decoded)
-    squares = np.empty(BLOCK, np.float64)
+    _decode(codes, scale_codes, table, decoded)
     for b in range(scale_codes.shape[0]):
         for j in range(BLOCK):
-            error = float64(value[b * BLOCK + j]) - float64(decoded[b * BLOCK + j])
+            x = as_float(uint32(magnitude[b * BLOCK + j]) << widen(magnitude))
+            error = float64(x) - float64(as_float(uint32(decoded[b * BLOCK + j]) << widen(decoded)))
             squares[j] = error * error
-        errors[b] = fold_lanes(squares)
+        errors[b] = row_sum(squares)
 
 
 @njit(**JIT)
-def _add_signs(row, shift, codes):
+def _add_signs(row, codes):
     for k in range(row.shape[0]):
-        codes[k] |= (row[k] >> shift) & 8
+        codes[k] |= int16(8) if row[k] < 0 else int16(0)
 
 
 @njit(**JIT)
@@ -145,59 +178,55 @@ def _store_tiled(n, packed_words, scale_codes, weight_words, scale_out, scale_pi
 
 
 @njit(**JIT)
-def quantize_slab(weight, widen, thresholds, scale_values, rule, tiled, weight_out, scale_out, scale_pitch, measured):
-    """Quantize the rows of ``weight``; return the largest magnitude's bits.
+def quantize_slab(weight, thresholds, table, rule, tiled, weight_out, scale_out, scale_pitch, measured):
+    """Quantize the rows of ``weight``; return the float32 bits of the largest magnitude.
 
     weight: int16 (BF16) or int32 (F32) bits [n, K], K a multiple of 32; tiled needs n % 32 == 0.
+    thresholds, table: the fields of Tables.
     weight_out: uint8 [n * K / 2]. scale_out: uint8 [n * scale_pitch], zero where nothing is written.
     measured: float64 [3], set to the sum of squared errors, of squares, and the largest |error|.
     """
     n_rows, K = weight.shape
     n_blocks = K // BLOCK
-    mask = (1 << 15) - 1 if widen else (1 << 31) - 1
     magnitude = np.empty(K, weight.dtype)
     maxima = np.empty(K // 2, weight.dtype)
-    amax_bits = np.empty(n_blocks, np.uint32)
-    value_bits = np.empty(K, np.uint32)
-    value = value_bits.view(np.float32)
-    decoded = np.empty(K, np.float32)
+    decoded = np.empty(K, weight.dtype)
+    scratch = np.empty(n_blocks, weight.dtype)
     codes = np.empty(K, np.int16)
     packed = np.empty(K // 2, np.uint8)
     scale_codes = np.empty(n_blocks, np.uint8)
     other_codes = np.empty(n_blocks, np.uint8)
+    block_squares = np.empty(BLOCK, np.float64)
     low_errors = np.empty(n_blocks, np.float64)
     high_errors = np.empty(n_blocks, np.float64)
-    errors = np.zeros(LANES, np.float64)
-    signals = np.zeros(LANES, np.float64)
-    largest = np.zeros(LANES, np.float32)
+    squares = np.empty(K, np.float32)
+    errors = np.empty(K, np.float32)
+    measured[:] = 0
     largest_bits = uint32(0)
     for n in range(n_rows):
         row = weight[n]
-        magnitudes(row, mask, magnitude)
+        magnitudes(row, magnitude)
         block_maxima(magnitude, maxima)
-        to_float_bits(maxima[:n_blocks], widen, amax_bits)
-        largest_bits = max(largest_bits, maximum(amax_bits))
-        to_float_bits(magnitude, widen, value_bits)
-        _choose_scales(rule, amax_bits.view(np.float32), amax_bits, scale_codes)
+        row_bits = uint32(row_maximum(maxima[:n_blocks], scratch)) << widen(maxima)
+        largest_bits = max(largest_bits, row_bits)
+        _choose_scales(rule, maxima, scale_codes)
         if rule == MSE:
             for b in range(n_blocks):
                 other_codes[b] = min(scale_codes[b] + 1, 254)
-            _squared_errors(magnitude, value, scale_codes, thresholds, scale_values, codes, decoded, low_errors)
-            _squared_errors(magnitude, value, other_codes, thresholds, scale_values, codes, decoded, high_errors)
+            _squared_errors(magnitude, scale_codes, thresholds, table, codes, decoded, block_squares, low_errors)
+            _squared_errors(magnitude, other_codes, thresholds, table, codes, decoded, block_squares, high_errors)
             for b in range(n_blocks):
                 if high_errors[b] < low_errors[b]:
                     scale_codes[b] = other_codes[b]
         _encode(magnitude, scale_codes, thresholds, codes)
-        _decode(codes, scale_codes, scale_values, decoded)
-        add_errors(value, decoded, errors, signals, largest)
-        _add_signs(row, 12 if widen else 28, codes)
+        _decode(codes, scale_codes, table, decoded)
+        unit = row_unit(row_bits)
+        add_errors(magnitude, decoded, unit, squares, errors, measured)
+        _add_signs(row, codes)
         if tiled:
             _pack(codes.view(np.uint32), packed)
             _store_tiled(n, packed.view(np.uint64), scale_codes, weight_out.view(np.uint64), scale_out, scale_pitch)
         else:
             _pack(codes.view(np.uint32), weight_out[n * (K // 2) : (n + 1) * (K // 2)])
             scale_out[n * scale_pitch : n * scale_pitch + n_blocks] = scale_codes
-    measured[0] = fold_lanes(errors)
-    measured[1] = fold_lanes(signals)
-    measured[2] = largest.max()
     return largest_bits

@@ -1,24 +1,55 @@
 """Steps on one row that both formats share: magnitudes, maxima, and the error of a decoded row.
 
 A weight comes as its bits, int16 for BF16 and int32 for F32. Clearing the sign bit gives an integer
-that orders like the magnitude, and shifting it left by ``widen`` (16 or 0) gives float32 bits.
-Each step is a plain loop over arrays that LLVM turns into vector code; keep them apart, for in one
-large function it gives up (too many arrays that might overlap).
+that orders like the magnitude, and shifting it left by ``widen(array)`` (16 or 0) gives float32 bits.
+The shift follows from the array's type, so that it is a constant when LLVM sees it.
+Each step is a plain loop over two or three arrays, which LLVM turns into vector code wherever it is
+inlined; with more arrays it gives up, for too many might overlap. Sums add halves onto halves, an
+order that no vector width changes, so that they have the same bits on every machine.
 """
 
 import numpy as np
-from numba import float32, float64, njit, uint32
+from llvmlite import ir
+from numba import float32, float64, njit, types, uint32
+from numba.extending import intrinsic
 
 JIT = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 
-# The lanes of an error sum. Each adds up its own columns, whatever the vector width of the machine,
-# so that the sums have the same bits everywhere.
-LANES = 32
+@intrinsic
+def as_float(typing_context, bits):
+    """The float32 with the given uint32 bits."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return float32(types.uint32), generate
+
+
+@intrinsic
+def as_bits(typing_context, value):
+    """The uint32 bits of a float32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def widen(typing_context, array):
+    """How far the array's elements are shifted left to become float32 bits; a constant of its type."""
+    shift = 32 - array.dtype.bitwidth
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(ir.IntType(32), shift)
+
+    return types.uint32(array), generate
 
 
 @njit(**JIT)
-def magnitudes(row, mask, out):
+def magnitudes(row, out):
     """out[k] = row[k] without its sign bit."""
+    mask = row.dtype.type(uint32(0x7FFFFFFF) >> widen(row))
     for k in range(row.shape[0]):
         out[k] = row[k] & mask
 
@@ -40,55 +71,65 @@ def block_maxima(magnitude, out):
 
 
 @njit(**JIT)
-def maximum(magnitude):
-    """The largest element of a row."""
-    lanes = np.zeros(LANES, magnitude.dtype)
-    n_whole = magnitude.shape[0] // LANES
-    for b in range(n_whole):
-        for j in range(LANES):
-            x = magnitude[b * LANES + j]
-            lanes[j] = x if x > lanes[j] else lanes[j]
-    for k in range(n_whole * LANES, magnitude.shape[0]):
-        x = magnitude[k]
-        lanes[0] = x if x > lanes[0] else lanes[0]
-    return lanes.max()
+def row_maximum(row, scratch):
+    """The largest element of a row; ``scratch`` is another row of its type."""
+    n = row.shape[0]
+    half = n // 2
+    for k in range(half):
+        x = row[k]
+        y = row[half + k]
+        scratch[k] = x if x > y else y
+    last = row[n - 1]
+    while half > 1:
+        n = half
+        half = n // 2
+        last = max(last, scratch[n - 1])
+        for k in range(half):
+            x = scratch[k]
+            y = scratch[half + k]
+            scratch[k] = x if x > y else y
+    return max(last, scratch[0]) if row.shape[0] > 1 else last
 
 
 @njit(**JIT)
-def to_float_bits(magnitude, widen, out):
-    """out[k] = float32 bits of the magnitude."""
-    for k in range(magnitude.shape[0]):
-        out[k] = uint32(magnitude[k]) << uint32(widen)
-
-
-@njit(**JIT)
-def add_errors(value, decoded, errors, signals, largest):
-    """Add a row's squared errors and squares to the lanes, and keep the largest |error| of each.
-
-    value, decoded: float32 [K]; their difference is taken in float32, its square in float64.
-    """
-    n_whole = value.shape[0] // LANES
-    for b in range(n_whole):
-        for j in range(LANES):
-            x = value[b * LANES + j]
-            error = abs(x - decoded[b * LANES + j])
-            largest[j] = error if error > largest[j] else largest[j]
-            errors[j] += float64(error) * float64(error)
-            signals[j] += float64(x) * float64(x)
-    for k in range(n_whole * LANES, value.shape[0]):
-        j = k - n_whole * LANES
-        error = abs(value[k] - decoded[k])
-        largest[j] = error if error > largest[j] else largest[j]
-        errors[j] += float64(error) * float64(error)
-        signals[j] += float64(value[k]) * float64(value[k])
-
-
-@njit(**JIT)
-def fold_lanes(lanes):
-    """The sum of the lanes, upper half onto lower half until one is left."""
-    n = lanes.shape[0]
+def row_sum(row):
+    """The sum of a row, upper half added onto lower half until one is left; overwrites the row."""
+    n = row.shape[0]
     while n > 1:
-        n //= 2
-        for j in range(n):
-            lanes[j] += lanes[j + n]
-    return lanes[0]
+        half = n // 2
+        if n % 2:
+            row[0] += row[n - 1]
+        for k in range(half):
+            row[k] += row[half + k]
+        n = half
+    return row[0]
+
+
+@njit(**JIT)
+def row_unit(largest_bits):
+    """A power of two near the row's largest magnitude: squares of the quotients keep in range."""
+    exponent = min(max(largest_bits >> uint32(23), uint32(1)), uint32(253))
+    return as_float(uint32(exponent) << uint32(23))
+
+
+@njit(**JIT)
+def add_errors(magnitude, decoded, unit, squares, errors, measured):
+    """Add a row's squared errors and squares to measured[0] and [1]; measured[2] is the largest error.
+
+    magnitude, decoded: bits that become float32 bits when shifted left by ``widen``.
+    squares, errors: float32 scratch rows. Squares are summed in float32 in units of ``unit`` squared
+    and over the rows in float64.
+    """
+    per_unit = float32(1.0) / unit
+    for k in range(magnitude.shape[0]):
+        x = as_float(uint32(magnitude[k]) << widen(magnitude)) * per_unit
+        squares[k] = x * x
+    measured[1] += float64(row_sum(squares)) * (float64(unit) * float64(unit))
+    for k in range(magnitude.shape[0]):
+        x = as_float(uint32(magnitude[k]) << widen(magnitude))
+        errors[k] = abs(x - as_float(uint32(decoded[k]) << widen(decoded)))
+    for k in range(magnitude.shape[0]):
+        error = errors[k] * per_unit
+        squares[k] = error * error
+    measured[0] += float64(row_sum(squares)) * (float64(unit) * float64(unit))
+    measured[2] = max(measured[2], float64(row_maximum(errors, squares)))

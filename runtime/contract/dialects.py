@@ -114,9 +114,12 @@ def quantization_config(manifest: Manifest) -> dict[str, Any] | None:
 
 
 def sglang_ignore_list(manifest: Manifest) -> list[str]:
-    """Return both spellings of the linears that SGLang would quantize but that were left alone."""
+    """Return both spellings of the linears that SGLang would quantize but that were left alone.
+
+    A linear without a name there (prefix "") gets its own spelling alone: "" would match everything.
+    """
     named = {module: prefix for module, prefix in manifest.unquantized_linears.items() if prefix is not None}
-    return sorted({*named, *named.values()})
+    return sorted({*named, *filter(None, named.values())})
 
 
 def _mxfp4_config(manifest: Manifest) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""``convert-ckpt``: options -> one call -> a line that says the result."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convert.options import Options
+from convert.preset import preset_names
+from runtime.contract.dialects import DIALECTS
+from runtime.contract.errors import CheckpointError, UsageError
+from runtime.contract.formats import GRANULARITIES, LAYOUTS, SCALE_RULES, WEIGHT_FORMATS
+from runtime.version import VERSION
+
+_EPILOG = """\b
+Examples:
+  convert-ckpt FLUX.1-dev/transformer OUT --format mxfp4
+  convert-ckpt FLUX.1-dev OUT --format mxfp4 --dry-run
+  convert-ckpt Z-Image-Turbo/transformer OUT --format fp8
+  convert-ckpt Qwen3-8B OUT --format mxfp4 --layout plain --ignore "*.down_proj"
+
+A run that was stopped is continued by the same command. Look at the result with
+run-ckpt inspect OUT, check it with run-ckpt verify OUT --source SOURCE."""
+
+
+def _default_workers() -> int:
+    return min(8, (os.cpu_count() or 1) + 1)
+
+
+def _print_completion(context: click.Context, _: click.Parameter, shell: str | None) -> None:
+    if shell:
+        from click.shell_completion import get_completion_class
+
+        completion = get_completion_class(shell)
+        assert completion is not None
+        click.echo(completion(context.command, {}, "convert-ckpt", "_CONVERT_CKPT_COMPLETE").source())
+        context.exit()
+
+
+@click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path), required=False)
+@click.option("--format", "format_", type=click.Choice(WEIGHT_FORMATS), required=True, help="Format of linear weights.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="aiter", show_default=True, help="MXFP4 byte order.")
+@click.option(
+    "--granularity", type=click.Choice(GRANULARITIES), default="tensor", show_default=True, help="Reach of an FP8 scale."
+)
+@click.option(
+    "--scale-rule", type=click.Choice(SCALE_RULES), default="even", show_default=True, help="How MXFP4 picks a scale."
+)
+@click.option("--dialect", type=click.Choice(DIALECTS), help="Consumer's vocabulary.  [default: by format and model]")
+@click.option("--preset", type=click.Choice(preset_names()), help="Model facts.  [default: by the class in config.json]")
+@click.option("--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TOML file of rules.")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep matching modules as they are. Repeatable.")
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Activation ranges for static FP8: safetensors with <layer>.input_amax.",
+)
+@click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")
+@click.option("--workers", type=click.IntRange(1, 64), default=_default_workers, help="Threads.  [default: cores + 1]")
+@click.option("--quiet", is_flag=True, help="Print errors alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON on standard output.")
+@click.option(
+    "--completion",
+    type=click.Choice(["bash", "zsh", "fish"]),
+    is_eager=True,
+    expose_value=False,
+    callback=_print_completion,
+    help="Print the shell's completion script.",
+)
+@click.version_option(VERSION, prog_name="convert-ckpt")
+def cli(**arguments: Any) -> None:
+    """Convert the checkpoint SOURCE to MXFP4 or FP8 and write it to the folder OUTPUT.
+
+    SOURCE is a folder with config.json and safetensors shards, a pipeline folder (each transformer* in
+    it is converted), or one .safetensors file. It is never changed. OUTPUT appears complete or not at all.
+    """
+    options = Options(
+        format=arguments["format_"],
+        **{name: arguments[name] for name in _OPTION_NAMES},
+    )
+    source, output = arguments["source"], arguments["output"]
+    if arguments["dry_run"]:
+        _show_plan(source, output, options, as_json=arguments["as_json"])
+    elif output is None:
+        raise click.UsageError("Missing argument 'OUTPUT' (only --dry-run goes without).")
+    else:
+        _convert(source, output, options, arguments)
+
+
+_OPTION_NAMES = (
+    "layout",
+    "granularity",
+    "scale_rule",
+    "dialect",
+    "preset",
+    "recipe",
+    "ignore",
+    "calibration",
+    "allow_unaligned_k",
+)
+
+
+def _show_plan(source: Path, output: Path | None, options: Options, *, as_json: bool) -> None:
+    from convert.pipeline import check_output, plan_checkpoint
+    from convert.plan_view import plan_json, plan_text
+
+    jobs = plan_checkpoint(source, options)
+    if output is not None:
+        check_output(source, output, jobs)
+    if as_json:
+        click.echo(json.dumps(plan_json(jobs), indent=1))
+    else:
+        for job in jobs:
+            click.echo("\n".join(plan_text(job)))
+
+
+def _convert(source: Path, output: Path, options: Options, arguments: dict[str, Any]) -> None:
+    from convert.pipeline import convert_checkpoint
+    from convert.progress import choose_progress
+
+    quiet, as_json = arguments["quiet"], arguments["as_json"]
+    with choose_progress(quiet=quiet or as_json) as progress:
+        summary = convert_checkpoint(
+            source, output, options, n_workers=arguments["workers"], restart=arguments["restart"], progress=progress
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+    elif not quiet:
+        click.echo(str(summary))
+
+
+def main() -> None:
+    """Run the command. Exit 0: done; 1: the conversion can't be done; 2: wrong usage; 130: stopped."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UsageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (CheckpointError, OSError) as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; the same command goes on from here.", err=True)
+        sys.exit(130)
