@@ -47,13 +47,19 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
 @click.option("--format", "format_", type=click.Choice(WEIGHT_FORMATS), required=True, help="Format of linear weights.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="aiter", show_default=True, help="MXFP4 byte order.")
 @click.option(
-    "--granularity", type=click.Choice(GRANULARITIES), default="tensor", show_default=True, help="Reach of an FP8 scale."
+    "--granularity",
+    type=click.Choice(GRANULARITIES),
+    default="tensor",
+    show_default=True,
+    help="Reach of an FP8 scale.",
 )
 @click.option(
     "--scale-rule", type=click.Choice(SCALE_RULES), default="even", show_default=True, help="How MXFP4 picks a scale."
 )
 @click.option("--dialect", type=click.Choice(DIALECTS), help="Consumer's vocabulary.  [default: by format and model]")
-@click.option("--preset", type=click.Choice(preset_names()), help="Model facts.  [default: by the class in config.json]")
+@click.option(
+    "--preset", type=click.Choice(preset_names()), help="Model facts.  [default: by the class in config.json]"
+)
 @click.option("--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TOML file of rules.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep matching modules as they are. Repeatable.")
 @click.option(

@@ -1,8 +1,6 @@
 """Run a plan's slabs on worker threads: read, hash, quantize, write; shards finish as they fill up."""
 
-import hashlib
 import math
-import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -25,8 +23,9 @@ from convert.quantize import (
     quantize_mxfp4,
     weight_bits,
 )
+from convert.reader import ShardReader
 from convert.work import Slab, list_slabs, scale_group, sqnr_db
-from runtime.contract.errors import CheckpointError, NonFiniteError
+from runtime.contract.errors import NonFiniteError
 from runtime.contract.folder import Shard
 from runtime.contract.manifest import INPUT_SCALE
 from runtime.contract.writer import ShardWriter
@@ -64,7 +63,7 @@ class Engine:
         self._files = {file.name: file for file in plan.files if file.name not in finished}
         self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
         self._slabs = list_slabs(plan, set(finished), set(self._amax))
-        self._sources = {shard.name: _SourceShard(shard) for shard in shards}
+        self._sources = {shard.name: ShardReader(shard) for shard in shards}
         self._fused = _fused_places(plan)
 
         self._lock = threading.Lock()
@@ -88,8 +87,8 @@ class Engine:
         largest = max((slab.nbytes for slab in self._slabs), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
         with (
-            ThreadPoolExecutor(3, thread_name_prefix="flush") as background,
-            ThreadPoolExecutor(1, thread_name_prefix="finish") as finisher,
+            ThreadPoolExecutor(4, thread_name_prefix="flush") as background,
+            ThreadPoolExecutor(2, thread_name_prefix="finish") as finisher,
         ):
             self._background, self._finisher = background, finisher
             for source in self._sources.values():
@@ -149,7 +148,7 @@ class Engine:
         source.read(raw, slab.tensor.stored.offset + slab.start)
         if slab.turn is not None:
             self._wait_until(lambda: self._next_turn[slab.tensor.shard] == slab.turn)
-            source.digest.update(raw)
+            source.digest.update(raw.data)
             with self._changed:
                 self._next_turn[slab.tensor.shard] += 1
                 self._changed.notify_all()
@@ -212,7 +211,7 @@ class Engine:
 
     def _check_finite(self, tensor: TensorPlan, largest: int) -> None:
         if not is_finite(largest):
-            raise NonFiniteError(self._sources[tensor.shard].describe_nonfinite(tensor))
+            raise NonFiniteError(self._sources[tensor.shard].describe_nonfinite(tensor.stored))
 
     def _count_down(self, name: str) -> None:
         with self._lock:
@@ -235,49 +234,6 @@ class Engine:
         except BaseException as error:
             self._fail(error)
             raise
-
-
-class _SourceShard:
-    """An open source shard and the hash of its bytes so far."""
-
-    def __init__(self, shard: Shard):
-        self._shard = shard
-        self.digest = hashlib.sha256(shard.header.data)
-
-    def open(self) -> None:
-        self._fd = os.open(self._shard.path, os.O_RDONLY)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def read(self, out: np.ndarray, offset: int) -> None:
-        """Fill ``out`` from byte ``offset`` of the file."""
-        view = memoryview(out)
-        while view:
-            n_read = os.preadv(self._fd, [view], offset)
-            if n_read == 0:
-                raise CheckpointError(f"{self._shard.name}: ended at byte {offset} while it was read. Fetch it again.")
-            view, offset = view[n_read:], offset + n_read
-
-    def describe(self) -> dict[str, Any]:
-        return {"nbytes": self._shard.header.file_nbytes, "sha256": self.digest.hexdigest()}
-
-    def describe_nonfinite(self, tensor: TensorPlan) -> str:
-        """Name the first element of a weight that is NaN or infinite."""
-        N, K = tensor.spec.shape
-        row = np.empty(tensor.spec.nbytes // N, np.uint8)
-        for n in range(N):
-            self.read(row, tensor.stored.offset + n * row.nbytes)
-            bits = weight_bits(row, tensor.spec.dtype, K)
-            values = (bits.view(np.uint16).astype(np.uint32) << 16 if tensor.spec.dtype == "BF16" else bits).view(np.float32)[0]
-            if not np.isfinite(values).all():
-                k = int(np.argmin(np.isfinite(values)))
-                return (
-                    f"{self._shard.name}: {tensor.spec.name}[{n}, {k}] is {values[k]}: no code stands for it."
-                    " Repair the source, or keep this layer with --ignore."
-                )
-        raise AssertionError("a non-finite weight was reported, but all its rows are finite")
 
 
 def _group(slab: Slab) -> str:

@@ -56,7 +56,9 @@ def guard(spec: TensorSpec, scheme: Scheme, naming: str, *, allow_unaligned_k: b
         return f"N = {N} is not a multiple of {MXFP4_N_MULTIPLE}"
     multiple = _k_multiple(scheme, allow_unaligned_k)
     if K % multiple:
-        hint = " (see --allow-unaligned-k)" if multiple == MXFP4_K_MULTIPLE and K % MXFP4_UNALIGNED_K_MULTIPLE == 0 else ""
+        hint = (
+            " (see --allow-unaligned-k)" if multiple == MXFP4_K_MULTIPLE and K % MXFP4_UNALIGNED_K_MULTIPLE == 0 else ""
+        )
         return f"K = {K} is not a multiple of {multiple}{hint}"
     return None
 

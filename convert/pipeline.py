@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ class Summary:
 
 def plan_checkpoint(source_path: Path, options: Options) -> list[Job]:
     """Return a planned job for every component. Raises with all faults of all of them together."""
-    jobs, problems, usage_errors = [], [], []
+    jobs: list[Job] = []
+    problems: list[str] = []
+    usage_errors: list[UsageError] = []
     for name, path in find_components(source_path).items():
         try:
             source = open_source(path)
@@ -80,12 +82,13 @@ def convert_checkpoint(
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped."""
     started = time.monotonic()
     jobs = plan_checkpoint(source_path, options)
-    check_output(source_path, output, jobs)
+    if not Staging(output).is_published():
+        check_output(source_path, output, jobs)
     n_resumed = 0
     with Staging(output) as staging:
         staging.adopt(_fingerprint(jobs, options), restart=restart)
-        for job in jobs:
-            n_resumed += _convert_job(job, staging, n_workers, progress)
+        if not staging.is_published():
+            n_resumed = sum(_convert_job(job, staging, n_workers, progress) for job in jobs)
         staging.publish()
     return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from convert.calibration import calibration_faults, input_scales, read_calibration
 from convert.guards import guard, in_numbered_block, linear_module, reason_not_linear
+from convert.model import Model, choose_dialect, dialect_faults
 from convert.options import Options
 from convert.preset import GENERIC, Preset, find_preset, load_preset
 from convert.recipe import (
@@ -22,12 +23,9 @@ from convert.recipe import (
     read_recipe,
     unmatched_rules,
 )
-from convert.sglang_names import overmatched, sglang_prefix
+from convert.sglang_names import overmatched
 from convert.source import Source
 from runtime.contract.dialects import (
-    DIALECT_SCHEMES,
-    STATIC_DIALECTS,
-    default_dialect,
     header_metadata,
     scale_shape,
     tensor_names,
@@ -89,23 +87,6 @@ class Plan:
         return sum(file.header.file_nbytes for file in self.files)
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What the planning steps share: the source's linears and what is known of its class."""
-
-    source: Source
-    options: Options
-    preset: Preset
-    linears: dict[str, TensorSpec]
-
-    @property
-    def naming(self) -> str:
-        return self.source.naming if self.source.config else self.preset.naming
-
-    def prefixes(self, modules: Mapping[str, object]) -> dict[str, str | None]:
-        return {module: sglang_prefix(module, self.preset, self.linears) for module in sorted(modules)}
-
-
 def make_plan(source: Source, options: Options) -> Plan:
     """Return the plan for one component.
 
@@ -115,11 +96,11 @@ def make_plan(source: Source, options: Options) -> Plan:
     preset, rules = _choose_rules(source, options)
     specs = [tensor.spec for _, tensor in source.folder.tensors()]
     linears = {module: spec for spec in specs if (module := linear_module(spec))}
-    model = _Model(source, options, preset, linears)
+    model = Model(source, options, preset, linears)
     fates, groups = _choose_fates(model, rules)
-    dialect = _choose_dialect(model, fates)
+    dialect = choose_dialect(model, fates)
     layers = _make_layers(model, fates, groups, dialect)
-    problems = _dialect_faults(model, fates, layers, dialect)
+    problems = dialect_faults(model, fates, layers, dialect)
     scales: dict[str, np.float32] = {}
     if options.calibration:
         calibration = read_calibration(options.calibration)
@@ -148,7 +129,7 @@ def _choose_rules(source: Source, options: Options) -> tuple[Preset, list[Rule]]
     return preset, [*ignore_rules(options.ignore), *recipe_rules, *preset_rules(preset)]
 
 
-def _choose_fates(model: _Model, rules: list[Rule]) -> tuple[dict[str, Fate], tuple[FusedGroup, ...]]:
+def _choose_fates(model: Model, rules: list[Rule]) -> tuple[dict[str, Fate], tuple[FusedGroup, ...]]:
     missing = unmatched_rules(model.linears, rules)
     if missing:
         raise UsageError(
@@ -163,7 +144,7 @@ def _choose_fates(model: _Model, rules: list[Rule]) -> tuple[dict[str, Fate], tu
     return fates, tuple(group for group in groups if fates[group.members[0]].format != KEEP)
 
 
-def _guarded(model: _Model, module: str, fate: Fate) -> Fate:
+def _guarded(model: Model, module: str, fate: Fate) -> Fate:
     if fate.format == KEEP:
         return fate
     if model.preset.name == GENERIC and not in_numbered_block(module):
@@ -177,27 +158,8 @@ def _guarded(model: _Model, module: str, fate: Fate) -> Fate:
     return Fate(KEEP, reason) if reason else fate
 
 
-def _choose_dialect(model: _Model, fates: Mapping[str, Fate]) -> str:
-    options = model.options
-    mixed = len({fate.format for fate in fates.values()} - {KEEP}) > 1
-    static = options.calibration is not None
-    if static and (mixed or options.format != "fp8" or options.granularity != "tensor"):
-        raise UsageError("--calibration: static activations exist for --format fp8 --granularity tensor alone.")
-    scheme = options.scheme(options.format)
-    dialect = options.dialect or ("mxfp4" if mixed else default_dialect(scheme, model.naming, static=static))
-    if static != (dialect in STATIC_DIALECTS):
-        fix = "give --calibration FILE" if not static else f"leave --dialect out or say {STATIC_DIALECTS[0]}"
-        raise UsageError(f"--dialect {dialect}: its activations are {'dynamic' if static else 'static'}; {fix}.")
-    if mixed and dialect != "mxfp4":
-        raise UsageError(f"--dialect {dialect}: can't say that some layers are mxfp4 and some fp8. Use --dialect mxfp4.")
-    if scheme not in DIALECT_SCHEMES[dialect]:
-        known = "; ".join(map(str, DIALECT_SCHEMES[dialect]))
-        raise UsageError(f"--dialect {dialect}: can't say {scheme}. It can say: {known}.")
-    return dialect
-
-
 def _make_layers(
-    model: _Model, fates: Mapping[str, Fate], groups: tuple[FusedGroup, ...], dialect: str
+    model: Model, fates: Mapping[str, Fate], groups: tuple[FusedGroup, ...], dialect: str
 ) -> dict[str, Layer]:
     group_of = {member: group.name for group in groups for member in group.members}
     layers = {}
@@ -228,31 +190,7 @@ def _with_input_scale(layer: Layer) -> Layer:
     return replace(layer, tensors={**layer.tensors, INPUT_SCALE: f"{layer.module}.{INPUT_SCALE}"})
 
 
-def _dialect_faults(model: _Model, fates: Mapping[str, Fate], layers: Mapping[str, Layer], dialect: str) -> list[str]:
-    faults = []
-    if dialect in ("fp8", "modelopt") and not model.preset.sglang_ignores:
-        kept = {module: fate for module, fate in fates.items() if fate.format == KEEP}
-        for module, prefix in model.prefixes(kept).items():
-            if prefix is not None:
-                faults.append(
-                    f"{module}: would stay {model.linears[module].dtype} ({fates[module].reason}), but SGLang gives the"
-                    f" linears of {model.source.class_name} no names, so it would cast this one to FP8 with scale 1.0"
-                    " and say nothing. Quantize it, or use --dialect mxfp4."
-                )
-    if dialect == "rowwise":
-        renamed = [module for module, prefix in model.prefixes(layers).items() if prefix not in (module, None)]
-        if not model.preset.rowwise or renamed:
-            what = f"{renamed[0]} has another name there" if renamed else f"preset {model.preset.name} has other names there"
-            faults.append(
-                f"dialect rowwise: SGLang can't match it ({what}). Use --granularity tensor or block,"
-                " or --dialect compressed-tensors."
-            )
-    return faults
-
-
-def _make_tensors(
-    source: Source, layers: Mapping[str, Layer], fates: Mapping[str, Fate]
-) -> tuple[TensorPlan, ...]:
+def _make_tensors(source: Source, layers: Mapping[str, Layer], fates: Mapping[str, Fate]) -> tuple[TensorPlan, ...]:
     tensors = []
     for shard, stored in source.folder.tensors():
         module = linear_module(stored.spec)
@@ -262,7 +200,7 @@ def _make_tensors(
 
 
 def _make_manifest(
-    model: _Model,
+    model: Model,
     rules: list[Rule],
     dialect: str,
     layers: dict[str, Layer],

@@ -81,9 +81,7 @@ def fp8_scales(amax_bits: np.ndarray) -> np.ndarray:
     return scales
 
 
-def quantize_mxfp4(
-    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch
-) -> tuple[list[Piece], Errors, int]:
+def quantize_mxfp4(bits: np.ndarray, layer: Layer, row: int, scratch: Scratch) -> tuple[list[Piece], Errors, int]:
     """Return pieces, errors and the largest magnitude of rows ``row``.. of an MXFP4 layer."""
     from convert.kernels.mxfp4 import RULE_IDS, make_tables, quantize_slab
 
@@ -143,4 +141,3 @@ def _fp8_tile(layer: Layer, n_rows: int) -> tuple[int, int]:
     if layer.granularity == "block":
         return FP8_BLOCK_SIZE, FP8_BLOCK_SIZE
     return (1 if layer.granularity == "channel" else n_rows), layer.K
-

@@ -11,7 +11,19 @@ from runtime.contract.folder import INDEX_SUFFIX, SUFFIX, TensorFolder, read_fol
 
 CONFIG_NAME = "config.json"
 # Weights in other containers and other variants are not carried along.
-_WEIGHT_SUFFIXES = (SUFFIX, INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5", ".index.json")
+_WEIGHT_SUFFIXES = (
+    SUFFIX,
+    INDEX_SUFFIX,
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".msgpack",
+    ".h5",
+    ".index.json",
+)
 _LARGEST_SIDE_FILE_NBYTES = 64 * 2**20
 _QUANTIZED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _QUANTIZED_NAMES = re.compile(
@@ -19,7 +31,9 @@ _QUANTIZED_NAMES = re.compile(
     r"|weight_quantizer\..*|SCB|quant_state\..*)"
 )
 # Hub cache folders: models--ORG--NAME/snapshots/REVISION[/component]
-_HUB_CACHE = re.compile(r"models--(?P<org>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(?P<rest>(/.*)?)$")
+_HUB_CACHE = re.compile(
+    r"models--(?P<org>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(?P<rest>(/.*)?)$"
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,8 @@ class Source:
     def class_name(self) -> str | None:
         """The diffusers class, or transformers' first architecture."""
         config = self.config or {}
-        architectures = config.get("architectures") or [None]
-        return config.get("_class_name") or architectures[0]
+        names = [config.get("_class_name"), *(config.get("architectures") or [])]
+        return next((str(name) for name in names if name), None)
 
     @property
     def naming(self) -> str:

@@ -63,8 +63,8 @@ class Staging:
                     f" {'; '.join(differences)}. Repeat that command to finish it, or add --restart to throw it away."
                 )
         else:
+            self.result.mkdir()
             write_durably(path, json.dumps(fingerprint, indent=1, sort_keys=True))
-        self.result.mkdir(exist_ok=True)
 
     def read_records(self, component: str) -> dict[str, dict[str, Any]]:
         """Return file name -> record of the finished files of a component."""
@@ -77,11 +77,16 @@ class Staging:
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / f"{file_name}.json", json.dumps(record, sort_keys=True))
 
+    def is_published(self) -> bool:
+        """True where a run got as far as renaming the result and was stopped before cleaning up."""
+        return (self.folder / _FINGERPRINT).exists() and not self.result.exists() and self.output.exists()
+
     def publish(self) -> None:
         """Rename the result to OUTPUT and remove the rest."""
-        sync_folder(self.result)
-        os.rename(self.result, self.output)
-        sync_folder(self.output.parent)
+        if not self.is_published():
+            sync_folder(self.result)
+            self.result.rename(self.output)
+            sync_folder(self.output.parent)
         shutil.rmtree(self.folder)
 
 

@@ -12,6 +12,9 @@ from runtime.contract.header import DTYPE_BITS
 # Large enough to hide the cost of a call, small enough to stay in a core's share of cache and RAM.
 SLAB_NBYTES = 8 * 2**20
 
+# A shard is hashed by one thread at a time (1.8 GB/s here); several at once keep more cores busy.
+SHARDS_AT_ONCE = 4
+
 Action = Literal["copy", "quantize", "scan", "encode"]
 
 
@@ -44,35 +47,67 @@ def scale_group(tensor: TensorPlan) -> str | None:
 def list_slabs(plan: Plan, finished: set[str], known_groups: set[str]) -> list[Slab]:
     """Return the slabs of all output files that are not ``finished``, in reading order.
 
-    Shard by shard and by offset, so that a shard's bytes pass by once and in order; the encoding of a
-    scale group follows the scan of its last member. known_groups: groups whose amax is known.
+    Each shard's bytes pass by once and in order; the encoding of a scale group follows the scan of
+    its last member, so that whoever waits for a scan waits for a slab that was taken before.
+    known_groups: groups whose amax is known from an earlier run.
     """
     output_of = {shard: file.name for file in plan.files for shard in file.source_shards}
     members: dict[str, list[TensorPlan]] = {}
     for tensor in plan.tensors:
-        group = scale_group(tensor)
-        if group:
+        if group := scale_group(tensor):
             members.setdefault(group, []).append(tensor)
-    wanted = {g: any(output_of[t.shard] not in finished for t in tensors) for g, tensors in members.items()}
-    slabs: list[Slab] = []
-    turns: dict[str, int] = {}
+    rescanned = {
+        group
+        for group, tensors in members.items()
+        if group not in known_groups and any(output_of[tensor.shard] not in finished for tensor in tensors)
+    }
+    by_shard: dict[str, list[Slab]] = {}
     for tensor in plan.tensors:
+        slabs = by_shard.setdefault(tensor.shard, [])
         output = output_of[tensor.shard]
         group = scale_group(tensor)
         if output not in finished:
             action: Action = "copy" if tensor.layer is None else "scan" if group else "quantize"
-            for slab in _cut(action, tensor):
-                turn = turns.get(tensor.shard, 0)
-                turns[tensor.shard] = turn + 1
-                slabs.append(Slab(*slab, turn, output))
-        elif group and wanted[group] and group not in known_groups:
-            slabs += [Slab(*slab, None, None) for slab in _cut("scan", tensor)]
-        if group and tensor is members[group][-1]:
-            for member in members[group]:
-                member_output = output_of[member.shard]
-                if member_output not in finished:
-                    slabs += [Slab(*slab, None, member_output) for slab in _cut("encode", member)]
-    return slabs
+            slabs += [Slab(*cut, len(slabs) + i, output) for i, cut in enumerate(_cut(action, tensor))]
+        elif group in rescanned:
+            slabs += [Slab(*cut, None, None) for cut in _cut("scan", tensor)]
+    unfinished = {
+        group: [tensor for tensor in tensors if output_of[tensor.shard] not in finished]
+        for group, tensors in members.items()
+    }
+    encodes = {
+        group: [Slab(*cut, None, output_of[t.shard]) for t in tensors for cut in _cut("encode", t)]
+        for group, tensors in unfinished.items()
+    }
+    return _with_encodes(_interleave(list(by_shard.values())), encodes)
+
+
+def _interleave(lists: list[list[Slab]]) -> list[Slab]:
+    """Merge by taking turns among ``SHARDS_AT_ONCE`` lists; one that ends makes room for the next."""
+    waiting = [iter(slabs) for slabs in lists]
+    active = [waiting.pop(0) for _ in range(min(SHARDS_AT_ONCE, len(waiting)))]
+    merged = []
+    while active:
+        for slabs in list(active):
+            slab = next(slabs, None)
+            if slab is not None:
+                merged.append(slab)
+            else:
+                active.remove(slabs)
+                active += [waiting.pop(0)] if waiting else []
+    return merged
+
+
+def _with_encodes(slabs: list[Slab], encodes: dict[str, list[Slab]]) -> list[Slab]:
+    """Insert the encoding slabs of each group right after its last scan."""
+    last_scan = {scale_group(slab.tensor): i for i, slab in enumerate(slabs) if slab.action == "scan"}
+    merged = []
+    for i, slab in enumerate(slabs):
+        merged.append(slab)
+        group = scale_group(slab.tensor)
+        if group and last_scan.get(group) == i:
+            merged += encodes[group]
+    return merged
 
 
 def _cut(action: Action, tensor: TensorPlan) -> Iterator[tuple[Action, TensorPlan, int, int, int]]:
@@ -86,10 +121,6 @@ def _cut(action: Action, tensor: TensorPlan) -> Iterator[tuple[Action, TensorPla
     for start in range(0, max(nbytes, 1), step):
         row = start // row_nbytes if row_nbytes else 0
         yield action, tensor, start, min(step, nbytes - start), row
-
-
-def largest_slab_nbytes(slabs: list[Slab]) -> int:
-    return max((slab.nbytes for slab in slabs), default=0)
 
 
 def sqnr_db(squared_signal: float, squared_error: float) -> float | None:

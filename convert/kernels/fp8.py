@@ -5,13 +5,13 @@ or 128 x 128.
 """
 
 import numpy as np
-from numba import float32, njit, uint8, uint32
+from numba import float32, uint8, uint32
 
 from convert.kernels.rows import (
-    JIT,
     add_errors,
     as_bits,
     as_float,
+    compiled,
     magnitudes,
     row_maximum,
     row_unit,
@@ -28,7 +28,7 @@ _DROPPED_BITS = 20
 _REBIAS = (127 - 7) << 3
 
 
-@njit(**JIT)
+@compiled
 def tile_maxima(weight, tile_rows, tile_cols, out_bits):
     """out_bits[i, j] = float32 bits of the largest magnitude of tile (i, j).
 
@@ -46,7 +46,7 @@ def tile_maxima(weight, tile_rows, tile_cols, out_bits):
             out_bits[n // tile_rows, tile] = max(out_bits[n // tile_rows, tile], bits)
 
 
-@njit(**JIT)
+@compiled
 def _encode(magnitude, scale, codes, decoded):
     """codes[k] = E4M3 code of magnitude / scale, at most 448; decoded[k] = float32 bits of its value."""
     for k in range(magnitude.shape[0]):
@@ -63,13 +63,13 @@ def _encode(magnitude, scale, codes, decoded):
         decoded[k] = as_bits((value if is_normal else shifted - float32(_SUBNORMAL_SHIFTER)) * scale)
 
 
-@njit(**JIT)
+@compiled
 def _add_signs(row, codes):
     for k in range(row.shape[0]):
         codes[k] |= uint8(0x80) if row[k] < 0 else uint8(0)
 
 
-@njit(**JIT)
+@compiled
 def encode_slab(weight, scales, tile_rows, tile_cols, out, measured):
     """Write the E4M3 codes of the rows of ``weight`` to ``out`` uint8 [n, K].
 

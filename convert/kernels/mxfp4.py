@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numba import float32, float64, int16, njit, uint8, uint32
+from numba import float32, float64, int16, uint8, uint32
 
 from convert.kernels.rows import (
-    JIT,
     add_errors,
     as_bits,
     as_float,
     block_maxima,
+    compiled,
     magnitudes,
     row_maximum,
     row_sum,
@@ -65,7 +65,7 @@ def _magnitude_bits(values: np.ndarray, shift: int) -> np.ndarray:
         return values.astype(np.float32).view(np.int32) >> shift
 
 
-@njit(**JIT)
+@compiled
 def _choose_scales(rule, maxima, scale_codes):
     """scale_codes[b] from the block maxima; see runtime/contract/scales.py."""
     if rule == ROUNDUP:
@@ -81,7 +81,7 @@ def _choose_scales(rule, maxima, scale_codes):
             scale_codes[b] = uint32(254) if exponent >= uint32(255) else code
 
 
-@njit(**JIT)
+@compiled
 def _encode(magnitude, scale_codes, thresholds, codes):
     """codes[k] = E2M1 code of |w[k]| against its block's scale."""
     for b in range(scale_codes.shape[0]):
@@ -106,7 +106,7 @@ def _encode(magnitude, scale_codes, thresholds, codes):
             )
 
 
-@njit(**JIT)
+@compiled
 def _decode(codes, scale_codes, table, decoded):
     """decoded[k] = magnitude bits of the code's value.
 
@@ -133,7 +133,7 @@ def _decode(codes, scale_codes, table, decoded):
                 decoded[b * BLOCK + j] = bits if c >= one else integer(0)
 
 
-@njit(**JIT)
+@compiled
 def _squared_errors(magnitude, scale_codes, thresholds, table, codes, decoded, squares, errors):
     """errors[b] = sum of squared errors of block b, float64, by halves."""
     _encode(magnitude, scale_codes, thresholds, codes)
@@ -146,13 +146,13 @@ def _squared_errors(magnitude, scale_codes, thresholds, table, codes, decoded, s
         errors[b] = row_sum(squares)
 
 
-@njit(**JIT)
+@compiled
 def _add_signs(row, codes):
     for k in range(row.shape[0]):
         codes[k] |= int16(8) if row[k] < 0 else int16(0)
 
 
-@njit(**JIT)
+@compiled
 def _pack(code_pairs, packed):
     """packed[i] = low nibble of pair i's first code, high nibble its second."""
     for i in range(packed.shape[0]):
@@ -160,7 +160,7 @@ def _pack(code_pairs, packed):
         packed[i] = uint8(pair | (pair >> uint32(12)))
 
 
-@njit(**JIT)
+@compiled
 def _store_tiled(n, packed_words, scale_codes, weight_words, scale_out, scale_pitch):
     """Put row n's bytes where contract.layouts.AITER_WEIGHT and AITER_SCALE want them.
 
@@ -177,7 +177,7 @@ def _store_tiled(n, packed_words, scale_codes, weight_words, scale_out, scale_pi
         scale_out[base + (b // 8) * 256 + (b % 4) * 64 + ((b % 8) // 4) * 2] = scale_codes[b]
 
 
-@njit(**JIT)
+@compiled
 def quantize_slab(weight, thresholds, table, rule, tiled, weight_out, scale_out, scale_pitch, measured):
     """Quantize the rows of ``weight``; return the float32 bits of the largest magnitude.
 

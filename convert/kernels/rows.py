@@ -8,12 +8,19 @@ inlined; with more arrays it gives up, for too many might overlap. Sums add halv
 order that no vector width changes, so that they have the same bits on every machine.
 """
 
-import numpy as np
 from llvmlite import ir
 from numba import float32, float64, njit, types, uint32
 from numba.extending import intrinsic
 
-JIT = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+
+def compiled(function):
+    """Compile without the interpreter lock; keep the machine code on disk for the next start.
+
+    The code on disk is renewed when the file of the outermost function changes: after editing this
+    file alone, remove convert/kernels/__pycache__.
+    """
+    return njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
+
 
 @intrinsic
 def as_float(typing_context, bits):
@@ -46,7 +53,7 @@ def widen(typing_context, array):
     return types.uint32(array), generate
 
 
-@njit(**JIT)
+@compiled
 def magnitudes(row, out):
     """out[k] = row[k] without its sign bit."""
     mask = row.dtype.type(uint32(0x7FFFFFFF) >> widen(row))
@@ -54,7 +61,7 @@ def magnitudes(row, out):
         out[k] = row[k] & mask
 
 
-@njit(**JIT)
+@compiled
 def block_maxima(magnitude, out):
     """out[b] = the largest of magnitude[32 b : 32 b + 32]; pairs, pairs of pairs, ..."""
     n = magnitude.shape[0] // 2
@@ -70,7 +77,7 @@ def block_maxima(magnitude, out):
             out[k] = x if x > y else y
 
 
-@njit(**JIT)
+@compiled
 def row_maximum(row, scratch):
     """The largest element of a row; ``scratch`` is another row of its type."""
     n = row.shape[0]
@@ -91,7 +98,7 @@ def row_maximum(row, scratch):
     return max(last, scratch[0]) if row.shape[0] > 1 else last
 
 
-@njit(**JIT)
+@compiled
 def row_sum(row):
     """The sum of a row, upper half added onto lower half until one is left; overwrites the row."""
     n = row.shape[0]
@@ -105,14 +112,14 @@ def row_sum(row):
     return row[0]
 
 
-@njit(**JIT)
+@compiled
 def row_unit(largest_bits):
     """A power of two near the row's largest magnitude: squares of the quotients keep in range."""
     exponent = min(max(largest_bits >> uint32(23), uint32(1)), uint32(253))
     return as_float(uint32(exponent) << uint32(23))
 
 
-@njit(**JIT)
+@compiled
 def add_errors(magnitude, decoded, unit, squares, errors, measured):
     """Add a row's squared errors and squares to measured[0] and [1]; measured[2] is the largest error.
 

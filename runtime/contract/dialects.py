@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.contract.formats import FP8_BLOCK_SIZE, MXFP4_BLOCK_SIZE
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from runtime.contract.header import PT_METADATA
+from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from runtime.contract.manifest import MANIFEST_NAME, SCHEMA_VERSION, WEIGHT, WEIGHT_SCALE, Manifest
 
 PRIVATE_KEY = "convert_ckpt"

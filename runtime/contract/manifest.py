@@ -11,7 +11,6 @@ from runtime.contract.formats import (
     AITER_TARGET_ARCH,
     E2M1_TIE_RULE,
     E8M0_BIAS,
-    FP8_BLOCK_SIZE,
     MXFP4_BLOCK_SIZE,
     NIBBLE_ORDER,
 )

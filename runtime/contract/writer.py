@@ -36,7 +36,7 @@ class ShardWriter:
 
     def write(self, name: str, offset: int, data: np.ndarray) -> None:
         """Write ``data`` (contiguous) at byte ``offset`` of tensor ``name``."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data.data).cast("B")
         _write_all(self._fd, view, self._places[name].offset + offset)
         with self._lock:
             self._unflushed += len(view)
@@ -52,7 +52,7 @@ class ShardWriter:
         if self._flush:
             self._flush.result()
         os.close(self._fd)
-        os.replace(self._part, self._path)
+        self._part.replace(self._path)
         sync_folder(self._path.parent)
         return self._nbytes, digest
 

@@ -1,0 +1,62 @@
+"""A source shard, read slab by slab into buffers that the caller reuses."""
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+
+from convert.quantize import weight_bits
+from runtime.contract.errors import CheckpointError
+from runtime.contract.folder import Shard
+from runtime.contract.header import StoredTensor
+
+
+class ShardReader:
+    """A source shard to read, and the hash of the bytes that passed in order.
+
+    ``digest`` holds the header; the owner adds every slab once, by rising offset.
+    """
+
+    def __init__(self, shard: Shard):
+        self._shard = shard
+        self.digest = hashlib.sha256(shard.header.data)
+
+    def open(self) -> None:
+        """Open the file, read-only."""
+        self._fd = os.open(self._shard.path, os.O_RDONLY)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def read(self, out: np.ndarray, offset: int) -> None:
+        """Fill ``out`` from byte ``offset`` of the file."""
+        view = memoryview(out.data)
+        while view:
+            n_read = os.preadv(self._fd, [view], offset)
+            if n_read == 0:
+                raise CheckpointError(f"{self._shard.name}: ended at byte {offset} while it was read. Fetch it again.")
+            view, offset = view[n_read:], offset + n_read
+
+    def describe(self) -> dict[str, Any]:
+        """Return the file's size in bytes and SHA-256, once all of it has passed."""
+        return {"nbytes": self._shard.header.file_nbytes, "sha256": self.digest.hexdigest()}
+
+    def describe_nonfinite(self, tensor: StoredTensor) -> str:
+        """Name the first element of a weight that is NaN or infinite."""
+        N, K = tensor.spec.shape
+        row = np.empty(tensor.spec.nbytes // N, np.uint8)
+        for n in range(N):
+            self.read(row, tensor.offset + n * row.nbytes)
+            bits = weight_bits(row, tensor.spec.dtype, K)
+            values = (bits.view(np.uint16).astype(np.uint32) << 16 if tensor.spec.dtype == "BF16" else bits).view(
+                np.float32
+            )[0]
+            if not np.isfinite(values).all():
+                k = int(np.argmin(np.isfinite(values)))
+                return (
+                    f"{self._shard.name}: {tensor.spec.name}[{n}, {k}] is {values[k]}: no code stands for it."
+                    " Repair the source, or keep this layer with --ignore."
+                )
+        raise AssertionError("a non-finite weight was reported, but all its rows are finite")

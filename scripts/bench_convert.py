@@ -1,0 +1,232 @@
+"""Measure a conversion against plainly reading and writing the same bytes, in one run.
+
+Builds a synthetic BF16 checkpoint, then times, for each format and for a cold and a warm page
+cache, (a) a loop that reads the input and writes as many bytes as the conversion does, with fsync, and
+(b) the real `convert-ckpt` command, start-up included. Prints both, their ratio and the peak memory.
+A second table compares the kernels with np.copyto of the same bytes.
+
+    python scripts/bench_convert.py [--gib 4] [--folder DIR] [--repeats 3]
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from runtime.contract.header import TensorSpec, build_header
+
+CHUNK_NBYTES = 8 * 2**20
+GIB = 2**30
+
+
+@click.command()
+@click.option("--gib", default=4.0, show_default=True, help="Size of the synthetic checkpoint.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to build it.  [default: a temporary folder]")
+@click.option("--repeats", default=3, show_default=True, help="Runs of each kind; the table shows medians.")
+def main(gib: float, folder: Path | None, repeats: int) -> None:
+    """Print the tables."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        work = Path(name)
+        source = work / "source"
+        make_checkpoint(source, int(gib * GIB))
+        Console().print(bench_end_to_end(source, work, repeats))
+    Console().print(bench_kernels())
+
+
+def make_checkpoint(folder: Path, nbytes: int) -> None:
+    """Write four shards of random BF16 linear weights; the first holds one tensor of a quarter of all."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "BenchTransformer2DModel"}))
+    shard_nbytes = nbytes // 4
+    weight_map = {}
+    noise = random_bf16(CHUNK_NBYTES)
+    for number in range(4):
+        file_name = f"diffusion_pytorch_model-{number + 1:05}-of-00004.safetensors"
+        K = 4096 * (4 if number == 0 else 1)
+        n_tensors = 1 if number == 0 else 8
+        N = shard_nbytes // n_tensors // K // 2 // 256 * 256
+        specs = [TensorSpec(f"blocks.{number * 8 + i}.proj.weight", "BF16", (N, K)) for i in range(n_tensors)]
+        weight_map.update({spec.name: file_name for spec in specs})
+        header = build_header(specs)
+        with open(folder / file_name, "wb") as file:
+            file.write(header.data)
+            for offset in range(len(header.data), header.file_nbytes, CHUNK_NBYTES):
+                file.write(noise[: min(CHUNK_NBYTES, header.file_nbytes - offset)])
+            os.fsync(file.fileno())
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def random_bf16(nbytes: int) -> bytes:
+    """Return normally distributed BF16 values, standard deviation 0.02."""
+    values = np.random.default_rng(0).standard_normal(nbytes // 2, np.float32) * np.float32(0.02)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def bench_end_to_end(source: Path, work: Path, repeats: int) -> Table:
+    """Return a table of wall times against the plain copy."""
+    table = Table(title=f"end to end, {source_nbytes(source) / GIB:.3g} GiB of BF16, medians of {repeats}")
+    for column in ("format", "page cache", "read + write", "convert-ckpt", "ratio", "peak memory"):
+        table.add_column(column, justify="left" if column in ("format", "page cache") else "right")
+    for weight_format in ("mxfp4", "fp8"):
+        nbytes_out = convert(source, work / "out", weight_format)[1]
+        for cache in ("cold", "warm"):
+            prepare = drop_cache if cache == "cold" else warm_cache
+            plain, ours, ratios, peaks = [], [], [], []
+            for _ in range(repeats):
+                prepare(source)
+                plain.append(plain_copy(source, work / "copy", nbytes_out))
+                prepare(source)
+                seconds, _, peak = convert(source, work / "out", weight_format)
+                ours.append(seconds)
+                ratios.append(seconds / plain[-1])
+                peaks.append(peak)
+            table.add_row(
+                weight_format,
+                cache,
+                f"{statistics.median(plain):.2f} s",
+                f"{statistics.median(ours):.2f} s",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                f"{max(peaks) / 2**20:.0f} MiB",
+            )
+    return table
+
+
+def source_nbytes(source: Path) -> int:
+    return sum(path.stat().st_size for path in source.glob("*.safetensors"))
+
+
+def convert(source: Path, output: Path, weight_format: str) -> tuple[float, int, int]:
+    """Run the command; return seconds, bytes written and peak resident bytes."""
+    command = ["convert-ckpt", str(source), str(output), "--format", weight_format, "--quiet"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        sys.exit(f"{' '.join(command)}: failed")
+    nbytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    shutil.rmtree(output)
+    return seconds, nbytes, usage.ru_maxrss * 1024
+
+
+def plain_copy(source: Path, target: Path, nbytes_out: int) -> float:
+    """Read every byte of the shards and write ``nbytes_out`` of them; return seconds."""
+    share = nbytes_out / source_nbytes(source)
+    buffer = bytearray(CHUNK_NBYTES)
+    started = time.perf_counter()
+    with open(target, "wb", buffering=0) as out:
+        for path in sorted(source.glob("*.safetensors")):
+            with open(path, "rb", buffering=0) as file:
+                while n_read := file.readinto(buffer):
+                    out.write(memoryview(buffer)[: int(n_read * share)])
+        os.fsync(out.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds
+
+
+def drop_cache(source: Path) -> None:
+    """Make the kernel forget the shards."""
+    os.sync()
+    for path in source.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def warm_cache(source: Path) -> None:
+    """Read the shards once."""
+    os.sync()
+    buffer = bytearray(CHUNK_NBYTES)
+    for path in source.glob("*.safetensors"):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def bench_kernels() -> Table:
+    """Return a table of kernel speeds in bytes of BF16 input, as shares of np.copyto."""
+    from convert.kernels import fp8, mxfp4
+
+    rows, K, n_threads = 2048, 4096, os.cpu_count() or 1
+    weights = [np.frombuffer(random_bf16(rows * K * 2), np.int16).reshape(rows, K) for _ in range(n_threads)]
+    tables = mxfp4.make_tables(np.dtype(np.int16))
+    scales = np.full((1, 1), 1e-3, np.float32)
+
+    def copy(weight: np.ndarray) -> Callable[[], object]:
+        target = np.ones_like(weight)
+        return lambda: np.copyto(target, weight)
+
+    def quantize(rule: str, tiled: bool) -> Callable[[np.ndarray], Callable[[], object]]:
+        def bind(weight: np.ndarray) -> Callable[[], object]:
+            packed, codes, sums = np.ones(rows * K // 2, np.uint8), np.ones(rows * K // 32, np.uint8), np.zeros(3)
+            return lambda: mxfp4.quantize_slab(
+                weight,
+                tables.thresholds,
+                tables.decoded,
+                mxfp4.RULE_IDS[rule],
+                tiled,
+                packed,
+                codes,
+                K // 32,
+                sums,
+            )
+
+        return bind
+
+    def scan(weight: np.ndarray) -> Callable[[], object]:
+        out = np.ones((1, 1), np.uint32)
+        return lambda: fp8.tile_maxima(weight, rows, K, out)
+
+    def encode(weight: np.ndarray) -> Callable[[], object]:
+        codes, sums = np.ones((rows, K), np.uint8), np.zeros(3)
+        return lambda: fp8.encode_slab(weight, scales, rows, K, codes, sums)
+
+    kernels = {
+        "np.copyto": copy,
+        "mxfp4 even, aiter": quantize("even", True),
+        "mxfp4 even, plain": quantize("even", False),
+        "mxfp4 mse, aiter": quantize("mse", True),
+        "fp8 amax": scan,
+        "fp8 encode": encode,
+    }
+    table = Table(title=f"kernels, {n_threads} threads, errors measured in the same pass")
+    table.add_column("kernel")
+    table.add_column("BF16 input", justify="right")
+    table.add_column("of np.copyto", justify="right")
+    base = 0.0
+    for name, kernel in kernels.items():
+        speed = best_speed([kernel(weight) for weight in weights], rows * K * 2)
+        base = base or speed
+        table.add_row(name, f"{speed / 1e9:.2f} GB/s", f"{speed / base:.2f}")
+    return table
+
+
+def best_speed(calls: list[Callable[[], object]], nbytes: int, n_rounds: int = 20) -> float:
+    """Return bytes per second of all calls run side by side, the best of ``n_rounds``."""
+    best = 0.0
+    for _ in range(n_rounds):
+        threads = [threading.Thread(target=call) for call in calls]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, nbytes * len(calls) / (time.perf_counter() - started))
+    return best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""A run that was stopped goes on: same bytes, unfinished shards alone, and only if nothing changed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from convert.engine import Engine
+from convert.staging import Staging
+from runtime.contract.errors import CheckpointError, PartialRunError
+from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
+
+COMMAND = "import sys; from convert.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Four shards; the q, k and v of each block lie in different ones."""
+    shards = [
+        {
+            f"model.layers.{layer}.self_attn.{name}.weight": random_weight(256, 1024, seed=10 * layer + shard)
+            for layer in range(4)
+            for name in (["q_proj"], ["k_proj"], ["v_proj"], ["o_proj"])[shard]
+        }
+        for shard in range(4)
+    ]
+    return save_checkpoint(tmp_path / "in", shards, {"architectures": ["LlamaForCausalLM"]})
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def stop_after(n_files: int, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
+    """Run until ``n_files`` shards are recorded, then fail."""
+    write_record = Staging.write_record
+
+    def write_then_stop(self: Staging, component: str, file_name: str, record: dict[str, object]) -> None:
+        write_record(self, component, file_name, record)
+        if len(self.read_records(component)) >= n_files:
+            raise StoppedError
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(Staging, "write_record", write_then_stop)
+        convert(source, output, 1, **options)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("n_files", [1, 2, 3])
+@pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
+def test_a_stopped_run_goes_on_with_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int, weight_format: str
+) -> None:
+    monkeypatch.setattr("convert.work.SHARDS_AT_ONCE", 1)
+    convert(source, tmp_path / "whole", format=weight_format)
+    stop_after(n_files, source, tmp_path / "out", monkeypatch, format=weight_format)
+    summary = convert(source, tmp_path / "out", format=weight_format)
+    assert summary.n_files_resumed >= n_files
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_finished_shards_are_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convert.work.SHARDS_AT_ONCE", 1)
+    stop_after(2, source, tmp_path / "out", monkeypatch, format="mxfp4")
+    done = set(Staging(tmp_path / "out").read_records("root"))
+    read: set[str] = set()
+    process = Engine._process
+
+    def spy(self: Engine, slab: object, scratch: object) -> None:
+        read.add(slab.tensor.shard)  # type: ignore[attr-defined]
+        process(self, slab, scratch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Engine, "_process", spy)
+    convert(source, tmp_path / "out", format="mxfp4")
+    assert not read & done
+
+
+def test_other_options_are_refused_with_the_way_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(1, source, tmp_path / "out", monkeypatch, format="mxfp4")
+    with pytest.raises(PartialRunError, match=r"options.scale_rule was 'even', now 'mse'.*--restart"):
+        convert(source, tmp_path / "out", format="mxfp4", scale_rule="mse")
+
+
+def test_a_changed_source_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(1, source, tmp_path / "out", monkeypatch, format="mxfp4")
+    shard = source / "model-00003-of-00004.safetensors"
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(PartialRunError, match=r"model-00003-of-00004.safetensors.mtime_ns was"):
+        convert(source, tmp_path / "out", format="mxfp4")
+
+
+def test_restart_throws_the_partial_result_away(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(1, source, tmp_path / "out", monkeypatch, format="mxfp4")
+    convert(source, tmp_path / "out", format="fp8", restart=True)
+    convert(source, tmp_path / "whole", format="fp8")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_two_runs_never_share_a_folder(source: Path, tmp_path: Path) -> None:
+    with Staging(tmp_path / "out"), pytest.raises(CheckpointError, match="another run is at work"):
+        convert(source, tmp_path / "out", format="mxfp4")
+
+
+def test_a_run_killed_between_publishing_and_cleaning_up_is_finished_by_the_same_command(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_: Path) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr("convert.staging.shutil.rmtree", die)
+        convert(source, tmp_path / "out", format="mxfp4")
+    assert (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", format="mxfp4")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
+def test_kill_9_at_any_moment_loses_nothing(source: Path, tmp_path: Path, weight_format: str) -> None:
+    convert(source, tmp_path / "whole", format=weight_format)
+    output = tmp_path / "out"
+    command = [sys.executable, "-c", COMMAND, str(source), str(output), "--format", weight_format, "--quiet"]
+    moments = random.Random(0)
+    for _ in range(6):
+        process = subprocess.Popen(command)
+        time.sleep(moments.uniform(0.2, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if output.exists():
+            break
+        assert not (output / "quantization_manifest.json").exists()
+    if not output.exists():
+        subprocess.run(command, check=True)
+    assert folder_bytes(output) == folder_bytes(tmp_path / "whole")
+
+
+def test_the_fingerprint_names_no_path_of_this_machine(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(1, source, tmp_path / "out", monkeypatch, format="mxfp4")
+    text = (tmp_path / "out.partial" / "fingerprint.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["options"]["format"] == "mxfp4"
