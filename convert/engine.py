@@ -24,7 +24,7 @@ from convert.quantize import (
     weight_bits,
 )
 from convert.reader import ShardReader
-from convert.work import Slab, list_slabs, scale_group, sqnr_db
+from convert.work import Slab, fused_places, list_slabs, scale_group, sqnr_db, still_finished
 from runtime.contract.errors import NonFiniteError
 from runtime.contract.folder import Shard
 from runtime.contract.manifest import INPUT_SCALE
@@ -60,11 +60,12 @@ class Engine:
         self._folder = folder
         self._on_file = on_file
         self._on_bytes = on_bytes
-        self._files = {file.name: file for file in plan.files if file.name not in finished}
+        done = still_finished(plan, set(finished))
+        self._files = {file.name: file for file in plan.files if file.name not in done}
         self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
-        self._slabs = list_slabs(plan, set(finished), set(self._amax))
+        self._slabs = list_slabs(plan, done, set(self._amax))
         self._sources = {shard.name: ShardReader(shard) for shard in shards}
-        self._fused = _fused_places(plan)
+        self._fused = {name: place for name, place in fused_places(plan).items() if place.file in self._files}
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -72,7 +73,7 @@ class Engine:
         self._next_turn: Counter[str] = Counter()
         self._failure: BaseException | None = None
         self._unscanned = Counter(_group(slab) for slab in self._slabs if slab.action == "scan")
-        self._unfinished = Counter(slab.output for slab in self._slabs if slab.output)
+        self._unfinished = Counter(name for slab in self._slabs for name in slab.outputs)
         self._errors: defaultdict[str, list[Errors]] = defaultdict(list)
         self._writers: dict[str, ShardWriter] = {}
         self._finishing: list[Future[None]] = []
@@ -159,8 +160,8 @@ class Engine:
         else:
             self._quantize(slab, raw, scratch)
         self._on_bytes(_progress(slab))
-        if slab.output:
-            self._count_down(slab.output)
+        for name in slab.outputs:
+            self._count_down(name)
 
     def _scan(self, slab: Slab, raw: np.ndarray) -> None:
         assert slab.tensor.layer is not None
@@ -196,11 +197,10 @@ class Engine:
 
     def _write(self, slab: Slab, name: str, offset: int, data: np.ndarray) -> None:
         """Write to the tensor, and to the fused tensor that repeats it if there is one."""
-        assert slab.output is not None
-        self._writer(slab.output).write(name, offset, data)
+        self._writer(slab.outputs[0]).write(name, offset, data)
         if name in self._fused:
-            output, fused_name, base = self._fused[name]
-            self._writer(output).write(fused_name, base + offset, data)
+            place = self._fused[name]
+            self._writer(place.file).write(place.tensor, place.offset + offset, data)
 
     def _writer(self, name: str) -> ShardWriter:
         with self._lock:
@@ -252,16 +252,3 @@ def _measure(errors: list[Errors]) -> dict[str, Any]:
     signal = math.fsum(part.squared_signal for part in errors)
     error = math.fsum(part.squared_error for part in errors)
     return {"sqnr_db": sqnr_db(signal, error), "max_abs_error": max(part.largest for part in errors)}
-
-
-def _fused_places(plan: Plan) -> dict[str, tuple[str, str, int]]:
-    """Return scale tensor -> (file, fused tensor, byte offset in it) for every fused scale."""
-    file_of = {stored.spec.name: file.name for file in plan.files for stored in file.header.tensors}
-    places = {}
-    for fused in plan.manifest.fused_scales.values():
-        offset = 0
-        for member in fused.members:
-            spec = plan.manifest.layers[member].specs()[fused.role]
-            places[spec.name] = (file_of[fused.spec.name], fused.spec.name, offset)
-            offset += spec.nbytes
-    return places

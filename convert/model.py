@@ -8,7 +8,7 @@ from convert.preset import Preset
 from convert.recipe import KEEP, Fate
 from convert.sglang_names import sglang_prefix
 from convert.source import Source
-from runtime.contract.dialects import DIALECT_SCHEMES, STATIC_DIALECTS, default_dialect
+from runtime.contract.dialects import DIALECT_SCHEMES, STATIC_DIALECTS, TENSOR_FP8, default_dialect
 from runtime.contract.errors import UsageError
 from runtime.contract.header import TensorSpec
 from runtime.contract.manifest import Layer
@@ -36,12 +36,13 @@ class Model:
 def choose_dialect(model: Model, fates: Mapping[str, Fate]) -> str:
     """Return --dialect, or the default for these formats. Raises UsageError where it can't say them."""
     options = model.options
-    mixed = len({fate.format for fate in fates.values()} - {KEEP}) > 1
+    formats = sorted({fate.format for fate in fates.values()} - {KEEP}) or [options.format]
+    mixed = len(formats) > 1
+    schemes = [options.scheme(weight_format) for weight_format in formats]
     static = options.calibration is not None
-    if static and (mixed or options.format != "fp8" or options.granularity != "tensor"):
+    if static and schemes != [TENSOR_FP8]:
         raise UsageError("--calibration: static activations exist for --format fp8 --granularity tensor alone.")
-    scheme = options.scheme(options.format)
-    dialect = options.dialect or ("mxfp4" if mixed else default_dialect(scheme, model.naming, static=static))
+    dialect = options.dialect or ("mxfp4" if mixed else default_dialect(schemes[0], model.naming, static=static))
     if static != (dialect in STATIC_DIALECTS):
         fix = "give --calibration FILE" if not static else f"leave --dialect out or say {STATIC_DIALECTS[0]}"
         raise UsageError(f"--dialect {dialect}: its activations are {'dynamic' if static else 'static'}; {fix}.")
@@ -49,9 +50,10 @@ def choose_dialect(model: Model, fates: Mapping[str, Fate]) -> str:
         raise UsageError(
             f"--dialect {dialect}: can't say that some layers are mxfp4 and some fp8. Use --dialect mxfp4."
         )
-    if scheme not in DIALECT_SCHEMES[dialect]:
-        known = "; ".join(map(str, DIALECT_SCHEMES[dialect]))
-        raise UsageError(f"--dialect {dialect}: can't say {scheme}. It can say: {known}.")
+    known = DIALECT_SCHEMES[dialect]
+    for scheme in schemes:
+        if scheme not in known:
+            raise UsageError(f"--dialect {dialect}: can't say {scheme}. It can say: {'; '.join(map(str, known))}.")
     return dialect
 
 

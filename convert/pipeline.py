@@ -19,6 +19,7 @@ from convert.staging import Staging
 from runtime.contract.durable import hash_path, write_durably
 from runtime.contract.errors import CheckpointError, ProblemsError, UsageError
 from runtime.contract.manifest import MANIFEST_NAME, Manifest
+from runtime.contract.units import format_nbytes
 from runtime.version import VERSION
 
 # Room for the small files beside the shards.
@@ -98,14 +99,6 @@ def check_output(source_path: Path, output: Path, jobs: list[Job]) -> None:
     problems = _output_faults(source_path, output) + _disk_faults(jobs, Staging(output))
     if problems:
         raise ProblemsError("nothing was written", problems)
-
-
-def format_nbytes(nbytes: int) -> str:
-    """Return a size in decimal units, three digits: "12.3 GB"."""
-    value, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
 
 
 def _output_faults(source_path: Path, output: Path) -> list[str]:

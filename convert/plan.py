@@ -78,6 +78,10 @@ class Plan:
     input_scales: dict[str, np.float32]
     warnings: tuple[str, ...]
 
+    def file_of_tensors(self) -> dict[str, str]:
+        """Return output tensor -> name of its file."""
+        return {stored.spec.name: file.name for file in self.files for stored in file.header.tensors}
+
     @property
     def source_nbytes(self) -> int:
         return sum(tensor.spec.nbytes for tensor in self.tensors)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from convert.pipeline import Job, format_nbytes
+from convert.pipeline import Job
 from convert.plan import TensorPlan
+from runtime.contract.units import format_nbytes
 
 
 @dataclass(frozen=True)

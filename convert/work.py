@@ -24,7 +24,8 @@ class Slab:
 
     copy and quantize read and write; a per-tensor FP8 weight is read twice, to scan its amax and to
     encode it. ``turn`` numbers the slabs that together are all bytes of a source shard, in order; it
-    is None for a second reading. ``output`` is the output file, None if only the scan is needed.
+    is None for a second reading. ``outputs`` are the files it writes to, its own first: none if only the
+    scan is needed, two where another file repeats its scale.
     """
 
     action: Action
@@ -33,7 +34,36 @@ class Slab:
     nbytes: int
     row: int
     turn: int | None
-    output: str | None
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FusedPlace:
+    """Where a scale is repeated: at byte ``offset`` of the fused ``tensor`` in ``file``."""
+
+    file: str
+    tensor: str
+    offset: int
+
+
+def fused_places(plan: Plan) -> dict[str, FusedPlace]:
+    """Return scale tensor -> the place that repeats it (manifest.fused_scales)."""
+    file_of = plan.file_of_tensors()
+    places = {}
+    for fused in plan.manifest.fused_scales.values():
+        offset = 0
+        for member in fused.members:
+            spec = plan.manifest.layers[member].specs()[fused.role]
+            places[spec.name] = FusedPlace(file_of[fused.spec.name], fused.spec.name, offset)
+            offset += spec.nbytes
+    return places
+
+
+def still_finished(plan: Plan, finished: set[str]) -> set[str]:
+    """Return the finished files less those that have yet to repeat a scale in an unfinished one."""
+    file_of = plan.file_of_tensors()
+    owing = {file_of[name] for name, place in fused_places(plan).items() if place.file not in finished}
+    return finished - owing
 
 
 def scale_group(tensor: TensorPlan) -> str | None:
@@ -52,6 +82,13 @@ def list_slabs(plan: Plan, finished: set[str], known_groups: set[str]) -> list[S
     known_groups: groups whose amax is known from an earlier run.
     """
     output_of = {shard: file.name for file in plan.files for shard in file.source_shards}
+    places = fused_places(plan)
+
+    def outputs(tensor: TensorPlan) -> tuple[str, ...]:
+        names = tensor.layer.tensors.values() if tensor.layer else ()
+        repeated = [places[name].file for name in names if name in places and places[name].file not in finished]
+        return tuple(dict.fromkeys([output_of[tensor.shard], *repeated]))
+
     members: dict[str, list[TensorPlan]] = {}
     for tensor in plan.tensors:
         if group := scale_group(tensor):
@@ -64,19 +101,18 @@ def list_slabs(plan: Plan, finished: set[str], known_groups: set[str]) -> list[S
     by_shard: dict[str, list[Slab]] = {}
     for tensor in plan.tensors:
         slabs = by_shard.setdefault(tensor.shard, [])
-        output = output_of[tensor.shard]
         group = scale_group(tensor)
-        if output not in finished:
+        if output_of[tensor.shard] not in finished:
             action: Action = "copy" if tensor.layer is None else "scan" if group else "quantize"
-            slabs += [Slab(*cut, len(slabs) + i, output) for i, cut in enumerate(_cut(action, tensor))]
+            slabs += [Slab(*cut, len(slabs) + i, outputs(tensor)) for i, cut in enumerate(_cut(action, tensor))]
         elif group in rescanned:
-            slabs += [Slab(*cut, None, None) for cut in _cut("scan", tensor)]
+            slabs += [Slab(*cut, None, ()) for cut in _cut("scan", tensor)]
     unfinished = {
         group: [tensor for tensor in tensors if output_of[tensor.shard] not in finished]
         for group, tensors in members.items()
     }
     encodes = {
-        group: [Slab(*cut, None, output_of[t.shard]) for t in tensors for cut in _cut("encode", t)]
+        group: [Slab(*cut, None, outputs(t)) for t in tensors for cut in _cut("encode", t)]
         for group, tensors in unfinished.items()
     }
     return _with_encodes(_interleave(list(by_shard.values())), encodes)

@@ -347,15 +347,15 @@ def _llm_inputs() -> dict[str, object]:
 
 
 _CASES = (
-    ModelCase("z-image", "z-image", _seeded(_z_image), _z_image_inputs, "1500KB"),
+    ModelCase("z-image", "z-image", _seeded(_z_image), _z_image_inputs, "3MB"),
     ModelCase("z-image-wide", "z-image", _seeded(_z_image_wide), _z_image_inputs),
-    ModelCase("flux1", "flux1", _seeded(_flux1), _flux1_inputs, "2MB"),
+    ModelCase("flux1", "flux1", _seeded(_flux1), _flux1_inputs, "1500KB"),
     ModelCase("flux2", "flux2", _seeded(_flux2), _flux2_inputs),
-    ModelCase("qwen-image", "qwen-image", _seeded(_qwen_image), _qwen_image_inputs, "2MB"),
+    ModelCase("qwen-image", "qwen-image", _seeded(_qwen_image), _qwen_image_inputs, "1500KB"),
     ModelCase("wan-2.2", "wan", _seeded(_wan_2_2), _wan_2_2_inputs, "1MB"),
     ModelCase("wan-2.1-i2v", "wan", _seeded(_wan_2_1_image_to_video), _wan_2_1_image_to_video_inputs),
     ModelCase("hunyuan-video", "hunyuan-video", _seeded(_hunyuan_video), _hunyuan_video_inputs, "2MB"),
-    ModelCase("ltx2", "ltx2", _seeded(_ltx2), _ltx2_inputs, "3MB"),
+    ModelCase("ltx2", "ltx2", _seeded(_ltx2), _ltx2_inputs, "1800KB"),
     ModelCase("llama", "dense-llm", _seeded(_llama), _llm_inputs, "600KB"),
     ModelCase("qwen3", "dense-llm", _seeded(_qwen3), _llm_inputs),
 )

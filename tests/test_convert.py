@@ -357,3 +357,30 @@ def test_wan_has_no_rowwise_dialect(tmp_path: Path, granularity: str) -> None:
     source = save_checkpoint(tmp_path / "in", [weights], {"_class_name": "WanTransformer3DModel"})
     with pytest.raises((ProblemsError, UsageError), match="rowwise"):
         convert(source, tmp_path / "out", format="fp8", granularity=granularity, dialect="rowwise")
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+def test_a_fused_scale_whose_members_lie_in_different_shards_is_whole_in_every_run(
+    tmp_path: Path, granularity: str
+) -> None:
+    names = ("w1", "w3")
+    shards = [{f"layers.{i}.feed_forward.{n}.weight": random_weight(256, 256, seed=i) for i in range(8)} for n in names]
+    source = save_checkpoint(tmp_path / "in", shards, Z_IMAGE_CONFIG)
+    scale = "weight_scale" if granularity == "tensor" else "weight_scale_inv"
+    for run in range(8):
+        convert(source, tmp_path / f"out{run}", 4, format="fp8", granularity=granularity)
+        output = load_all(tmp_path / f"out{run}")
+        manifest = read_manifest(tmp_path / f"out{run}")
+        for i in range(8):
+            parts = [output[f"layers.{i}.feed_forward.{name}.{scale}"] for name in names]
+            assert_bits_equal(output[f"layers.{i}.feed_forward.w13.{scale}"], torch.cat(parts))
+        for path in (tmp_path / f"out{run}").glob("*.safetensors"):
+            assert manifest.files[path.name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_mixed_formats_take_per_tensor_fp8_alone(llm: Path, tmp_path: Path, granularity: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rules]]\nmatch = "*.o_proj"\nformat = "fp8"\n')
+    with pytest.raises(UsageError, match=f"can't say --format fp8 --granularity {granularity}"):
+        convert(llm, tmp_path / "out", format="mxfp4", recipe=recipe, granularity=granularity)

@@ -150,3 +150,29 @@ def test_the_fingerprint_names_no_path_of_this_machine(
     text = (tmp_path / "out.partial" / "fingerprint.json").read_text()
     assert str(tmp_path) not in text
     assert json.loads(text)["options"]["format"] == "mxfp4"
+
+
+def z_image(folder: Path) -> Path:
+    """Return a checkpoint whose w1 and w3, one layer for SGLang, lie in different shards."""
+    shards = [
+        {f"layers.{i}.feed_forward.{name}.weight": random_weight(256, 1024, seed=i + j) for i in range(4)}
+        for j, name in enumerate(("w1", "w3"))
+    ]
+    return save_checkpoint(folder, shards, {"_class_name": "ZImageTransformer2DModel"})
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+@pytest.mark.parametrize("first_to_finish", [0, 1], ids=["owner first", "member first"])
+def test_a_scale_repeated_in_another_shard_survives_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str, first_to_finish: int
+) -> None:
+    source = z_image(tmp_path / "z")
+    options = {"format": "fp8", "granularity": granularity}
+    convert(source, tmp_path / "whole", **options)
+    stop_after(1, source, tmp_path / "out", monkeypatch, **options)
+    records = tmp_path / "out.partial" / "records" / "root"
+    other = sorted(records.glob("*.json"))[1 - first_to_finish :][:1] if len(list(records.iterdir())) > 1 else []
+    for path in other:
+        path.unlink()
+    convert(source, tmp_path / "out", **options)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
