@@ -100,7 +100,8 @@ def _summary_table(summary: Summary) -> Table:
         "made by": summary.tool,
         "format": f"{summary.format}, layout {summary.layout}, for {summary.target_arch} GPUs",
         "dialect": summary.dialect,
-        "size": f"{format_nbytes(summary.source_nbytes)} -> {format_nbytes(summary.output_nbytes)} ({saved:.2f} times smaller)",
+        "size": f"{format_nbytes(summary.source_nbytes)} -> {format_nbytes(summary.output_nbytes)}"
+        f" ({saved:.2f} times smaller)",
         "quantized": f"{summary.n_layers} of {summary.n_tensors} tensors, {summary.share_of_parameters:.1%} of the"
         " parameters",
         "SQNR": f"mean {_number(summary.mean_sqnr_db, '.2f')} dB, worst {_number(summary.worst_sqnr_db, '.2f')} dB"

@@ -1,0 +1,69 @@
+"""Real model classes, end to end: convert, verify, dequantize, load, run, compare."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convert.preset import preset_names
+from runtime.contract.manifest import read_manifest
+from runtime.dequantize import dequantize
+from runtime.progress import Silent
+from runtime.verify import verify_output
+from tests.bits import assert_bits_equal
+from tests.checkpoints import convert, load_all
+from tests.models import MODELS, ModelCase, run, save
+
+# Relative error of the output, root mean square. E2M1 keeps one mantissa bit (about 0.11 a weight),
+# E4M3 three (about 0.026); random networks of two blocks neither average much out nor blow it up.
+LARGEST_ERROR = {"mxfp4": 0.35, "fp8": 0.1}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Every model case once: its folder and its class with the BF16 output."""
+    built = {}
+    for name, case in MODELS.items():
+        folder = tmp_path_factory.mktemp(name) / "bf16"
+        model = case.build()
+        save(case, model, folder)
+        built[name] = (folder, (type(model), run(case, model)))
+    return built
+
+
+def reload(case: ModelCase, model_class: type, folder: Path) -> torch.nn.Module:
+    """Load a folder as its users do, and insist that nothing is missing or left over."""
+    options = {"torch_dtype": "auto"} if case.preset == "dense-llm" else {"torch_dtype": torch.bfloat16}
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[attr-defined]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model  # type: ignore[no-any-return]
+
+
+def test_every_preset_but_the_generic_one_has_a_real_model() -> None:
+    assert {case.preset for case in MODELS.values()} == set(preset_names()) - {"generic"}
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_convert_verify_dequantize_load_and_run(
+    sources: dict[str, tuple[Path, Any]], tmp_path: Path, name: str, weight_format: str
+) -> None:
+    case = MODELS[name]
+    source, (model_class, expected) = sources[name]
+    convert(source, tmp_path / "out", format=weight_format)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.recipe["preset"] == case.preset
+
+    (report,) = verify_output(tmp_path / "out", source, Silent())
+    assert report.faults == ()
+
+    dequantize(tmp_path / "out", tmp_path / "plain", dtype="bfloat16", progress=Silent())
+    original, plain = load_all(source), load_all(tmp_path / "plain")
+    assert plain.keys() == original.keys()
+    for tensor_name in manifest.kept:
+        assert_bits_equal(plain[tensor_name], original[tensor_name])
+    output = run(case, reload(case, model_class, tmp_path / "plain"))
+    error = ((output - expected).square().mean() / expected.square().mean()).sqrt().item()
+    assert 0 < error < LARGEST_ERROR[weight_format], f"{name} {weight_format}: relative error {error:.3f}"
