@@ -101,6 +101,7 @@ def quantize_mxfp4(bits: np.ndarray, layer: Layer, row: int, scratch: Scratch) -
         weight,
         scale,
         pitch,
+        True,
         measured,
     )
     pieces = [Piece(WEIGHT, row * K // 2, weight), Piece(WEIGHT_SCALE, row * pitch, scale)]

@@ -81,8 +81,8 @@ def encode_slab(weight, scales, tile_rows, tile_cols, out, measured):
     magnitude = np.empty(K, weight.dtype)
     scratch = np.empty(K, weight.dtype)
     decoded = np.empty(K, np.uint32)
-    squares = np.empty(K, np.float32)
-    errors = np.empty(K, np.float32)
+    values = np.empty(K, np.float32)
+    value_scratch = np.empty(K, np.float32)
     measured[:] = 0
     for n in range(n_rows):
         magnitudes(weight[n], magnitude)
@@ -90,5 +90,5 @@ def encode_slab(weight, scales, tile_rows, tile_cols, out, measured):
         for tile in range(scales.shape[1]):
             cols = slice(tile * tile_cols, min(K, (tile + 1) * tile_cols))
             _encode(magnitude[cols], scales[n // tile_rows, tile], out[n, cols], decoded[cols])
-        add_errors(magnitude, decoded, unit, squares, errors, measured)
+        add_errors(magnitude, decoded, unit, values, value_scratch, measured)
         _add_signs(weight[n], out[n])

@@ -134,16 +134,33 @@ def _decode(codes, scale_codes, table, decoded):
 
 
 @compiled
-def _squared_errors(magnitude, scale_codes, thresholds, table, codes, decoded, squares, errors):
+def _block_errors(magnitude, scale_codes, thresholds, table, codes, decoded, errors):
     """errors[b] = sum of squared errors of block b, float64, by halves."""
     _encode(magnitude, scale_codes, thresholds, codes)
     _decode(codes, scale_codes, table, decoded)
+    squares = np.empty(BLOCK, np.float64)
     for b in range(scale_codes.shape[0]):
         for j in range(BLOCK):
             x = as_float(uint32(magnitude[b * BLOCK + j]) << widen(magnitude))
             error = float64(x) - float64(as_float(uint32(decoded[b * BLOCK + j]) << widen(decoded)))
             squares[j] = error * error
         errors[b] = row_sum(squares)
+
+
+@compiled
+def _try_larger_scales(magnitude, thresholds, table, codes, decoded, scale_codes):
+    """Raise scale_codes[b] by one where that makes the block's squared error smaller."""
+    n_blocks = scale_codes.shape[0]
+    larger = np.empty(n_blocks, np.uint8)
+    errors = np.empty(n_blocks, np.float64)
+    larger_errors = np.empty(n_blocks, np.float64)
+    for b in range(n_blocks):
+        larger[b] = min(scale_codes[b] + 1, 254)
+    _block_errors(magnitude, scale_codes, thresholds, table, codes, decoded, errors)
+    _block_errors(magnitude, larger, thresholds, table, codes, decoded, larger_errors)
+    for b in range(n_blocks):
+        if larger_errors[b] < errors[b]:
+            scale_codes[b] = larger[b]
 
 
 @compiled
@@ -178,31 +195,28 @@ def _store_tiled(n, packed_words, scale_codes, weight_words, scale_out, scale_pi
 
 
 @compiled
-def quantize_slab(weight, thresholds, table, rule, tiled, weight_out, scale_out, scale_pitch, measured):
+def quantize_slab(weight, thresholds, table, rule, tiled, weight_out, scale_out, scale_pitch, measure, measured):
     """Quantize the rows of ``weight``; return the float32 bits of the largest magnitude.
 
     weight: int16 (BF16) or int32 (F32) bits [n, K], K a multiple of 32; tiled needs n % 32 == 0.
     thresholds, table: the fields of Tables.
     weight_out: uint8 [n * K / 2]. scale_out: uint8 [n * scale_pitch], zero where nothing is written.
-    measured: float64 [3], set to the sum of squared errors, of squares, and the largest |error|.
+    measured: float64 [3], set to the sum of squared errors, of squares, and the largest |error|, or to
+    zeros unless ``measure``.
     """
     n_rows, K = weight.shape
     n_blocks = K // BLOCK
     magnitude = np.empty(K, weight.dtype)
     maxima = np.empty(K // 2, weight.dtype)
-    decoded = np.empty(K, weight.dtype)
     scratch = np.empty(n_blocks, weight.dtype)
+    decoded = np.empty(K, weight.dtype)
     codes = np.empty(K, np.int16)
     packed = np.empty(K // 2, np.uint8)
     scale_codes = np.empty(n_blocks, np.uint8)
-    other_codes = np.empty(n_blocks, np.uint8)
-    block_squares = np.empty(BLOCK, np.float64)
-    low_errors = np.empty(n_blocks, np.float64)
-    high_errors = np.empty(n_blocks, np.float64)
-    squares = np.empty(K, np.float32)
-    errors = np.empty(K, np.float32)
-    measured[:] = 0
+    values = np.empty(K, np.float32)
+    value_scratch = np.empty(K, np.float32)
     largest_bits = uint32(0)
+    measured[:] = 0
     for n in range(n_rows):
         row = weight[n]
         magnitudes(row, magnitude)
@@ -211,17 +225,11 @@ def quantize_slab(weight, thresholds, table, rule, tiled, weight_out, scale_out,
         largest_bits = max(largest_bits, row_bits)
         _choose_scales(rule, maxima, scale_codes)
         if rule == MSE:
-            for b in range(n_blocks):
-                other_codes[b] = min(scale_codes[b] + 1, 254)
-            _squared_errors(magnitude, scale_codes, thresholds, table, codes, decoded, block_squares, low_errors)
-            _squared_errors(magnitude, other_codes, thresholds, table, codes, decoded, block_squares, high_errors)
-            for b in range(n_blocks):
-                if high_errors[b] < low_errors[b]:
-                    scale_codes[b] = other_codes[b]
+            _try_larger_scales(magnitude, thresholds, table, codes, decoded, scale_codes)
         _encode(magnitude, scale_codes, thresholds, codes)
-        _decode(codes, scale_codes, table, decoded)
-        unit = row_unit(row_bits)
-        add_errors(magnitude, decoded, unit, squares, errors, measured)
+        if measure:
+            _decode(codes, scale_codes, table, decoded)
+            add_errors(magnitude, decoded, row_unit(row_bits), values, value_scratch, measured)
         _add_signs(row, codes)
         if tiled:
             _pack(codes.view(np.uint32), packed)

@@ -81,21 +81,25 @@ def block_maxima(magnitude, out):
 def row_maximum(row, scratch):
     """The largest element of a row; ``scratch`` is another row of its type."""
     n = row.shape[0]
-    half = n // 2
-    for k in range(half):
-        x = row[k]
-        y = row[half + k]
+    quarter = n // 4
+    largest = row[n - 1]
+    for k in range(4 * quarter, n):
+        largest = max(largest, row[k])
+    first, second = row[:quarter], row[quarter : 2 * quarter]
+    third, fourth = row[2 * quarter : 3 * quarter], row[3 * quarter : 4 * quarter]
+    for k in range(quarter):
+        x = first[k] if first[k] > second[k] else second[k]
+        y = third[k] if third[k] > fourth[k] else fourth[k]
         scratch[k] = x if x > y else y
-    last = row[n - 1]
-    while half > 1:
-        n = half
-        half = n // 2
-        last = max(last, scratch[n - 1])
-        for k in range(half):
+    n = quarter
+    while n > 1:
+        largest = max(largest, scratch[n - 1])
+        n //= 2
+        for k in range(n):
             x = scratch[k]
-            y = scratch[half + k]
+            y = scratch[n + k]
             scratch[k] = x if x > y else y
-    return max(last, scratch[0]) if row.shape[0] > 1 else last
+    return max(largest, scratch[0]) if quarter else largest
 
 
 @compiled
@@ -120,23 +124,35 @@ def row_unit(largest_bits):
 
 
 @compiled
-def add_errors(magnitude, decoded, unit, squares, errors, measured):
+def add_errors(magnitude, decoded, unit, values, scratch, measured):
     """Add a row's squared errors and squares to measured[0] and [1]; measured[2] is the largest error.
 
-    magnitude, decoded: bits that become float32 bits when shifted left by ``widen``.
-    squares, errors: float32 scratch rows. Squares are summed in float32 in units of ``unit`` squared
-    and over the rows in float64.
+    magnitude, decoded: bits that become float32 bits when shifted left by ``widen``; K a multiple of 4.
+    values, scratch: float32 rows. Squares are summed in float32 in units of ``unit`` squared, and over
+    the rows in float64.
     """
     per_unit = float32(1.0) / unit
+    square_unit = float64(unit) * float64(unit)
     for k in range(magnitude.shape[0]):
-        x = as_float(uint32(magnitude[k]) << widen(magnitude)) * per_unit
-        squares[k] = x * x
-    measured[1] += float64(row_sum(squares)) * (float64(unit) * float64(unit))
+        values[k] = as_float(uint32(magnitude[k]) << widen(magnitude))
+    measured[1] += float64(_sum_of_squares(values, per_unit, scratch)) * square_unit
     for k in range(magnitude.shape[0]):
         x = as_float(uint32(magnitude[k]) << widen(magnitude))
-        errors[k] = abs(x - as_float(uint32(decoded[k]) << widen(decoded)))
-    for k in range(magnitude.shape[0]):
-        error = errors[k] * per_unit
-        squares[k] = error * error
-    measured[0] += float64(row_sum(squares)) * (float64(unit) * float64(unit))
-    measured[2] = max(measured[2], float64(row_maximum(errors, squares)))
+        values[k] = abs(x - as_float(uint32(decoded[k]) << widen(decoded)))
+    measured[0] += float64(_sum_of_squares(values, per_unit, scratch)) * square_unit
+    measured[2] = max(measured[2], float64(row_maximum(values, scratch)))
+
+
+@compiled
+def _sum_of_squares(values, factor, scratch):
+    """The sum of (value * factor)^2; quarters of the row are added first, element by element."""
+    quarter = values.shape[0] // 4
+    first, second = values[:quarter], values[quarter : 2 * quarter]
+    third, fourth = values[2 * quarter : 3 * quarter], values[3 * quarter :]
+    for k in range(quarter):
+        a = first[k] * factor
+        b = second[k] * factor
+        c = third[k] * factor
+        d = fourth[k] * factor
+        scratch[k] = (a * a + b * b) + (c * c + d * d)
+    return row_sum(scratch[:quarter])
