@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert.plan import FilePlan, Plan, TensorPlan
+from convert.progress import Silent, SlowStartNote
 from convert.quantize import (
     Errors,
     Piece,
@@ -45,7 +46,7 @@ class FileRecord:
 
 
 class Engine:
-    """One component's conversion. ``on_file`` is called for each finished file, ``on_bytes`` for progress."""
+    """One component's conversion. ``on_file`` is called for each finished file; ``progress`` is told the rest."""
 
     def __init__(
         self,
@@ -54,12 +55,13 @@ class Engine:
         folder: Path,
         finished: dict[str, FileRecord],
         on_file: Callable[[str, FileRecord], None],
-        on_bytes: Callable[[int], None],
+        progress: Silent,
     ):
         self._plan = plan
         self._folder = folder
         self._on_file = on_file
-        self._on_bytes = on_bytes
+        self._progress = progress
+        self._slow_start = SlowStartNote(progress.log)
         done = still_finished(plan, set(finished))
         self._files = {file.name: file for file in plan.files if file.name not in done}
         self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
@@ -80,7 +82,7 @@ class Engine:
 
     @property
     def progress_nbytes(self) -> int:
-        """The sum of what ``on_bytes`` will be told."""
+        """The sum of what ``progress`` will be told."""
         return sum(_progress(slab) for slab in self._slabs)
 
     def run(self, n_workers: int) -> None:
@@ -102,6 +104,8 @@ class Engine:
             finally:
                 for source in self._sources.values():
                     source.close()
+                for writer in self._writers.values():
+                    writer.close()
         if self._failure:
             raise self._failure
 
@@ -155,11 +159,10 @@ class Engine:
                 self._changed.notify_all()
         if slab.action == "copy":
             self._write(slab, slab.tensor.spec.name, slab.start, raw)
-        elif slab.action == "scan":
-            self._scan(slab, raw)
         else:
-            self._quantize(slab, raw, scratch)
-        self._on_bytes(_progress(slab))
+            with self._slow_start:
+                self._scan(slab, raw) if slab.action == "scan" else self._quantize(slab, raw, scratch)
+        self._progress.advance(_progress(slab))
         for name in slab.outputs:
             self._count_down(name)
 

@@ -141,7 +141,7 @@ def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent) -
         records[name] = record
         progress.log(f"wrote {_join(job.name, name)} ({format_nbytes(record.file['nbytes'])})")
 
-    engine = Engine(job.plan, job.source.folder.shards, folder, records.copy(), on_file, progress.advance)
+    engine = Engine(job.plan, job.source.folder.shards, folder, records.copy(), on_file, progress)
     progress.start(job.name, engine.progress_nbytes)
     engine.run(n_workers)
     _check_unchanged(job.source, records)

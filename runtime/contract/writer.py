@@ -1,7 +1,7 @@
 """One output shard: planned header first, bytes at their offset, its final name when complete."""
 
 import os
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from threading import Lock
 
@@ -29,7 +29,8 @@ class ShardWriter:
         self._background = background
         self._lock = Lock()
         self._unflushed = 0
-        self._flush: Future[None] | None = None
+        self._flush: Future[None] = Future()
+        self._flush.set_result(None)
         self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.ftruncate(self._fd, self._nbytes)
         _write_all(self._fd, memoryview(header.data), 0)
@@ -40,18 +41,25 @@ class ShardWriter:
         _write_all(self._fd, view, self._places[name].offset + offset)
         with self._lock:
             self._unflushed += len(view)
-            if self._unflushed >= _FLUSH_NBYTES and (self._flush is None or self._flush.done()):
+            if self._unflushed >= _FLUSH_NBYTES and self._flush.done():
+                self._flush.result()  # the kernel reports a failed write once, so look at every answer
                 self._unflushed = 0
                 self._flush = self._background.submit(os.fdatasync, self._fd)
+
+    def close(self) -> None:
+        """Let go of the file, finished or not. May be called twice."""
+        wait([self._flush])
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def finish(self) -> tuple[int, str]:
         """Make the file durable under its final name; return its size and SHA-256."""
         synced = self._background.submit(os.fsync, self._fd)
         digest = hash_file(self._fd)
         synced.result()
-        if self._flush:
-            self._flush.result()
-        os.close(self._fd)
+        self._flush.result()
+        self.close()
         self._part.replace(self._path)
         sync_folder(self._path.parent)
         return self._nbytes, digest
