@@ -200,10 +200,10 @@ class Engine:
 
     def _write(self, slab: Slab, name: str, offset: int, data: np.ndarray) -> None:
         """Write to the tensor, and to the fused tensor that repeats it if there is one."""
-        self._writer(slab.outputs[0]).write(name, offset, data)
+        self._writer(slab.outputs[0]).write(name, offset, data.data)
         if name in self._fused:
             place = self._fused[name]
-            self._writer(place.file).write(place.tensor, place.offset + offset, data)
+            self._writer(place.file).write(place.tensor, place.offset + offset, data.data)
 
     def _writer(self, name: str) -> ShardWriter:
         with self._lock:

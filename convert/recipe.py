@@ -52,15 +52,26 @@ def read_recipe(path: Path) -> tuple[str | None, list[Rule]]:
     """
     table = read_toml(path)
     _refuse_unknown(path, "", table, _RECIPE_KEYS)
-    rules = []
-    for number, entry in enumerate(table.get("rules", []), start=1):
-        where = f"rule {number}: "
-        _refuse_unknown(path, where, entry, _RULE_KEYS)
-        if not isinstance(entry.get("match"), str) or entry.get("format") not in (*WEIGHT_FORMATS, KEEP):
-            raise UsageError(f'{path}: {where}needs match = "PATTERN" and format = "mxfp4", "fp8" or "keep".')
-        reason = entry.get("reason", f"recipe {path.name}: {entry['match']}")
-        rules.append(Rule(entry["match"], entry["format"], reason, by_user=True))
-    return table.get("preset"), rules
+    preset, entries = table.get("preset"), table.get("rules", [])
+    if not isinstance(preset, str | None):
+        raise UsageError(f'{path}: preset is not a name. Write preset = "flux1", or leave it out.')
+    if not isinstance(entries, list):
+        raise UsageError(f"{path}: rules is not a list of tables. Begin each rule with a line [[rules]].")
+    return preset, [_read_rule(path, number, entry) for number, entry in enumerate(entries, start=1)]
+
+
+def _read_rule(path: Path, number: int, entry: object) -> Rule:
+    where = f"rule {number}: "
+    if not isinstance(entry, dict):
+        raise UsageError(f"{path}: {where}not a table. Begin each rule with a line [[rules]].")
+    _refuse_unknown(path, where, entry, _RULE_KEYS)
+    match, weight_format = entry.get("match"), entry.get("format")
+    if not isinstance(match, str) or weight_format not in (*WEIGHT_FORMATS, KEEP):
+        raise UsageError(f'{path}: {where}needs match = "PATTERN" and format = "mxfp4", "fp8" or "keep".')
+    reason = entry.get("reason", f"recipe {path.name}: {match}")
+    if not isinstance(reason, str):
+        raise UsageError(f"{path}: {where}reason is not a text.")
+    return Rule(match, str(weight_format), reason, by_user=True)
 
 
 def ignore_rules(patterns: Iterable[str]) -> list[Rule]:

@@ -51,7 +51,7 @@ def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, *, d
         decoded = decode_rows(checkpoint.reader, layer, scale, start, stop)
         # A scale rule may round the largest weights up, in F16 past the largest number.
         values = decoded.clamp_(-largest, largest).to(target).contiguous().view(torch.uint8).numpy()
-        writer.write(spec.name, start * layer.K * DTYPE_BITS[spec.dtype] // 8, values)
+        writer.write(spec.name, start * layer.K * DTYPE_BITS[spec.dtype] // 8, values.data)
 
 
 def _shard_name(checkpoint: Checkpoint, name: str) -> str:

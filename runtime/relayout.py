@@ -111,5 +111,5 @@ def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, *, m
         if new.layout == "aiter":
             packed = AITER_WEIGHT.shuffle(packed)
             codes = AITER_SCALE.shuffle(AITER_SCALE.pad_to_tile(codes))
-        writer.write(new.tensors[WEIGHT], start * layer.K // 2, packed.contiguous().numpy())
-        writer.write(new.tensors[WEIGHT_SCALE], start * new.scale_shape[1], codes.contiguous().numpy())
+        writer.write(new.tensors[WEIGHT], start * layer.K // 2, packed.contiguous().numpy().data)
+        writer.write(new.tensors[WEIGHT_SCALE], start * new.scale_shape[1], codes.contiguous().numpy().data)

@@ -136,7 +136,7 @@ def _write_tensors(
     def write_tensor(spec: TensorSpec) -> None:
         if spec.name not in steps.replaced:
             for start, count in cut_bytes(spec.nbytes):
-                writer.write(spec.name, start, checkpoint.reader.read(spec.name, start, count).numpy())
+                writer.write(spec.name, start, checkpoint.reader.read(spec.name, start, count).numpy().data)
         elif spec.name in layers:
             steps.write_layer(checkpoint, layers[spec.name], writer)
         progress.advance(spec.nbytes)

@@ -35,7 +35,9 @@ BLOCK_NBYTES = BLOCK // 2
 EVEN, FLOOR, ROUNDUP, MSE = range(4)
 RULE_IDS = {rule: SCALE_RULES.index(rule) for rule in SCALE_RULES}
 
-_SCALES = np.array([2.0 ** (code - E8M0_BIAS) for code in range(255)])[:, None]
+# 2^(code - 127), float64: code 254 times 6 is beyond float32.
+_SCALES = np.array([2.0 ** (code - E8M0_BIAS) for code in range(255)])
+_E2M1_F64 = np.array(E2M1_VALUES)
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def make_tables(dtype: np.dtype) -> Tables:
     """Return the tables for BF16 bits (int16) or float32 bits (int32)."""
     shift = 32 - 8 * dtype.itemsize
     # Where a tie rounds up the threshold is just below the midpoint.
-    thresholds = _magnitude_bits(_SCALES * np.array(E2M1_MIDPOINTS), shift) - np.array(E2M1_TIE_ROUNDS_UP)
-    decoded = _magnitude_bits(_SCALES * np.array(E2M1_VALUES), shift)
+    thresholds = _magnitude_bits(_SCALES[:, None] * np.array(E2M1_MIDPOINTS), shift) - np.array(E2M1_TIE_ROUNDS_UP)
+    decoded = _magnitude_bits(_SCALES[:, None] * np.array(E2M1_VALUES), shift)
     return Tables(thresholds.astype(dtype), decoded.astype(dtype))
 
 
@@ -134,21 +136,20 @@ def _decode(codes, scale_codes, table, decoded):
 
 
 @compiled
-def _block_errors(magnitude, scale_codes, thresholds, table, codes, decoded, errors):
+def _block_errors(magnitude, scale_codes, thresholds, codes, errors):
     """errors[b] = sum of squared errors of block b, float64, by halves."""
     _encode(magnitude, scale_codes, thresholds, codes)
-    _decode(codes, scale_codes, table, decoded)
     squares = np.empty(BLOCK, np.float64)
     for b in range(scale_codes.shape[0]):
         for j in range(BLOCK):
-            x = as_float(uint32(magnitude[b * BLOCK + j]) << widen(magnitude))
-            error = float64(x) - float64(as_float(uint32(decoded[b * BLOCK + j]) << widen(decoded)))
+            x = float64(as_float(uint32(magnitude[b * BLOCK + j]) << widen(magnitude)))
+            error = x - _E2M1_F64[codes[b * BLOCK + j]] * _SCALES[scale_codes[b]]
             squares[j] = error * error
         errors[b] = row_sum(squares)
 
 
 @compiled
-def _try_larger_scales(magnitude, thresholds, table, codes, decoded, scale_codes):
+def _try_larger_scales(magnitude, thresholds, codes, scale_codes):
     """Raise scale_codes[b] by one where that makes the block's squared error smaller."""
     n_blocks = scale_codes.shape[0]
     larger = np.empty(n_blocks, np.uint8)
@@ -156,8 +157,8 @@ def _try_larger_scales(magnitude, thresholds, table, codes, decoded, scale_codes
     larger_errors = np.empty(n_blocks, np.float64)
     for b in range(n_blocks):
         larger[b] = min(scale_codes[b] + 1, 254)
-    _block_errors(magnitude, scale_codes, thresholds, table, codes, decoded, errors)
-    _block_errors(magnitude, larger, thresholds, table, codes, decoded, larger_errors)
+    _block_errors(magnitude, scale_codes, thresholds, codes, errors)
+    _block_errors(magnitude, larger, thresholds, codes, larger_errors)
     for b in range(n_blocks):
         if larger_errors[b] < errors[b]:
             scale_codes[b] = larger[b]
@@ -225,7 +226,7 @@ def quantize_slab(weight, thresholds, table, rule, tiled, weight_out, scale_out,
         largest_bits = max(largest_bits, row_bits)
         _choose_scales(rule, maxima, scale_codes)
         if rule == MSE:
-            _try_larger_scales(magnitude, thresholds, table, codes, decoded, scale_codes)
+            _try_larger_scales(magnitude, thresholds, codes, scale_codes)
         _encode(magnitude, scale_codes, thresholds, codes)
         if measure:
             _decode(codes, scale_codes, table, decoded)

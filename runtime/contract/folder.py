@@ -94,7 +94,7 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("weight_map is not a map of text to text")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"{path.name}: not a usable index ({type(error).__name__}: {error}). Fetch it again.")
         return {}
     unsafe = sorted({name for name in weight_map.values() if unsafe_file_name(name)})

@@ -174,7 +174,7 @@ def _load_json(file_name: str, text: bytes) -> dict[str, Any]:
 
     try:
         entries = json.loads(text.decode(), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise HeaderError(f"{file_name}: the header is not valid JSON ({error}). Fetch this file again.") from error
     if not isinstance(entries, dict):
         raise HeaderError(f"{file_name}: the header is not a JSON object. Fetch this file again.")
@@ -182,6 +182,8 @@ def _load_json(file_name: str, text: bytes) -> dict[str, Any]:
 
 
 def _entry_fault(name: str, entry: Any) -> str | None:
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        return f"{name!r}: a name with half a surrogate pair, which UTF-8 can't hold"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return f"{name!r}: an entry must hold dtype, shape and data_offsets and nothing else"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

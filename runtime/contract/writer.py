@@ -5,8 +5,6 @@ from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
-
 from runtime.contract.durable import hash_file, sync_folder
 from runtime.contract.header import Header
 
@@ -35,9 +33,9 @@ class ShardWriter:
         os.ftruncate(self._fd, self._nbytes)
         _write_all(self._fd, memoryview(header.data), 0)
 
-    def write(self, name: str, offset: int, data: np.ndarray) -> None:
+    def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write ``data`` (contiguous) at byte ``offset`` of tensor ``name``."""
-        view = memoryview(data.data).cast("B")
+        view = memoryview(data).cast("B")
         _write_all(self._fd, view, self._places[name].offset + offset)
         with self._lock:
             self._unflushed += len(view)

@@ -1,0 +1,383 @@
+"""The converter's kernels give the bytes of the torch reference, slab by slab, on input chosen to break them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from convert.quantize import Errors, Scratch, fp8_scales, largest_magnitude, quantize_fp8, quantize_mxfp4, weight_bits
+from runtime.contract import codec
+from runtime.contract.dialects import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme, scale_shape
+from runtime.contract.formats import E2M1_MIDPOINTS, SCALE_RULES
+from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from tests.bits import assert_bits_equal
+
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+MXFP4_SCHEMES = {"aiter": AITER_MXFP4, "plain": PLAIN_MXFP4}
+FP8_SCHEMES = {"tensor": TENSOR_FP8, "channel": CHANNEL_FP8, "block": BLOCK_FP8}
+# Bytes that no test expects to find: what a kernel leaves unwritten shows.
+UNWRITTEN = 0xA5
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A weight as the file would hold it, and what the kernels measured, over all slabs."""
+
+    weight: Tensor
+    scale: Tensor
+    errors: Errors
+    largest_bits: int
+
+
+def from_bits(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
+    integer = np.int32 if dtype == torch.float32 else np.int16
+    return torch.from_numpy(np.ascontiguousarray(bits).astype(integer)).view(dtype)
+
+
+@cache
+def every_bf16_amax() -> Tensor:
+    """bfloat16 [1024, 1024]: blocks with every finite amax; lanes are ties at either scale, zeros of both
+    signs, the least and greatest subnormal, neighbours of ties, and random values below amax."""
+    rng = np.random.default_rng(0)
+    amax = np.resize(np.arange(0x7F80), 1024 * 32)
+    exponent = np.maximum(amax >> 7, 1)
+    ties = np.array(E2M1_MIDPOINTS)
+    lanes = np.empty((amax.size, 32), np.int64)
+    for first, above_floor in ((0, 0), (7, 1)):
+        values = np.ldexp(ties, (exponent - 127 - 2 + above_floor)[:, None])
+        lanes[:, first : first + 7] = truncated_bf16_bits(values)
+    lanes[:, 14:18] = lanes[:, 2:6] + 1
+    lanes[:, 18:22] = np.maximum(lanes[:, 2:6] - 1, 0)
+    lanes[:, 22:26] = [0, 0, 1, 0x7F]
+    lanes[:, 26:31] = rng.integers(np.maximum(amax - 5 * 128, 0)[:, None], amax[:, None] + 1, (amax.size, 5))
+    lanes[:, 31] = amax
+    lanes = np.minimum(lanes, amax[:, None])
+    lanes = rng.permuted(lanes, axis=1) | (rng.integers(0, 2, lanes.shape) << 15)
+    return from_bits(lanes.reshape(1024, 1024), torch.bfloat16)
+
+
+def truncated_bf16_bits(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # infinity, which is then cut to amax
+        return values.astype(np.float32).view(np.int32) >> 16
+
+
+@cache
+def random_bf16_patterns() -> Tensor:
+    """bfloat16 [288, 320]: any finite bit patterns."""
+    bits = np.random.default_rng(1).integers(0, 0x7F80, (288, 320))
+    return from_bits(bits | (np.random.default_rng(2).integers(0, 2, bits.shape) << 15), torch.bfloat16)
+
+
+@cache
+def random_f32_patterns() -> Tensor:
+    """float32 [288, 320]: any finite bit patterns."""
+    rng = np.random.default_rng(3)
+    bits = rng.integers(0, 0x7F800000, (288, 320)) | (rng.integers(0, 2, (288, 320)) << 31)
+    return from_bits(bits, torch.float32)
+
+
+@cache
+def f32_beside_ties() -> Tensor:
+    """float32 [288, 320]: E2M1 and E4M3 ties at many scales, and one step of float32 below and above them,
+    which bfloat16 would make ties too."""
+    rng = np.random.default_rng(4)
+    exponents = rng.integers(-120, 120, (288, 10, 1))
+    ties = rng.choice([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 4.25, 4.75, 1.0625], (288, 10, 32))
+    ties[..., 0] = 6.0
+    bits = np.ldexp(ties, exponents).astype(np.float32).view(np.int32) + rng.integers(-1, 2, ties.shape)
+    bits[..., 0] -= bits[..., 0] & 1
+    bits |= rng.integers(0, 2, bits.shape, np.int32) << 31
+    return from_bits(bits.reshape(288, 320), torch.float32)
+
+
+@cache
+def every_f16_value() -> Tensor:
+    """float16 [64, 1024]: every finite bit pattern, in random order."""
+    magnitudes = np.arange(0x7C00)
+    bits = np.resize(np.concatenate((magnitudes, magnitudes | 0x8000)), 64 * 1024)
+    return from_bits(np.random.default_rng(5).permutation(bits).reshape(64, 1024), torch.float16)
+
+
+def normal(N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(N * K)).to(dtype)
+
+
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "every-bf16-amax": every_bf16_amax,
+    "bf16-patterns": random_bf16_patterns,
+    "f32-patterns": random_f32_patterns,
+    "f32-beside-ties": f32_beside_ties,
+    "every-f16": every_f16_value,
+}
+ORDINARY: dict[str, Callable[[], Tensor]] = {
+    "bf16": lambda: normal(288, 320),
+    "f32": lambda: normal(288, 320, torch.float32),
+    "f16": lambda: normal(288, 320, torch.float16),
+    "bf16-small": lambda: normal(64, 4096) * 2.0**-100,
+    "f32-large": lambda: normal(64, 1024, torch.float32) * 2.0**100,
+}
+
+
+def make_layer(weight: Tensor, scheme: Scheme, scale_rule: str = "even") -> Layer:
+    N, K = weight.shape
+    return Layer(
+        module="layer",
+        format=scheme.format,
+        N=N,
+        K=K,
+        source_tensor="layer.weight",
+        source_dtype=DTYPE_NAMES[weight.dtype],
+        layout=scheme.layout,
+        granularity=scheme.granularity,
+        scale_rule=scale_rule,
+        tensors={WEIGHT: "layer.weight", WEIGHT_SCALE: "layer.weight_scale"},
+        scale_shape=scale_shape(N, K, scheme, "fp8"),
+    )
+
+
+def kernel_bits(weight: Tensor) -> np.ndarray:
+    raw = weight.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return weight_bits(raw, DTYPE_NAMES[weight.dtype], weight.shape[1])
+
+
+def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_rows: int | None = None) -> Converted:
+    """Quantize slabs of ``slab_rows`` rows and lay their pieces into files that were zero, as the engine does."""
+    layer = make_layer(weight, scheme, scale_rule)
+    specs = layer.specs()
+    files = {role: np.zeros(spec.nbytes, np.uint8) for role, spec in specs.items()}
+    bits = kernel_bits(weight)
+    tensor_scale = None
+    if scheme == TENSOR_FP8:
+        tensor_scale = fp8_scales(np.array([largest_magnitude(bits)], np.uint32))
+    scratch = Scratch()
+    all_errors, largest_bits = [], 0
+    step = slab_rows or layer.N
+    for row in range(0, layer.N, step):
+        scratch.take(WEIGHT, step * layer.K)[:] = UNWRITTEN
+        slab = bits[row : row + step]
+        if scheme.format == "mxfp4":
+            pieces, errors, largest = quantize_mxfp4(slab, layer, row, scratch)
+        else:
+            pieces, errors, largest = quantize_fp8(slab, layer, row, scratch, tensor_scale)
+        for piece in pieces:
+            data = piece.data.reshape(-1).view(np.uint8)
+            files[piece.role][piece.offset : piece.offset + data.size] = data
+        all_errors.append(errors)
+        largest_bits = max(largest_bits, largest)
+    tensors = {role: torch.from_numpy(data) for role, data in files.items()}
+    if scheme.format == "fp8":
+        tensors = {
+            WEIGHT: tensors[WEIGHT].view(torch.float8_e4m3fn),
+            WEIGHT_SCALE: tensors[WEIGHT_SCALE].view(torch.float32),
+        }
+    return Converted(
+        tensors[WEIGHT].reshape(specs[WEIGHT].shape),
+        tensors[WEIGHT_SCALE].reshape(specs[WEIGHT_SCALE].shape),
+        Errors(
+            sum(errors.squared_error for errors in all_errors),
+            sum(errors.squared_signal for errors in all_errors),
+            max(errors.largest for errors in all_errors),
+        ),
+        largest_bits,
+    )
+
+
+def reference_mxfp4(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, Tensor]:
+    packed, scale_codes = codec.quantize_mxfp4(weight, scale_rule)
+    if scheme.layout == "aiter":
+        return AITER_WEIGHT.shuffle(packed), AITER_SCALE.shuffle(AITER_SCALE.pad_to_tile(scale_codes))
+    return packed, scale_codes
+
+
+def reference_fp8(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    magnitude = weight.float().abs()
+    if scheme == TENSOR_FP8:
+        amax = magnitude.max().reshape(1)
+    elif scheme == CHANNEL_FP8:
+        amax = magnitude.amax(1)
+    else:
+        tiles = [[tile.max() for tile in rows.split(128, 1)] for rows in magnitude.split(128, 0)]
+        amax = torch.tensor(tiles)
+    scale = codec.fp8_scale(amax)
+    return codec.quantize_fp8(weight, codec.expand_fp8_scale(scale, N, K)), scale
+
+
+def expected_errors(weight: Tensor, decoded: Tensor) -> Errors:
+    error = weight.double() - decoded.double()
+    return Errors(float((error**2).sum()), float((weight.double() ** 2).sum()), float(error.abs().max()))
+
+
+@pytest.mark.parametrize("layout", MXFP4_SCHEMES)
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
+@pytest.mark.parametrize("source", INPUTS)
+def test_mxfp4_bytes_are_those_of_the_reference(source: str, scale_rule: str, layout: str) -> None:
+    weight, scheme = INPUTS[source](), MXFP4_SCHEMES[layout]
+    converted = convert(weight, scheme, scale_rule=scale_rule)
+    packed, scale = reference_mxfp4(weight, scheme, scale_rule)
+    assert_bits_equal(converted.scale, scale)
+    assert_bits_equal(converted.weight, packed)
+
+
+@pytest.mark.parametrize("K", [32, 64, 96, 160, 256, 320, 1056, 4096])
+def test_mxfp4_takes_every_multiple_of_32_as_k(K: int) -> None:
+    weight = normal(32, K)
+    converted = convert(weight, PLAIN_MXFP4, scale_rule="mse")
+    packed, scale = reference_mxfp4(weight, PLAIN_MXFP4, "mse")
+    assert_bits_equal(converted.scale, scale)
+    assert_bits_equal(converted.weight, packed)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (256, 256), (288, 320), (512, 2048), (544, 192)], ids=str)
+def test_tiled_bytes_are_those_of_the_reference_in_every_shape(shape: tuple[int, int]) -> None:
+    weight = normal(*shape)
+    converted = convert(weight, AITER_MXFP4)
+    packed, scale = reference_mxfp4(weight, AITER_MXFP4, "even")
+    assert_bits_equal(converted.scale, scale)
+    assert_bits_equal(converted.weight, packed)
+
+
+@pytest.mark.parametrize("slab_rows", [32, 64, 96, 256])
+@pytest.mark.parametrize("layout", MXFP4_SCHEMES)
+def test_mxfp4_bytes_do_not_depend_on_the_slabs(layout: str, slab_rows: int) -> None:
+    weight, scheme = normal(288, 320), MXFP4_SCHEMES[layout]
+    whole, slabs = convert(weight, scheme), convert(weight, scheme, slab_rows=slab_rows)
+    assert_bits_equal(slabs.scale, whole.scale)
+    assert_bits_equal(slabs.weight, whole.weight)
+
+
+def test_tiled_scale_fills_the_first_rows_of_the_padded_scale_and_leaves_the_rest_zero() -> None:
+    # 288 rows are 9 scale tiles of 32 rows, the slowest axis: their bytes are the first 288 rows of the
+    # padded [512, 16], and the rows from 288 on are never written. K / 32 = 10 is padded to 16 inside a tile.
+    weight = normal(288, 320)
+    layer = make_layer(weight, AITER_MXFP4)
+    pieces, _, _ = quantize_mxfp4(kernel_bits(weight), layer, 0, Scratch())
+    scale = next(piece for piece in pieces if piece.role == WEIGHT_SCALE)
+    padded = reference_mxfp4(weight, AITER_MXFP4, "even")[1]
+    assert (scale.offset, scale.data.size, layer.scale_shape) == (0, 288 * 16, (512, 16))
+    assert_bits_equal(torch.from_numpy(scale.data).reshape(288, 16), padded[:288])
+    assert not padded[288:].any()
+
+
+def test_tiled_slab_starts_at_its_row_in_the_padded_scale() -> None:
+    weight = normal(288, 320)
+    pieces, _, _ = quantize_mxfp4(kernel_bits(weight)[96:], make_layer(weight, AITER_MXFP4), 96, Scratch())
+    assert {piece.role: piece.offset for piece in pieces} == {WEIGHT: 96 * 160, WEIGHT_SCALE: 96 * 16}
+
+
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
+def test_all_zero_weight_gives_zero_bytes_that_keep_the_signs(scale_rule: str) -> None:
+    weight = torch.tensor([0.0, -0.0], dtype=torch.bfloat16).repeat(32, 32)
+    converted = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule)
+    assert (converted.weight.unique().tolist(), converted.scale.unique().tolist()) == ([0x80], [0])
+
+
+def test_f32_weight_is_not_rounded_to_bf16_first() -> None:
+    # Just above the tie 2.5: E2M1 takes 3; as bfloat16 it would be the tie, and go to 2.
+    weight = torch.full((32, 32), float(np.nextafter(np.float32(2.5), np.float32(3))))
+    weight[:, 0] = 6.0
+    converted = convert(weight, PLAIN_MXFP4)
+    assert codec.dequantize_mxfp4(converted.weight, converted.scale)[0, 1].item() == 3.0
+
+
+@pytest.mark.parametrize("granularity", FP8_SCHEMES)
+@pytest.mark.parametrize("source", INPUTS)
+def test_fp8_bytes_are_those_of_the_reference(source: str, granularity: str) -> None:
+    weight, scheme = INPUTS[source](), FP8_SCHEMES[granularity]
+    converted = convert(weight, scheme)
+    codes, scale = reference_fp8(weight, scheme)
+    assert_bits_equal(converted.scale, scale)
+    assert_bits_equal(converted.weight.view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 80), (128, 128), (144, 272), (272, 1040)], ids=str)
+@pytest.mark.parametrize("granularity", FP8_SCHEMES)
+def test_fp8_takes_every_multiple_of_16(granularity: str, shape: tuple[int, int]) -> None:
+    weight, scheme = normal(*shape), FP8_SCHEMES[granularity]
+    converted = convert(weight, scheme)
+    codes, scale = reference_fp8(weight, scheme)
+    assert_bits_equal(converted.scale, scale)
+    assert_bits_equal(converted.weight.view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("granularity", "slab_rows"), [("tensor", 1), ("tensor", 100), ("channel", 7), ("block", 128)])
+def test_fp8_bytes_do_not_depend_on_the_slabs(granularity: str, slab_rows: int) -> None:
+    weight, scheme = normal(288, 320), FP8_SCHEMES[granularity]
+    whole, slabs = convert(weight, scheme), convert(weight, scheme, slab_rows=slab_rows)
+    assert_bits_equal(slabs.scale, whole.scale)
+    assert_bits_equal(slabs.weight.view(torch.uint8), whole.weight.view(torch.uint8))
+
+
+@pytest.mark.parametrize("granularity", FP8_SCHEMES)
+def test_fp8_all_zero_weight_gets_scale_1_and_keeps_the_signs(granularity: str) -> None:
+    weight = torch.tensor([0.0, -0.0], dtype=torch.bfloat16).repeat(256, 128)
+    converted = convert(weight, FP8_SCHEMES[granularity])
+    assert converted.scale.unique().tolist() == [1.0]
+    assert_bits_equal(converted.weight.view(torch.uint8), torch.tensor([0, 0x80], dtype=torch.uint8).repeat(256, 128))
+
+
+def test_fp8_codes_saturate_under_a_scale_that_is_too_small() -> None:
+    # A fused group's scale comes from the group; the kernel itself must not rely on it.
+    weight = torch.tensor([[1000.0, -1000.0] * 8] * 16)
+    layer = make_layer(weight, TENSOR_FP8)
+    pieces, _, _ = quantize_fp8(kernel_bits(weight), layer, 0, Scratch(), np.ones(1, np.float32))
+    assert np.unique(pieces[0].data).tolist() == [0x7E, 0xFE]
+
+
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
+@pytest.mark.parametrize("source", ORDINARY)
+def test_mxfp4_error_sums_are_those_of_float64(source: str, scale_rule: str) -> None:
+    weight = ORDINARY[source]()
+    errors = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule, slab_rows=32).errors
+    expected = expected_errors(weight, codec.dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule)))
+    # Rows are summed in float32 by halves: some log2(K) roundings of 2^-24, mostly cancelling.
+    assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
+    assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
+
+
+@pytest.mark.parametrize("granularity", FP8_SCHEMES)
+@pytest.mark.parametrize("source", ORDINARY)
+def test_fp8_error_sums_are_those_of_float64(source: str, granularity: str) -> None:
+    weight, scheme = ORDINARY[source](), FP8_SCHEMES[granularity]
+    errors = convert(weight, scheme).errors
+    expected = expected_errors(weight, codec.dequantize_fp8(*reference_fp8(weight, scheme)))
+    # As for MXFP4.
+    assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
+    assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
+@pytest.mark.parametrize("source", [*ORDINARY, "f32-beside-ties", "every-f16"])
+def test_mxfp4_largest_error_is_exact(source: str, scale_rule: str) -> None:
+    weight = (ORDINARY | INPUTS)[source]()
+    largest = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule).errors.largest
+    decoded = codec.dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule))
+    assert largest == expected_errors(weight, decoded).largest
+
+
+@pytest.mark.parametrize("granularity", FP8_SCHEMES)
+@pytest.mark.parametrize("source", [*ORDINARY, "every-f16"])
+def test_fp8_largest_error_is_exact(source: str, granularity: str) -> None:
+    weight, scheme = (ORDINARY | INPUTS)[source](), FP8_SCHEMES[granularity]
+    largest = convert(weight, scheme).errors.largest
+    assert largest == expected_errors(weight, codec.dequantize_fp8(*reference_fp8(weight, scheme))).largest
+
+
+@pytest.mark.parametrize("scheme", [PLAIN_MXFP4, AITER_MXFP4, CHANNEL_FP8, BLOCK_FP8], ids=str)
+@pytest.mark.parametrize("place", [(0, 0), (31, 319), (100, 161), (287, 319)], ids=str)
+def test_largest_magnitude_finds_a_single_infinity(scheme: Scheme, place: tuple[int, int]) -> None:
+    weight = normal(288, 320)
+    weight[place] = float("-inf")
+    assert convert(weight, scheme).largest_bits == 0x7F800000
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=DTYPE_NAMES.values())
+@pytest.mark.parametrize("shape", [(1, 16), (3, 80), (32, 320)], ids=str)
+def test_largest_magnitude_is_the_float32_bits_of_amax(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = normal(*shape, dtype)
+    assert largest_magnitude(kernel_bits(weight)) == int(weight.float().abs().max().view(torch.int32))
