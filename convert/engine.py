@@ -186,6 +186,11 @@ class Engine:
             scale = self._tensor_scale(slab) if slab.action == "encode" else None
             pieces, errors, largest = quantize_fp8(bits, layer, slab.row, scratch, scale)
         self._check_finite(slab.tensor, largest)
+        if not math.isfinite(errors.largest):
+            raise NonFiniteError(
+                f"{slab.tensor.shard}: {slab.tensor.spec.name}: its largest magnitude rounds to a value beyond float32."
+                " Repair the source, or keep this layer with --ignore."
+            )
         if slab.row == 0 and INPUT_SCALE in layer.tensors:
             pieces.append(Piece(INPUT_SCALE, 0, self._plan.input_scales[layer.module].reshape(1)))
         for piece in pieces:

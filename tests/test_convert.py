@@ -246,6 +246,15 @@ def test_a_weight_that_is_not_finite_stops_the_run_and_is_named_with_its_first_i
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("scale_rule", ["even", "roundup"])
+def test_a_weight_whose_code_decodes_beyond_float32_is_refused(tmp_path: Path, scale_rule: str) -> None:
+    weight = random_weight(256, 256)
+    weight[3, 5] = 3.3e38
+    source = save_checkpoint(tmp_path / "in", [{"blocks.0.proj.weight": weight}], {})
+    with pytest.raises(NonFiniteError, match=r"blocks\.0\.proj\.weight: its largest magnitude"):
+        convert(source, tmp_path / "out", format="mxfp4", scale_rule=scale_rule)
+
+
 @pytest.mark.parametrize("n_workers", [1, 2, 4])
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, n_workers: int, weight_format: str) -> None:
