@@ -16,7 +16,7 @@ from convert.progress import Silent
 from convert.side_files import write_side_files
 from convert.source import CONFIG_NAME, Source, find_components, open_source
 from convert.staging import Staging
-from runtime.contract.durable import hash_path, write_durably
+from runtime.contract.durable import hash_path, target_faults, write_durably
 from runtime.contract.errors import CheckpointError, ProblemsError, UsageError
 from runtime.contract.manifest import MANIFEST_NAME, Manifest
 from runtime.contract.units import format_nbytes
@@ -96,25 +96,9 @@ def convert_checkpoint(
 
 def check_output(source_path: Path, output: Path, jobs: list[Job]) -> None:
     """Raise ProblemsError with every reason why OUTPUT can't be written."""
-    problems = _output_faults(source_path, output) + _disk_faults(jobs, Staging(output))
+    problems = target_faults(source_path, output) + _disk_faults(jobs, Staging(output))
     if problems:
         raise ProblemsError("nothing was written", problems)
-
-
-def _output_faults(source_path: Path, output: Path) -> list[str]:
-    """Return why OUTPUT can't be written."""
-    source, target = source_path.resolve(), output.resolve()
-    if target == source:
-        return [f"{output}: is SOURCE. Choose another folder."]
-    if source in target.parents:
-        return [f"{output}: lies in SOURCE. Choose a folder outside of it."]
-    if target in source.parents:
-        return [f"{output}: holds SOURCE. Choose another folder."]
-    if output.is_dir() and any(output.iterdir()):
-        return [f"{output}: is not empty. Choose another folder, or remove this one."]
-    if output.exists() and not output.is_dir():
-        return [f"{output}: is a file. Choose a folder."]
-    return []
 
 
 def _disk_faults(jobs: list[Job], staging: Staging) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from convert.plan import Plan
 from convert.source import CONFIG_NAME, Source
 from runtime.contract.dialects import quantization_config
-from runtime.contract.durable import hash_path, write_durably
+from runtime.contract.durable import describe_file, write_durably
 from runtime.contract.folder import INDEX_SUFFIX
 from runtime.contract.manifest import MANIFEST_NAME, Manifest
 
@@ -46,11 +46,6 @@ def make_index(plan: Plan) -> dict[str, Any]:
         "metadata": {"total_size": sum(tensor.spec.nbytes for tensor, _ in stored)},
         "weight_map": {tensor.spec.name: name for tensor, name in stored},
     }
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return a file's size in bytes and SHA-256."""
-    return {"nbytes": path.stat().st_size, "sha256": hash_path(path)}
 
 
 def _index_name(source: Source, plan: Plan) -> str | None:

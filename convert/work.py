@@ -12,8 +12,9 @@ from runtime.contract.header import DTYPE_BITS
 # Large enough to hide the cost of a call, small enough to stay in a core's share of cache and RAM.
 SLAB_NBYTES = 8 * 2**20
 
-# A shard is hashed by one thread at a time (1.8 GB/s here); several at once keep more cores busy.
-SHARDS_AT_ONCE = 4
+# A shard is hashed by one thread at a time (1.8 GB/s here), so two at once reach twice that; more would
+# leave more of them unfinished when a run is stopped.
+SHARDS_AT_ONCE = 2
 
 Action = Literal["copy", "quantize", "scan", "encode"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.checkpoint import Checkpoint, cut_bytes, open_checkpoint
 from runtime.components import find_components
-from runtime.contract.durable import hash_path, sync_folder, write_durably
+from runtime.contract.durable import describe_file, sync_folder, target_faults, write_durably
 from runtime.contract.errors import CheckpointError, ProblemsError
 from runtime.contract.folder import INDEX_SUFFIX, SUFFIX, Shard
 from runtime.contract.header import Header, TensorSpec, build_header
@@ -71,20 +71,6 @@ def rewrite(output: Path, target: Path, plan: Callable[[Checkpoint], Rewrite], p
                 _write_component(checkpoint, result / name, plan(checkpoint), progress)
 
 
-def target_faults(output: Path, target: Path) -> list[str]:
-    """Return why ``target`` can't be written."""
-    source, resolved = output.resolve(), target.resolve()
-    if resolved == source:
-        return [f"{target}: is the checkpoint itself. Choose another folder."]
-    if source in resolved.parents:
-        return [f"{target}: lies in the checkpoint. Choose a folder outside of it."]
-    if target.is_dir() and any(target.iterdir()):
-        return [f"{target}: is not empty. Choose another folder, or remove this one."]
-    if target.exists() and not target.is_dir():
-        return [f"{target}: is a file. Choose a folder."]
-    return []
-
-
 def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Return config.json, None where there is none. Raises CheckpointError if it is not readable."""
     path = checkpoint.path / CONFIG_NAME
@@ -111,11 +97,11 @@ def _write_component(checkpoint: Checkpoint, folder: Path, steps: Rewrite, progr
             files[name] = {"nbytes": nbytes, "sha256": digest}
     for name, text in _texts(checkpoint, headers, steps).items():
         write_durably(folder / name, text)
-        files[name] = _describe(folder / name)
+        files[name] = describe_file(folder / name)
     for name in sorted(checkpoint.manifest.files):
         if name not in files and name != CONFIG_NAME and not name.endswith((SUFFIX, INDEX_SUFFIX)):
             shutil.copyfile(checkpoint.path / name, folder / name)
-            files[name] = _describe(folder / name)
+            files[name] = describe_file(folder / name)
     if steps.manifest:
         write_durably(folder / MANIFEST_NAME, steps.manifest(files))
     sync_folder(folder)
@@ -157,10 +143,6 @@ def _texts(checkpoint: Checkpoint, headers: Mapping[str, Header], steps: Rewrite
         }
         texts[checkpoint.folder.index_name] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return texts
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"nbytes": path.stat().st_size, "sha256": hash_path(path)}
 
 
 @contextmanager

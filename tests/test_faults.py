@@ -83,15 +83,15 @@ def test_an_empty_output_folder_is_fine(source: Path, tmp_path: Path) -> None:
 
 
 def test_output_as_source_is_refused(source: Path) -> None:
-    assert_refused(source, source, "is SOURCE")
+    assert_refused(source, source, "is the source")
 
 
 def test_output_in_source_is_refused(source: Path) -> None:
-    assert_refused(source, source / "out", "lies in SOURCE")
+    assert_refused(source, source / "out", "lies in the source")
 
 
 def test_output_that_holds_source_is_refused(source: Path, tmp_path: Path) -> None:
-    assert_refused(source, tmp_path, "holds SOURCE")
+    assert_refused(source, tmp_path, "holds the source")
 
 
 def test_output_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> None:

@@ -215,12 +215,12 @@ def test_a_dialect_that_can_not_say_the_layout_is_refused(converted: dict[str, P
 
 
 def test_the_checkpoint_itself_is_refused_as_target(converted: dict[str, Path]) -> None:
-    with pytest.raises(ProblemsError, match="is the checkpoint itself"):
+    with pytest.raises(ProblemsError, match="is the source"):
         to_plain(converted["fp8-tensor"], converted["fp8-tensor"])
 
 
 def test_a_target_inside_the_checkpoint_is_refused(converted: dict[str, Path]) -> None:
-    with pytest.raises(ProblemsError, match="lies in the checkpoint"):
+    with pytest.raises(ProblemsError, match="lies in the source"):
         to_plain(converted["fp8-tensor"], converted["fp8-tensor"] / "plain")
 
 

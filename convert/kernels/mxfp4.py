@@ -31,8 +31,7 @@ from runtime.contract.formats import (
 )
 
 BLOCK = MXFP4_BLOCK_SIZE
-BLOCK_NBYTES = BLOCK // 2
-EVEN, FLOOR, ROUNDUP, MSE = range(4)
+EVEN, _FLOOR, ROUNDUP, MSE = range(len(SCALE_RULES))
 RULE_IDS = {rule: SCALE_RULES.index(rule) for rule in SCALE_RULES}
 
 # 2^(code - 127), float64: code 254 times 6 is beyond float32.

@@ -1,8 +1,9 @@
-"""Files that are whole or absent after a crash, and their hashes."""
+"""Files that are whole or absent after a crash, their hashes, and folders that may be written."""
 
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 _READ_NBYTES = 4 * 2**20
 
@@ -42,3 +43,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's size in bytes and SHA-256."""
+    return {"nbytes": path.stat().st_size, "sha256": hash_path(path)}
+
+
+def target_faults(source: Path, target: Path) -> list[str]:
+    """Return why ``target`` can't be the folder for what is made of ``source``."""
+    resolved_source, resolved = source.resolve(), target.resolve()
+    if resolved == resolved_source:
+        return [f"{target}: is the source. Choose another folder."]
+    if resolved_source in resolved.parents:
+        return [f"{target}: lies in the source. Choose a folder outside of it."]
+    if resolved in resolved_source.parents:
+        return [f"{target}: holds the source. Choose another folder."]
+    if target.is_dir() and any(target.iterdir()):
+        return [f"{target}: is not empty. Choose another folder, or remove this one."]
+    if target.exists() and not target.is_dir():
+        return [f"{target}: is a file. Choose a folder."]
+    return []

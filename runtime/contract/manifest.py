@@ -1,8 +1,7 @@
 """quantization_manifest.json: what was converted, from what, how, and what every byte means."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +132,6 @@ class Manifest:
         for layer in self.layers.values():
             specs.update({spec.name: spec for spec in layer.specs().values()})
         return specs
-
-    def with_layers(self, layers: Mapping[str, Layer]) -> "Manifest":
-        return replace(self, layers=dict(layers))
 
     def to_json(self) -> str:
         """Return the file's text: sorted keys, so that equal manifests are equal bytes."""
