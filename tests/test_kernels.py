@@ -1,5 +1,7 @@
 """The converter's kernels give the bytes of the torch reference, slab by slab, on input chosen to break them."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -381,3 +383,15 @@ def test_largest_magnitude_finds_a_single_infinity(scheme: Scheme, place: tuple[
 def test_largest_magnitude_is_the_float32_bits_of_amax(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = normal(*shape, dtype)
     assert largest_magnitude(kernel_bits(weight)) == int(weight.float().abs().max().view(torch.int32))
+
+
+def test_kernels_compile_where_no_folder_can_hold_their_code() -> None:
+    script = (
+        "import numba.core.caching as caching\n"
+        "for name in dir(caching):\n"
+        "    if hasattr(getattr(caching, name), '_locator_classes'):\n"
+        "        getattr(caching, name)._locator_classes = []\n"
+        "from convert.kernels.fp8 import tile_maxima\n"
+        "assert type(tile_maxima._cache).__name__ == 'NullCache'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -17,9 +17,14 @@ def compiled(function):
     """Compile without the interpreter lock; keep the machine code on disk for the next start.
 
     The code on disk is renewed when the file of the outermost function changes: after editing this
-    file alone, remove convert/kernels/__pycache__.
+    file alone, remove convert/kernels/__pycache__. Where no folder can be written (NUMBA_CACHE_DIR names
+    one) the code is compiled at each start.
     """
-    return njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")(function)
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:
+        return njit(**options)(function)
 
 
 @intrinsic
