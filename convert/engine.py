@@ -89,23 +89,23 @@ class Engine:
         """Convert everything that is not finished. Raises the first error of any worker."""
         largest = max((slab.nbytes for slab in self._slabs), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
-        with (
-            ThreadPoolExecutor(4, thread_name_prefix="flush") as background,
-            ThreadPoolExecutor(2, thread_name_prefix="finish") as finisher,
-        ):
-            self._background, self._finisher = background, finisher
-            for source in self._sources.values():
-                source.open()
-            try:
+        for source in self._sources.values():
+            source.open()
+        try:
+            # Leaving waits for whatever is still being finished, so that no file is closed under it.
+            with (
+                ThreadPoolExecutor(4, thread_name_prefix="flush") as self._background,
+                ThreadPoolExecutor(2, thread_name_prefix="finish") as self._finisher,
+            ):
                 threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n_workers)]
                 for thread in threads:
                     thread.start()
                 self._wait(threads)
-            finally:
-                for source in self._sources.values():
-                    source.close()
-                for writer in self._writers.values():
-                    writer.close()
+        finally:
+            for source in self._sources.values():
+                source.close()
+            for writer in self._writers.values():
+                writer.close()
         if self._failure:
             raise self._failure
 

@@ -24,8 +24,8 @@ class Staging:
     """
 
     def __init__(self, output: Path):
-        self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.output = output.resolve()
+        self.folder = self.output.with_name(self.output.name + ".partial")
         self._lock_fd: int | None = None
 
     @property

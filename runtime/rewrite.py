@@ -152,6 +152,7 @@ def _build_folder(target: Path) -> Iterator[Path]:
     It lies in ``target``.partial. What a killed run of ours left there is thrown away; anything
     else there (an unfinished convert-ckpt run) is refused.
     """
+    target = target.resolve()
     partial = target.with_name(target.name + ".partial")
     if partial.exists() and not (partial / _LOCK).exists() and any(partial.iterdir()):
         raise CheckpointError(
