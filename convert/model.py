@@ -1,17 +1,17 @@
 """One source with what is known of its class, and the dialect that its consumers read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from convert.options import Options
-from convert.preset import Preset
+from convert.preset import GENERIC, Preset
 from convert.recipe import KEEP, Fate
-from convert.sglang_names import sglang_prefix
+from convert.sglang_names import overmatched, sglang_prefixes
 from convert.source import Source
 from runtime.contract.dialects import DIALECT_SCHEMES, STATIC_DIALECTS, TENSOR_FP8, default_dialect
 from runtime.contract.errors import UsageError
 from runtime.contract.header import TensorSpec
-from runtime.contract.manifest import Layer
+from runtime.contract.manifest import Layer, Manifest
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Model:
         """ "diffusers" or "transformers"."""
         return self.source.naming if self.source.config else self.preset.naming
 
-    def prefixes(self, modules: Mapping[str, object]) -> dict[str, str | None]:
+    def prefixes(self, modules: Iterable[str]) -> dict[str, str | None]:
         """Return each module's name in SGLang, None where it does not quantize it."""
-        return {module: sglang_prefix(module, self.preset, self.linears) for module in sorted(modules)}
+        return sglang_prefixes(sorted(modules), self.preset, self.linears)
 
 
 def choose_dialect(model: Model, fates: Mapping[str, Fate]) -> str:
@@ -59,26 +59,55 @@ def choose_dialect(model: Model, fates: Mapping[str, Fate]) -> str:
 
 def dialect_faults(model: Model, fates: Mapping[str, Fate], layers: Mapping[str, Layer], dialect: str) -> list[str]:
     """Return a sentence for everything that the dialect's consumer would load silently wrong."""
+    kept = model.prefixes([module for module, fate in fates.items() if fate.format == KEEP])
+    quantized = model.prefixes(layers)
+    if dialect == "rowwise":
+        return _rowwise_faults(model, quantized)
     faults = []
     if dialect in ("fp8", "modelopt") and not model.preset.sglang_ignores:
-        kept = {module: fate for module, fate in fates.items() if fate.format == KEEP}
-        for module, prefix in model.prefixes(kept).items():
-            if prefix is not None:
-                faults.append(
-                    f"{module}: would stay {model.linears[module].dtype} ({fates[module].reason}), but SGLang gives the"
-                    f" linears of {model.source.class_name} no names, so it would cast this one to FP8 with scale 1.0"
-                    " and say nothing. Quantize it, or use --dialect mxfp4."
-                )
-    if dialect == "rowwise":
-        renamed = [module for module, prefix in model.prefixes(layers).items() if prefix not in (module, None)]
-        if not model.preset.rowwise or renamed:
-            what = (
-                f"{renamed[0]} has another name there"
-                if renamed
-                else f"preset {model.preset.name} has other names there"
-            )
-            faults.append(
-                f"dialect rowwise: SGLang can't match it ({what}). Use --granularity tensor or block,"
-                " or --dialect compressed-tensors."
-            )
+        faults += [_unignorable(model, fates, module) for module, prefix in kept.items() if prefix is not None]
+    if dialect == "fp8" and model.options.granularity == "block" and model.naming == "diffusers":
+        plain = [module for module, prefix in quantized.items() if prefix is None]
+        faults += [
+            f"{module}: SGLang builds it as a plain linear and would take its FP8 codes without their block scales."
+            " Keep it with --ignore, or use --granularity tensor."
+            for module in plain
+        ]
+        faults += [
+            f"{sentence}, and without the block scales. Quantize what is ignored, or use --granularity tensor."
+            for sentence in overmatched(kept, quantized, any_part=True)
+        ]
     return faults
+
+
+def dialect_warnings(model: Model, manifest: Manifest) -> list[str]:
+    """Return a sentence for everything that its consumer would load right, but not as asked."""
+    if manifest.dialect not in ("fp8", "modelopt"):
+        return []
+    quantized = model.prefixes(manifest.layers)
+    warnings = overmatched(manifest.unquantized_linears, quantized, any_part=manifest.dialect == "fp8")
+    if model.options.granularity == "block" and model.preset.name == GENERIC and model.naming == "diffusers":
+        warnings.append(
+            "no preset knows this class: where SGLang builds a linear of it as a plain one, it takes the FP8 codes"
+            " without their block scales; scripts/check_sglang.py tells, --granularity tensor is safe"
+        )
+    return warnings
+
+
+def _unignorable(model: Model, fates: Mapping[str, Fate], module: str) -> str:
+    return (
+        f"{module}: would stay {model.linears[module].dtype} ({fates[module].reason}), but SGLang gives the"
+        f" linears of {model.source.class_name} no names, so it would cast this one to FP8 with scale 1.0"
+        " and say nothing. Quantize it, or use --dialect mxfp4."
+    )
+
+
+def _rowwise_faults(model: Model, quantized: Mapping[str, str | None]) -> list[str]:
+    renamed = [module for module, prefix in quantized.items() if prefix not in (module, None)]
+    if model.preset.rowwise and not renamed:
+        return []
+    what = f"{renamed[0]} has" if renamed else f"layers of preset {model.preset.name} have"
+    return [
+        f"dialect rowwise: {what} another name in SGLang. Use --granularity tensor or block, or"
+        " --dialect compressed-tensors."
+    ]

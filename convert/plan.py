@@ -7,7 +7,7 @@ import numpy as np
 
 from convert.calibration import calibration_faults, input_scales, read_calibration
 from convert.guards import guard, in_numbered_block, linear_module, reason_not_linear
-from convert.model import Model, choose_dialect, dialect_faults
+from convert.model import Model, choose_dialect, dialect_faults, dialect_warnings
 from convert.options import Options
 from convert.preset import GENERIC, Preset, find_preset, load_preset
 from convert.recipe import (
@@ -23,7 +23,6 @@ from convert.recipe import (
     read_recipe,
     unmatched_rules,
 )
-from convert.sglang_names import overmatched
 from convert.source import Source
 from runtime.contract.dialects import (
     header_metadata,
@@ -120,10 +119,8 @@ def make_plan(source: Source, options: Options) -> Plan:
     if problems:
         raise ProblemsError(f"{source.name}: can't be converted as asked", problems)
     files = _make_files(tensors, manifest)
-    warnings = [*source.notes]
-    if dialect == "fp8":
-        warnings += overmatched(manifest.unquantized_linears, model.prefixes(layers))
-    return Plan(tensors, files, groups, manifest, scales, tuple(warnings))
+    warnings = (*source.notes, *dialect_warnings(model, manifest))
+    return Plan(tensors, files, groups, manifest, scales, warnings)
 
 
 def _choose_rules(source: Source, options: Options) -> tuple[Preset, list[Rule]]:

@@ -38,7 +38,8 @@ class Preset:
 
     ``keep`` maps a pattern on module names to the reason; ``embeddings`` are patterns of tables that
     look like linear weights but are none; ``sglang`` maps each linear that SGLang would quantize to
-    its prefix there, whose block index ``index_follows`` may shift by the blocks of another container.
+    its prefix there, whose block index ``index_follows`` may shift by the blocks of another container;
+    ``sglang_if`` maps a pattern to names that hold instead where the checkpoint has such a module.
     ``rowwise`` says that SGLang and diffusers both find these names in a row-wise FP8 file.
     """
 
@@ -49,6 +50,7 @@ class Preset:
     embeddings: tuple[str, ...]
     fused: tuple[FusedPattern, ...]
     sglang: dict[str, str]
+    sglang_if: dict[str, dict[str, str]]
     index_follows: dict[str, str]
     rowwise: bool
     sglang_ignores: bool
@@ -79,6 +81,7 @@ def load_preset(name: str) -> Preset:
             for entry in table.get("fused", [])
         ),
         sglang=table.get("sglang", {}),
+        sglang_if=table.get("sglang_if", {}),
         index_follows=table.get("index_follows", {}),
         rowwise=table.get("rowwise", False),
         sglang_ignores=table.get("sglang_ignores", True),

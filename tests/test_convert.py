@@ -393,3 +393,32 @@ def test_mixed_formats_take_per_tensor_fp8_alone(llm: Path, tmp_path: Path, gran
     recipe.write_text('[[rules]]\nmatch = "*.o_proj"\nformat = "fp8"\n')
     with pytest.raises(UsageError, match=f"can't say --format fp8 --granularity {granularity}"):
         convert(llm, tmp_path / "out", format="mxfp4", recipe=recipe, granularity=granularity)
+
+
+FLUX_CONFIG = {"_class_name": "FluxTransformer2DModel"}
+
+
+def flux_layers() -> dict[str, torch.Tensor]:
+    names = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out"]
+    return {f"{name}.weight": random_weight(256, 256, seed=i) for i, name in enumerate([*names, "proj_out"])}
+
+
+def test_block_scales_are_refused_where_sglang_builds_a_plain_linear(tmp_path: Path) -> None:
+    source = save_checkpoint(
+        tmp_path / "in", [flux_layers() | {"x_embedder.weight": random_weight(256, 256)}], FLUX_CONFIG
+    )
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rules]]\nmatch = "x_embedder"\nformat = "fp8"\n')
+    with pytest.raises(ProblemsError, match=r"x_embedder: SGLang builds it as a plain linear .* block scales"):
+        convert(source, tmp_path / "out", format="fp8", granularity="block", recipe=recipe)
+    convert(source, tmp_path / "out", format="fp8", recipe=recipe)
+
+
+def test_block_scales_are_refused_where_an_ignored_name_takes_quantized_layers_along(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "in", [flux_layers()], FLUX_CONFIG)
+    options = {"format": "fp8", "preset": "generic", "ignore": ("proj_out",)}
+    with pytest.raises(
+        ProblemsError, match=r"single_transformer_blocks\.0\.proj_out in BF16.*without the block scales"
+    ):
+        convert(source, tmp_path / "out", granularity="block", **options)
+    convert(source, tmp_path / "out", **options)

@@ -20,7 +20,7 @@ from convert.recipe import (
     read_recipe,
     unmatched_rules,
 )
-from convert.sglang_names import overmatched, sglang_prefix
+from convert.sglang_names import overmatched, sglang_prefixes
 from runtime.contract.dialects import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
 from runtime.contract.errors import UsageError
 from runtime.contract.header import TensorSpec
@@ -362,13 +362,23 @@ HUNYUAN_MODULES = [
     ],
 )
 def test_sglang_prefix_is_the_name_its_class_gives(preset: str, module: str, prefix: str | None) -> None:
-    assert sglang_prefix(module, load_preset(preset), [module]) == prefix
+    assert sglang_prefixes([module], load_preset(preset), [module]) == {module: prefix}
 
 
 @pytest.mark.parametrize(("block", "runtime_block"), [(0, 3), (3, 6)])
 def test_hunyuan_single_blocks_are_numbered_on_from_the_double_blocks(block: int, runtime_block: int) -> None:
-    prefix = sglang_prefix(f"single_transformer_blocks.{block}.proj_mlp", load_preset("hunyuan-video"), HUNYUAN_MODULES)
-    assert prefix == f"Hunyuan.single_blocks.{runtime_block}.linear1"
+    module = f"single_transformer_blocks.{block}.proj_mlp"
+    prefixes = sglang_prefixes([module], load_preset("hunyuan-video"), HUNYUAN_MODULES)
+    assert prefixes == {module: f"Hunyuan.single_blocks.{runtime_block}.linear1"}
+
+
+def test_wan_image_to_video_has_bare_names_in_its_cross_attention() -> None:
+    linears = ["blocks.3.attn2.to_out.0", "blocks.3.attn2.add_k_proj", "blocks.3.attn1.to_out.0"]
+    assert sglang_prefixes(linears, load_preset("wan"), linears) == {
+        "blocks.3.attn2.to_out.0": "to_out",
+        "blocks.3.attn2.add_k_proj": "blocks.3.attn2.add_k_proj",
+        "blocks.3.attn1.to_out.0": "blocks.3.to_out",
+    }
 
 
 @pytest.mark.parametrize(
@@ -384,11 +394,11 @@ def test_hunyuan_single_blocks_are_numbered_on_from_the_double_blocks(block: int
     ],
 )
 def test_ignore_entry_reaches_any_run_of_dotted_parts(entry: str, prefix: str, reaches: bool) -> None:
-    assert bool(overmatched({entry: entry}, {"quantized": prefix})) == reaches
+    assert bool(overmatched({entry: entry}, {"quantized": prefix}, any_part=True)) == reaches
 
 
 def test_overmatch_names_layer_and_entry() -> None:
-    found = overmatched({"proj_out": "proj_out"}, {"blocks.0.proj_out": "blocks.0.proj_out"})
+    found = overmatched({"proj_out": "proj_out"}, {"blocks.0.proj_out": "blocks.0.proj_out"}, any_part=True)
     assert len(found) == 1
     assert "blocks.0.proj_out" in found[0]
     assert found[0].endswith("its ignore list says proj_out")
@@ -396,12 +406,17 @@ def test_overmatch_names_layer_and_entry() -> None:
 
 def test_overmatch_counts_further_layers() -> None:
     quantized = {f"blocks.{i}.proj_out": f"blocks.{i}.proj_out" for i in range(3)}
-    assert "blocks.0.proj_out and 2 more" in overmatched({"proj_out": "proj_out"}, quantized)[0]
+    assert "blocks.0.proj_out and 2 more" in overmatched({"proj_out": "proj_out"}, quantized, any_part=True)[0]
 
 
 def test_layer_that_sglang_never_quantizes_is_in_no_ignore_list() -> None:
-    assert overmatched({"proj_out": None}, {"blocks.0.proj_out": "blocks.0.proj_out"}) == []
+    assert overmatched({"proj_out": None}, {"blocks.0.proj_out": "blocks.0.proj_out"}, any_part=True) == []
 
 
 def test_overmatch_looks_at_the_checkpoint_s_name_too() -> None:
-    assert overmatched({"to_q": "other"}, {"blocks.0.to_q": "blocks.0.qkv"})
+    assert overmatched({"to_q": "other"}, {"blocks.0.to_q": "blocks.0.qkv"}, any_part=True)
+
+
+@pytest.mark.parametrize(("entry", "reaches"), [("to_q", False), ("blocks.1.to_q", True)])
+def test_modelopt_matches_whole_names_alone(entry: str, reaches: bool) -> None:
+    assert bool(overmatched({entry: entry}, {"quantized": "blocks.1.to_q"}, any_part=False)) == reaches
