@@ -31,8 +31,10 @@ from runtime.contract.folder import Shard
 from runtime.contract.manifest import INPUT_SCALE
 from runtime.contract.writer import ShardWriter
 
-# All workers' slabs together; a slab is 8 MiB unless one tile of rows is larger.
+# All workers' slabs together; a slab is 2 MiB unless one tile of rows is larger.
 _IN_FLIGHT_NBYTES = 384 * 2**20
+# How many slabs ahead of the workers the disk is told what will be read.
+_READ_AHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Engine:
                 ThreadPoolExecutor(4, thread_name_prefix="flush") as self._background,
                 ThreadPoolExecutor(2, thread_name_prefix="finish") as self._finisher,
             ):
+                self._announce(self._slabs[:_READ_AHEAD])
                 threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n_workers)]
                 for thread in threads:
                     thread.start()
@@ -134,7 +137,13 @@ class Engine:
             if self._failure or self._next_slab == len(self._slabs):
                 return None
             self._next_slab += 1
-            return self._slabs[self._next_slab - 1]
+            position = self._next_slab - 1
+        self._announce(self._slabs[position + _READ_AHEAD : position + _READ_AHEAD + 1])
+        return self._slabs[position]
+
+    def _announce(self, slabs: list[Slab]) -> None:
+        for slab in slabs:
+            self._sources[slab.tensor.shard].announce(slab.tensor.stored.offset + slab.start, slab.nbytes)
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

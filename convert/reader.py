@@ -30,6 +30,10 @@ class ShardReader:
     def close(self) -> None:
         os.close(self._fd)
 
+    def announce(self, offset: int, nbytes: int) -> None:
+        """Let the kernel begin to read these bytes into its page cache."""
+        os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
     def read(self, out: np.ndarray, offset: int) -> None:
         """Fill ``out`` from byte ``offset`` of the file."""
         view = memoryview(out.data)

@@ -9,8 +9,8 @@ from convert.plan import Plan, TensorPlan
 from convert.quantize import slab_row_multiple
 from runtime.contract.header import DTYPE_BITS
 
-# Large enough to hide the cost of a call, small enough to stay in a core's share of cache and RAM.
-SLAB_NBYTES = 8 * 2**20
+# Large enough to hide the cost of a call, small enough to stay in cache from reading to writing.
+SLAB_NBYTES = 2 * 2**20
 
 # A shard is hashed by one thread at a time (1.8 GB/s here), so two at once reach twice that; more would
 # leave more of them unfinished when a run is stopped.
