@@ -2,9 +2,10 @@
 
 Builds a synthetic BF16 checkpoint, then times, for each format and for a cold and a warm page
 cache, (a) a loop that reads the input and writes as many bytes as the conversion does, with fsync, and
-(b) the real `convert-ckpt` command, start-up included. Prints both, their ratio and the peak memory; and, since the manifest holds the SHA-256 of
-every source and output file, how long hashing that many bytes takes on all cores alone.
-A second table compares the kernels with np.copyto of the same bytes.
+(b) the real `convert-ckpt` command, start-up included. Prints both, their ratio and the peak memory;
+and, since the manifest holds the SHA-256 of every source and output file, how long it takes all cores
+to hash that many bytes and do nothing else. A second table compares the kernels with np.copyto of
+the same bytes.
 
     python scripts/bench_convert.py [--gib 4] [--folder DIR] [--repeats 3]
 """
