@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -422,3 +425,14 @@ def test_block_scales_are_refused_where_an_ignored_name_takes_quantized_layers_a
     ):
         convert(source, tmp_path / "out", granularity="block", **options)
     convert(source, tmp_path / "out", **options)
+
+
+def test_a_processor_without_wide_vectors_writes_the_same_bytes(tmp_path: Path) -> None:
+    environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    for weight_format in ("mxfp4", "fp8"):
+        convert(FLUX_DIGITS, tmp_path / weight_format, format=weight_format)
+        narrow = tmp_path / f"{weight_format}-narrow"
+        arguments = [str(FLUX_DIGITS), str(narrow), "--format", weight_format, "--quiet"]
+        script = "import sys; from convert.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
+        subprocess.run([sys.executable, "-c", script, *arguments], check=True, env=os.environ | environment)
+        assert folder_bytes(narrow) == folder_bytes(tmp_path / weight_format)
