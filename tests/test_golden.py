@@ -1,4 +1,4 @@
-"""The torch reference gives the bytes that AITER's own code made (shared/data/README.md says how)."""
+"""The torch reference gives the bytes that AITER's own code made (tests/golden)."""
 
 from pathlib import Path
 

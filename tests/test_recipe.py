@@ -335,7 +335,7 @@ def test_group_of_two_formats_is_refused_with_members_and_formats() -> None:
         close_over_groups(fates_of("fp8", "mxfp4", "fp8"), [GROUP])
 
 
-# SGLang 0.5.23's names, probed on its classes (shared/design/consumers.md, 4).
+# SGLang 0.5.23's names, probed on its classes.
 HUNYUAN_MODULES = [
     *(f"transformer_blocks.{i}.attn.to_q" for i in range(3)),
     *(f"transformer_blocks.{i}.ff.net.2" for i in range(3)),
