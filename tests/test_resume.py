@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,13 +39,16 @@ class StoppedError(Exception):
 
 
 def stop_after(n_files: int, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> None:
-    """Run until ``n_files`` shards are recorded, then fail."""
+    """Run until ``n_files`` shards are recorded, then fail at the next one."""
     write_record = Staging.write_record
 
+    one_at_a_time = threading.Lock()
+
     def write_then_stop(self: Staging, component: str, file_name: str, record: dict[str, object]) -> None:
-        write_record(self, component, file_name, record)
-        if len(self.read_records(component)) >= n_files:
-            raise StoppedError
+        with one_at_a_time:
+            if len(self.read_records(component)) == n_files:
+                raise StoppedError
+            write_record(self, component, file_name, record)
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(Staging, "write_record", write_then_stop)
@@ -61,7 +65,7 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
     convert(source, tmp_path / "whole", format=weight_format)
     stop_after(n_files, source, tmp_path / "out", monkeypatch, format=weight_format)
     summary = convert(source, tmp_path / "out", format=weight_format)
-    assert summary.n_files_resumed >= n_files
+    assert summary.n_files_resumed == n_files
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
 
@@ -70,6 +74,7 @@ def test_finished_shards_are_not_read_again(source: Path, tmp_path: Path, monkey
     monkeypatch.setattr("convert.work.SHARDS_AT_ONCE", 1)
     stop_after(2, source, tmp_path / "out", monkeypatch, format="mxfp4")
     done = set(Staging(tmp_path / "out").read_records("root"))
+    assert len(done) == 2
     read: set[str] = set()
     process = Engine._process
 
@@ -79,6 +84,7 @@ def test_finished_shards_are_not_read_again(source: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(Engine, "_process", spy)
     convert(source, tmp_path / "out", format="mxfp4")
+    assert len(read) == 2
     assert not read & done
 
 
@@ -162,17 +168,27 @@ def z_image(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "block"])
-@pytest.mark.parametrize("first_to_finish", [0, 1], ids=["owner first", "member first"])
+@pytest.mark.parametrize("finished", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
 def test_a_scale_repeated_in_another_shard_survives_a_stop(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str, first_to_finish: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str, finished: str
 ) -> None:
     source = z_image(tmp_path / "z")
     options = {"format": "fp8", "granularity": granularity}
     convert(source, tmp_path / "whole", **options)
-    stop_after(1, source, tmp_path / "out", monkeypatch, **options)
-    records = tmp_path / "out.partial" / "records" / "root"
-    other = sorted(records.glob("*.json"))[1 - first_to_finish :][:1] if len(list(records.iterdir())) > 1 else []
-    for path in other:
-        path.unlink()
+    write_record = Staging.write_record
+    recorded = threading.Event()
+
+    def write_one(self: Staging, component: str, file_name: str, record: dict[str, object]) -> None:
+        if file_name == finished:
+            write_record(self, component, file_name, record)
+            recorded.set()
+        else:
+            recorded.wait(30)
+            raise StoppedError
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(Staging, "write_record", write_one)
+        convert(source, tmp_path / "out", **options)
+    assert set(Staging(tmp_path / "out").read_records("root")) == {finished}
     convert(source, tmp_path / "out", **options)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
