@@ -114,6 +114,7 @@ def _disk_faults(jobs: list[Job], staging: Staging) -> list[str]:
 
 def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent) -> int:
     """Convert one component into the staging folder; return how many files were finished before."""
+    before = _shard_identities(job.source)
     folder = staging.result / job.name
     folder.mkdir(exist_ok=True)
     component = job.name or "root"
@@ -128,7 +129,7 @@ def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent) -
     engine = Engine(job.plan, job.source.folder.shards, folder, records.copy(), on_file, progress)
     progress.start(job.name, engine.progress_nbytes)
     engine.run(n_workers)
-    _check_unchanged(job.source, records)
+    _check_unchanged(job.source, before)
     manifest = _complete_manifest(job.plan.manifest, records, write_side_files(folder, job.source, job.plan))
     write_durably(folder / MANIFEST_NAME, manifest.to_json())
     return n_resumed
@@ -158,19 +159,24 @@ def _fingerprint(jobs: list[Job], options: Options) -> dict[str, Any]:
 
 
 def _identity(source: Source) -> dict[str, Any]:
-    shards = {}
-    for shard in source.folder.shards:
-        stat = shard.path.stat()
-        header = hashlib.sha256(shard.header.data).hexdigest()
-        shards[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_sha256": header}
     side_files = {path.name: hash_path(path) for path in source.side_files}
+    shards = _shard_identities(source)
     return {"name": source.name, "shards": shards, CONFIG_NAME: source.config, "side_files": side_files}
 
 
-def _check_unchanged(source: Source, records: Mapping[str, FileRecord]) -> None:
+def _shard_identities(source: Source) -> dict[str, dict[str, Any]]:
+    identities = {}
     for shard in source.folder.shards:
-        if shard.path.stat().st_size != shard.header.file_nbytes:
-            raise CheckpointError(f"{shard.name}: changed while it was converted. Start again with --restart.")
+        stat = shard.path.stat()
+        header = hashlib.sha256(shard.header.data).hexdigest()
+        identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_sha256": header}
+    return identities
+
+
+def _check_unchanged(source: Source, before: dict[str, dict[str, Any]]) -> None:
+    changed = [name for name, identity in _shard_identities(source).items() if identity != before[name]]
+    if changed:
+        raise CheckpointError(f"{', '.join(changed)}: changed while it was converted. Start again with --restart.")
 
 
 def _summarize(output: Path, options: Options, jobs: list[Job], n_resumed: int, seconds: float) -> Summary:

@@ -67,12 +67,11 @@ class Plan:
     """All decisions for one component. ``tensors`` keep the source's order: by shard, by offset.
 
     ``manifest`` is complete but for the measured errors and the files. ``input_scales`` maps a
-    module to its static activation scale. ``linears`` maps each linear module to its fate.
+    module to its static activation scale.
     """
 
     tensors: tuple[TensorPlan, ...]
     files: tuple[FilePlan, ...]
-    groups: tuple[FusedGroup, ...]
     manifest: Manifest
     input_scales: dict[str, np.float32]
     warnings: tuple[str, ...]
@@ -120,7 +119,7 @@ def make_plan(source: Source, options: Options) -> Plan:
         raise ProblemsError(f"{source.name}: can't be converted as asked", problems)
     files = _make_files(tensors, manifest)
     warnings = (*source.notes, *dialect_warnings(model, manifest))
-    return Plan(tensors, files, groups, manifest, scales, warnings)
+    return Plan(tensors, files, manifest, scales, warnings)
 
 
 def _choose_rules(source: Source, options: Options) -> tuple[Preset, list[Rule]]:

@@ -104,6 +104,21 @@ def test_a_changed_source_is_refused(source: Path, tmp_path: Path, monkeypatch: 
         convert(source, tmp_path / "out", format="mxfp4")
 
 
+def test_a_source_that_changes_during_the_run_is_noticed_also_at_the_same_size(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Engine.run
+
+    def touch_then_run(self: Engine, n_workers: int) -> None:
+        run(self, n_workers)
+        os.utime(source / "model-00002-of-00004.safetensors", ns=(1, 1))
+
+    monkeypatch.setattr(Engine, "run", touch_then_run)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00004\.safetensors: changed while it was converted"):
+        convert(source, tmp_path / "out", format="fp8")
+    assert not (tmp_path / "out").exists()
+
+
 def test_restart_throws_the_partial_result_away(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after(1, source, tmp_path / "out", monkeypatch, format="mxfp4")
     convert(source, tmp_path / "out", format="fp8", restart=True)
