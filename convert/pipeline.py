@@ -14,10 +14,11 @@ from convert.options import Options
 from convert.plan import Plan, make_plan
 from convert.progress import Silent
 from convert.side_files import write_side_files
-from convert.source import CONFIG_NAME, Source, find_components, open_source
+from convert.source import Source, find_components, open_source
 from convert.staging import Staging
 from runtime.contract.durable import hash_path, target_faults, write_durably
 from runtime.contract.errors import CheckpointError, ProblemsError, UsageError
+from runtime.contract.folder import CONFIG_NAME
 from runtime.contract.manifest import MANIFEST_NAME, Manifest
 from runtime.contract.units import format_nbytes
 from runtime.version import VERSION

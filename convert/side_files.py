@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from convert.plan import Plan
-from convert.source import CONFIG_NAME, Source
+from convert.source import Source
 from runtime.contract.dialects import quantization_config
 from runtime.contract.durable import describe_file, write_durably
-from runtime.contract.folder import INDEX_SUFFIX
+from runtime.contract.folder import CONFIG_NAME, INDEX_SUFFIX
 from runtime.contract.manifest import MANIFEST_NAME, Manifest
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.contract.errors import CheckpointError, ProblemsError
-from runtime.contract.folder import INDEX_SUFFIX, SUFFIX, TensorFolder, read_folder
+from runtime.contract.folder import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, TensorFolder, read_folder
 
-CONFIG_NAME = "config.json"
 # Weights in other containers and other variants are not carried along.
 _WEIGHT_SUFFIXES = (
     SUFFIX,

@@ -15,13 +15,13 @@ from runtime.checkpoint import Checkpoint, cut_bytes, open_checkpoint
 from runtime.components import find_components
 from runtime.contract.durable import describe_file, sync_folder, target_faults, write_durably
 from runtime.contract.errors import CheckpointError, ProblemsError
-from runtime.contract.folder import INDEX_SUFFIX, SUFFIX, Shard
+from runtime.contract.folder import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, Shard
 from runtime.contract.header import Header, TensorSpec, build_header
 from runtime.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
 from runtime.contract.writer import ShardWriter
 from runtime.progress import Progress
 from runtime.threads import map_threads
-from runtime.verify_files import CONFIG_NAME, file_faults
+from runtime.verify_files import file_faults
 
 _LOCK = "run-ckpt.lock"
 _RESULT = "result"

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from runtime.contract.dialects import quantization_config
-from runtime.contract.folder import INDEX_SUFFIX, SUFFIX, TensorFolder
+from runtime.contract.folder import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, TensorFolder
 from runtime.contract.header import TensorSpec
 from runtime.contract.manifest import MANIFEST_NAME, Manifest
 from runtime.progress import Progress
 from runtime.structure import spec_faults
 
-CONFIG_NAME = "config.json"
 _CONFIG_KEY = "quantization_config"
 _READ_NBYTES = 4 * 2**20
 _REFETCH = "Fetch it again, or convert again."

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from runtime.contract.errors import HeaderError, ProblemsError
 from runtime.contract.header import Header, StoredTensor, read_header
 
+CONFIG_NAME = "config.json"
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 # The names under which diffusers and transformers look for a model's weights.
