@@ -26,23 +26,23 @@ def decode_rows(reader: TensorReader, layer: Layer, scale: Tensor | None, start:
 
 def decode_mxfp4(packed: Tensor, scale_codes: Tensor) -> Tensor:
     """Return codec.dequantize_mxfp4(packed, scale_codes): one table look-up for each byte."""
-    pairs = _e2m1_pairs().index_select(0, packed.flatten().long()).view(torch.float32)
+    pairs = _e2m1_pairs(packed.device).index_select(0, packed.flatten().long()).view(torch.float32)
     blocks = pairs.reshape(*scale_codes.shape, MXFP4_BLOCK_SIZE)
     return blocks.mul_(decode_e8m0(scale_codes).unsqueeze(-1)).reshape(len(packed), -1)
 
 
 def decode_fp8(codes: Tensor, scale: Tensor) -> Tensor:
     """Return codec.dequantize_fp8 for codes as uint8 [n, K]: torch's own cast is four times slower."""
-    values = _e4m3_values().index_select(0, codes.flatten().long()).reshape(codes.shape)
+    values = _e4m3_values(codes.device).index_select(0, codes.flatten().long()).reshape(codes.shape)
     return values.mul_(expand_fp8_scale(scale, *codes.shape))
 
 
 @cache
-def _e2m1_pairs() -> Tensor:
+def _e2m1_pairs(device: torch.device) -> Tensor:
     """The two float32 of each byte side by side, as one int64: [256]."""
-    return decode_e2m1(unpack_nibbles(torch.arange(256, dtype=torch.uint8))).view(torch.int64)
+    return decode_e2m1(unpack_nibbles(torch.arange(256, dtype=torch.uint8, device=device))).view(torch.int64)
 
 
 @cache
-def _e4m3_values() -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+def _e4m3_values(device: torch.device) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float()

@@ -27,6 +27,10 @@ class PartialRunError(CheckpointError):
     """What an earlier run left behind belongs to another source or other options."""
 
 
+class BackendError(CheckpointError):
+    """No backend, or not the one asked for, can run a layer on a machine."""
+
+
 class ProblemsError(CheckpointError):
     """Several faults found together. ``problems`` holds one sentence for each."""
 

@@ -1,0 +1,83 @@
+"""Backends for every machine: decode the weight for each product, or once at load."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.backends.backend import Backend, Machine, Tensors
+from runtime.checkpoint import cut_rows, scale_rows
+from runtime.contract.formats import MXFP4_BLOCK_SIZE
+from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from runtime.decode import decode_fp8, decode_mxfp4
+
+
+def to_plain(layer: Layer, tensors: Tensors) -> Tensors:
+    """Return the weight and its scale in logical order without padding, whatever the layout on disk.
+
+    MXFP4: uint8 [N, K/2] and [N, K/32]. FP8: as it is.
+    """
+    if layer.format != "mxfp4" or layer.layout == "plain":
+        return tensors
+    weight = AITER_WEIGHT.unshuffle(tensors[WEIGHT])
+    scale = AITER_SCALE.unshuffle(tensors[WEIGHT_SCALE])[: layer.N, : layer.K // MXFP4_BLOCK_SIZE]
+    return {**tensors, WEIGHT: weight, WEIGHT_SCALE: scale.contiguous()}
+
+
+def from_plain(layer: Layer, tensors: Tensors) -> Tensors:
+    """Return the tensors as on disk; the exact inverse of to_plain."""
+    if layer.format != "mxfp4" or layer.layout == "plain":
+        return tensors
+    scale = AITER_SCALE.shuffle(AITER_SCALE.pad_to_tile(tensors[WEIGHT_SCALE]))
+    return {**tensors, WEIGHT: AITER_WEIGHT.shuffle(tensors[WEIGHT]), WEIGHT_SCALE: scale}
+
+
+def decode_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight [N, K] that plain tensors stand for: decoded in float32, then rounded to ``dtype``.
+
+    weight: uint8 [N, K/2] (MXFP4) or float8_e4m3fn [N, K]. scale: as to_plain gives it.
+    """
+    if weight.dtype == torch.uint8:
+        return decode_mxfp4(weight, scale).to(dtype)
+    return decode_fp8(weight.view(torch.uint8), scale).to(dtype)
+
+
+def _multiply_decoding(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
+    return F.linear(x, decode_weight(operands[WEIGHT], operands[WEIGHT_SCALE], x.dtype), bias)
+
+
+def _dequantize(layer: Layer, tensors: Tensors) -> Tensors:
+    plain = to_plain(layer, tensors)
+    weight, scale = plain[WEIGHT], plain[WEIGHT_SCALE]
+    decoded = torch.empty(layer.N, layer.K, dtype=torch.bfloat16, device=weight.device)
+    for start, stop in cut_rows(layer):
+        part = scale[start:stop] if layer.format == "mxfp4" else scale_rows(layer, scale, start, stop)
+        decoded[start:stop] = decode_weight(weight[start:stop], part, torch.bfloat16)
+    return {WEIGHT: decoded}
+
+
+def _multiply_dequantized(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
+    return F.linear(x, operands[WEIGHT].to(x.dtype), bias)
+
+
+def _slow_on_a_gpu(machine: Machine) -> str | None:
+    return None if machine.kind == "cpu" else "it decodes the weight for each product, which is slow on a GPU"
+
+
+# Activations are not quantized, an input_scale is not used: the reference has the error of the weights alone.
+REFERENCE = Backend(
+    "reference",
+    why_not=lambda layer, machine: None,
+    prepare=to_plain,
+    matmul=_multiply_decoding,
+    restore=from_plain,
+    why_ask=_slow_on_a_gpu,
+)
+DEQUANTIZE = Backend(
+    "dequantize",
+    why_not=lambda layer, machine: None,
+    prepare=_dequantize,
+    matmul=_multiply_dequantized,
+    restore=None,
+    why_ask=lambda machine: "it holds each weight in BF16, which takes two to four times the memory",
+)

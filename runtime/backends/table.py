@@ -1,0 +1,49 @@
+"""The backends in order of preference, and the choice among them, with its reasons."""
+
+from dataclasses import dataclass
+
+from runtime.backends.backend import Backend, Machine
+from runtime.backends.reference import DEQUANTIZE, REFERENCE
+from runtime.contract.errors import BackendError, UsageError
+from runtime.contract.manifest import Layer
+
+BACKENDS: tuple[Backend, ...] = (REFERENCE, DEQUANTIZE)
+BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of one layer, and why each one before it in the table was not taken (name -> reason)."""
+
+    backend: Backend
+    passed_over: dict[str, str]
+
+
+def choose_backend(layer: Layer, machine: Machine, name: str | None = None) -> Choice:
+    """Return the first backend that can run the layer on the machine, or the one of that name.
+
+    Raises UsageError for an unknown name, BackendError where the named one, or every one, can't.
+    """
+    if name is not None:
+        return Choice(_named(layer, machine, name), {})
+    passed_over: dict[str, str] = {}
+    for backend in BACKENDS:
+        reason = backend.why_not(layer, machine) or backend.why_ask(machine)
+        if reason is None:
+            return Choice(backend, passed_over)
+        passed_over[backend.name] = reason
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed_over.items())
+    raise BackendError(
+        f"{layer.module}: no backend takes it on {machine} by itself ({reasons})."
+        " Ask for one by name, or install what is missing."
+    )
+
+
+def _named(layer: Layer, machine: Machine, name: str) -> Backend:
+    backend = next((backend for backend in BACKENDS if backend.name == name), None)
+    if backend is None:
+        raise UsageError(f"no backend {name!r}. Choose one of {', '.join(BACKEND_NAMES)}.")
+    reason = backend.why_not(layer, machine)
+    if reason is not None:
+        raise BackendError(f"{layer.module}: backend {name} can't run it on {machine}: {reason}.")
+    return backend
