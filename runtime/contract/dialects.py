@@ -108,7 +108,7 @@ def quantization_config(manifest: Manifest) -> dict[str, Any] | None:
     private = {
         "schema_version": SCHEMA_VERSION,
         "manifest": MANIFEST_NAME,
-        "quantized_modules": sorted(manifest.layers),
+        "quantized_modules": {name: layer.format for name, layer in sorted(manifest.layers.items())},
     }
     return {**builder(manifest), PRIVATE_KEY: private}
 
