@@ -109,6 +109,7 @@ def quantization_config(manifest: Manifest) -> dict[str, Any] | None:
         "schema_version": SCHEMA_VERSION,
         "manifest": MANIFEST_NAME,
         "quantized_modules": {name: layer.format for name, layer in sorted(manifest.layers.items())},
+        "fused_scales": sorted(manifest.fused_scales),
     }
     return {**builder(manifest), PRIVATE_KEY: private}
 
