@@ -17,6 +17,7 @@ from runtime.inspect import Inspection, Summary
 from runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:  # it imports torch
+    from runtime.backends.survey import Survey
     from runtime.verify import ComponentReport
 
 _PLAIN_WIDTH = 160
@@ -60,6 +61,18 @@ def print_measured(console: Console, report: ComponentReport) -> None:
             f"{measured.max_abs_error:.4g}",
         )
     console.print(table)
+
+
+def print_survey(console: Console, component: str, survey: Survey) -> None:
+    """Print the backends in order of preference, with what each would run and why not the rest."""
+    title = f"{component + ': ' if component else ''}backends on {survey.machine}"
+    table = _table(title, ("backend", "layers", "not taken because"))
+    for row in survey.rows:
+        reasons = "\n".join(f"{reason} ({count} layers)" for reason, count in row.reasons.items())
+        table.add_row(row.name, str(row.n_layers), escape(reasons))
+    console.print(table)
+    if survey.n_homeless:
+        console.print(f"{survey.n_homeless} layers run on none of them unless it is asked for by name.")
 
 
 @contextmanager
@@ -114,7 +127,7 @@ def _summary_table(summary: Summary) -> Table:
 
 def _table(title: str | None, columns: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
-    numeric = {"count", "N x K", "SQNR dB", "worst SQNR dB", "manifest", "largest error"}
+    numeric = {"count", "layers", "N x K", "SQNR dB", "worst SQNR dB", "manifest", "largest error"}
     for column in columns:
         table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
     return table
