@@ -1,4 +1,4 @@
-"""`run-ckpt`: inspect, verify, dequantize and relayout converted checkpoints."""
+"""`run-ckpt`: look at, check and rewrite converted checkpoints; cli_run.py has the commands that run them."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from runtime.cli_run import bench, generate
 from runtime.contract.dialects import DIALECTS
 from runtime.contract.errors import CheckpointError, UsageError
 from runtime.contract.formats import LAYOUTS
@@ -32,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
 )
 @click.version_option(VERSION, prog_name=_NAME)
 def run_ckpt() -> None:
-    """Look at, check and rewrite what convert-ckpt made.
+    """Look at, check, rewrite and run what convert-ckpt made.
 
     OUTPUT is a converted checkpoint: the folder of a component, or that of a pipeline's components.
 
@@ -42,7 +43,12 @@ def run_ckpt() -> None:
       run-ckpt verify flux-mxfp4 --source flux
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
+      run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 --prompt "a cat" --output cat.png
     """
+
+
+run_ckpt.add_command(generate)
+run_ckpt.add_command(bench)
 
 
 @run_ckpt.command()
