@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.contract.dialects import PRIVATE_KEY, Scheme, scale_shape, tensor_names
+from runtime.contract.dialects import PRIVATE_KEY, Scheme, layout_names, scale_shape, tensor_names
 from runtime.contract.errors import CheckpointError, ProblemsError
 from runtime.contract.formats import LAYOUTS
 from runtime.contract.header import TensorSpec
@@ -98,6 +98,12 @@ def _layout(config: Mapping[str, Any]) -> str:
     layout = config.get("layout", "plain") if is_ours(config) else "plain"
     if layout not in LAYOUTS:
         raise CheckpointError(f"quantization_config: layout {layout!r} is none of {', '.join(LAYOUTS)}.")
+    # Where no padding is needed, shapes can't tell the layouts apart.
+    for key, name in layout_names(layout).items():
+        if config.get(key, name) != name:
+            raise CheckpointError(
+                f"quantization_config: layout {layout!r} contradicts {key} {config[key]!r}. Fetch config.json again."
+            )
     return str(layout)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from runtime.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from runtime.components import find_components
-from runtime.contract.errors import CheckpointError, ProblemsError
+from runtime.contract.dialects import PRIVATE_KEY
+from runtime.contract.errors import CheckpointError, ManifestError, ProblemsError
 from runtime.contract.folder import CONFIG_NAME, SUFFIX, read_folder
 from runtime.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
 from runtime.declared import layers_in_headers
@@ -35,6 +36,8 @@ def open_to_load(path: Path) -> Iterator[Checkpoint]:
     if "" not in components:
         raise CheckpointError(f"{path}: holds {', '.join(components)}. Load one of them: {path / min(components)}.")
     config = _read_quantization_config(path)
+    if "manifest" in config.get(PRIVATE_KEY, {}):
+        raise ManifestError(f"{path}: lacks its {MANIFEST_NAME}. Fetch the whole folder, or convert again.")
     folder = read_folder(path)
     specs = {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()}
     try:
