@@ -1,6 +1,7 @@
 """`run-ckpt generate`: an ordinary diffusers pipeline with converted transformers in place of its own."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -58,7 +59,10 @@ def load_pipeline(
         )
         loaded[name] = model
     try:
-        pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, **loaded)
+        with warnings.catch_warnings():
+            # diffusers 0.42 would have it called dtype, which 0.37 does not know.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, **loaded)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"--model-path {base}: no pipeline that diffusers can load ({error}).") from error
     pipeline.to(device)
