@@ -7,6 +7,7 @@ from torch import Tensor
 
 from runtime.backends.backend import Backend, Machine, Tensors, finish
 from runtime.backends.fp8 import quantize_rows, refuse_fnuz, to_machine_fp8
+from runtime.backends.operators import define_operator
 from runtime.backends.packages import why_no_aiter
 from runtime.backends.reference import from_plain, to_plain
 from runtime.contract.formats import AITER_TARGET_ARCH
@@ -78,13 +79,12 @@ def _restore(layer: Layer, operands: Tensors) -> Tensors:
 def _multiply(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
     weight, scale = operands[WEIGHT], operands[WEIGHT_SCALE]
     if weight.dtype == torch.uint8:
-        return finish(_multiply_mxfp4(x.bfloat16(), weight, scale), x, bias)
+        return finish(_aiter_mxfp4(x.bfloat16(), weight, scale), x, bias)
     codes, code_scale = quantize_rows(x, weight.dtype, operands.get(INPUT_SCALE))
     rows = code_scale.expand(x.shape[0], 1).contiguous()
-    return finish(_multiply_fp8(codes, weight, rows, scale), x, bias)
+    return finish(_aiter_fp8(codes, weight, rows, scale), x, bias)
 
 
-@torch.library.custom_op("run_ckpt::aiter_mxfp4", mutates_args=())
 def _multiply_mxfp4(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Return bfloat16 [M, N] from x bfloat16 [M, K], quantized on the way by AITER's rule ``even``."""
     from aiter import gemm_a4w4
@@ -98,7 +98,6 @@ def _multiply_mxfp4(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return product
 
 
-@torch.library.custom_op("run_ckpt::aiter_fp8", mutates_args=())
 def _multiply_fp8(codes: Tensor, weight: Tensor, code_scale: Tensor, scale: Tensor) -> Tensor:
     """Return bfloat16 [M, N] from FP8 codes [M, K] with scales [M, 1] and a weight with scales [N, 1]."""
     from aiter import gemm_a8w8_bpreshuffle
@@ -109,14 +108,15 @@ def _multiply_fp8(codes: Tensor, weight: Tensor, code_scale: Tensor, scale: Tens
     return product
 
 
-@_multiply_mxfp4.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _empty_product(x: Tensor, weight: Tensor, *scales: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
 
 
-@_multiply_fp8.register_fake
-def _(codes: Tensor, weight: Tensor, code_scale: Tensor, scale: Tensor) -> Tensor:
-    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=torch.bfloat16)
-
+_aiter_mxfp4 = define_operator(
+    "aiter_mxfp4(Tensor x, Tensor weight, Tensor scale) -> Tensor", _multiply_mxfp4, _empty_product
+)
+_aiter_fp8 = define_operator(
+    "aiter_fp8(Tensor codes, Tensor weight, Tensor code_scale, Tensor scale) -> Tensor", _multiply_fp8, _empty_product
+)
 
 AITER = Backend("aiter", why_not=_why_not, prepare=_prepare, matmul=_multiply, restore=_restore)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from runtime.backends.backend import Backend, Machine, Tensors, finish
+from runtime.backends.operators import define_operator
 from runtime.backends.packages import why_no_petit
 from runtime.backends.reference import to_plain
 from runtime.contract.errors import BackendError
@@ -56,11 +57,10 @@ def _scale_in_range(layer: Layer, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
-    product = _multiply_bf16(x.bfloat16(), operands[WEIGHT], operands[WEIGHT_SCALE], operands["global_scale"])
+    product = _petit_mxfp4(x.bfloat16(), operands[WEIGHT], operands[WEIGHT_SCALE], operands["global_scale"])
     return finish(product, x, bias)
 
 
-@torch.library.custom_op("run_ckpt::petit_mxfp4", mutates_args=())
 def _multiply_bf16(x: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     """Return bfloat16 [M, N] from x bfloat16 [M, K] and what Petit made of weight [N/16, 2K] and scale [N/32, K]."""
     from petit_kernel import mul_mxfp4_a16
@@ -73,10 +73,13 @@ def _multiply_bf16(x: Tensor, weight: Tensor, scale: Tensor, global_scale: Tenso
     return product
 
 
-@_multiply_bf16.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+def _empty_product(x: Tensor, weight: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], 16 * weight.shape[0])
 
+
+_petit_mxfp4 = define_operator(
+    "petit_mxfp4(Tensor x, Tensor weight, Tensor scale, Tensor global_scale) -> Tensor", _multiply_bf16, _empty_product
+)
 
 # Petit turns -0 into +0: no way back to the bytes on disk.
 PETIT = Backend("petit", why_not=_why_not, prepare=_prepare, matmul=_multiply, restore=None)
