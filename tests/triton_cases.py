@@ -71,6 +71,13 @@ def test_product_is_exact_where_every_sum_is(scheme: str, M: int, N: int, K: int
     assert_bits_equal(y.cpu(), (x.double() @ weight.double().T + bias.double()).to(dtype))
 
 
+def test_as_many_block_scales_as_rows_are_still_block_scales() -> None:
+    codes = integers(16, 2048, largest=4, seed=1).to(torch.float8_e4m3fn)
+    scale = torch.arange(1, 17, dtype=torch.float32).reshape(1, 16)
+    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), 2048, torch.float32)
+    assert_bits_equal(decoded.cpu(), dequantize_fp8(codes, scale))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("M", "dtype"), [(5, torch.bfloat16), (5, torch.float16), (FUSED_MAX_M + 1, torch.bfloat16)])
 def test_product_is_that_of_the_reference_up_to_the_order_of_the_sum(scheme: str, dtype: torch.dtype, M: int) -> None:

@@ -101,7 +101,7 @@ def scale_kind(weight: Tensor, scale: Tensor) -> str:
         return "group"
     if scale.numel() == 1:
         return "tensor"
-    return "channel" if scale.numel() == len(weight) and scale.shape[-1] in (1, len(weight)) else "block"
+    return "channel" if scale.dim() == 1 or (scale.shape[1] == 1 and len(scale) == len(weight)) else "block"
 
 
 @triton.jit
