@@ -71,6 +71,14 @@ def test_product_is_exact_where_every_sum_is(scheme: str, M: int, N: int, K: int
     assert_bits_equal(y.cpu(), (x.double() @ weight.double().T + bias.double()).to(dtype))
 
 
+def test_ties_round_to_even_as_torch_rounds_them() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(64, 1).view(torch.float8_e4m3fn)
+    # 1 + odd / 256 is half way between two bfloat16, and so is its product with a power of two.
+    scale = 1 + (2 * torch.arange(64.0) + 1) / 256
+    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), 256, torch.bfloat16)
+    assert_same_values(decoded, dequantize_fp8(codes, scale).bfloat16())
+
+
 def test_as_many_block_scales_as_rows_are_still_block_scales() -> None:
     codes = integers(16, 2048, largest=4, seed=1).to(torch.float8_e4m3fn)
     scale = torch.arange(1, 17, dtype=torch.float32).reshape(1, 16)
