@@ -1,4 +1,4 @@
-"""`run-ckpt`: inspect, verify, dequantize and relayout converted checkpoints."""
+"""`run-ckpt`: inspect, verify, rewrite and publish converted checkpoints."""
 
 import json
 import sys
@@ -148,3 +148,18 @@ def relayout(output: Path, folder: Path, layout: str, dialect: str | None) -> No
     with show_progress() as progress:
         write(output, folder, layout=layout, dialect=dialect, progress=progress)
     click.echo(f"Wrote {output} to {folder} in layout {layout}.")
+
+
+@run_ckpt.command()
+@click.argument("output", type=_FOLDER)
+@click.option("--repo", "repo_id", metavar="OWNER/NAME", help="Where it will be found.  [default: OUTPUT's name]")
+@click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
+def card(output: Path, repo_id: str | None, base_model: str | None) -> None:
+    """Print the model card that run-ckpt push would upload with OUTPUT.
+
+    Every number in it is from the manifest.
+    """
+    from runtime.publish.card import make_card
+    from runtime.publish.result import read_result
+
+    click.echo(make_card(read_result(output), repo_id or output.resolve().name, base_model=base_model), nl=False)

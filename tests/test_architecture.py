@@ -23,10 +23,12 @@ HOMES: dict[str, tuple[str, ...]] = {
     "numba": ("convert/kernels/",),
     "llvmlite": ("convert/kernels/",),
     "click": ("convert/cli.py", "runtime/cli.py"),
+    "matplotlib": ("runtime/publish/heatmap.py",),
     "rich": ("convert/cli.py", "convert/progress.py", "runtime/cli.py", "runtime/tables.py"),
     "aiter": ("runtime/backends/",),
     "triton": ("runtime/kernels/", "runtime/backends/"),
-    "huggingface_hub": ("convert/hub.py",),
+    "huggingface_hub": ("convert/hub.py"),
+    "yaml": ("convert/source_card.py", "runtime/publish/card_metadata.py"),
     "diffusers": ("runtime/integrations/",),
     "transformers": ("runtime/integrations/",),
 }
