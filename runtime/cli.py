@@ -42,6 +42,7 @@ def run_ckpt() -> None:
       run-ckpt verify flux-mxfp4 --source flux
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
+      run-ckpt report flux-mxfp4 --output report.html
     """
 
 
@@ -163,3 +164,26 @@ def card(output: Path, repo_id: str | None, base_model: str | None) -> None:
     from runtime.publish.result import read_result
 
     click.echo(make_card(read_result(output), repo_id or output.resolve().name, base_model=base_model), nl=False)
+
+
+@run_ckpt.command()
+@click.argument("outputs", metavar="OUTPUT...", type=_FOLDER, nargs=-1, required=True)
+@click.option(
+    "--output", "file", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True
+)
+def report(outputs: tuple[Path, ...], file: Path) -> None:
+    """Write one OUTPUT, or a comparison of several, as a page to look at.
+
+    Sizes, a map of the error of every layer, and what was kept and why. The page is one file that
+    needs no network.
+
+    \b
+    Example:
+      run-ckpt report flux-mxfp4 flux-fp8 --output report.html
+    """
+    from runtime.contract.durable import write_durably
+    from runtime.publish.report import make_report
+    from runtime.publish.result import read_result
+
+    write_durably(file, make_report({output.resolve().name: read_result(output) for output in outputs}))
+    click.echo(f"Wrote {file}.")
