@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,6 +44,7 @@ def run_ckpt() -> None:
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
       run-ckpt report flux-mxfp4 --output report.html
+      run-ckpt push flux-mxfp4 me/flux-mxfp4
     """
 
 
@@ -153,6 +155,35 @@ def relayout(output: Path, folder: Path, layout: str, dialect: str | None) -> No
 
 @run_ckpt.command()
 @click.argument("output", type=_FOLDER)
+@click.argument("repo_id", metavar="OWNER/NAME")
+@click.option("--revision", metavar="BRANCH", help="Branch to push to; made if missing.  [default: main]")
+@click.option("--private", is_flag=True, help="Make a new repo private.")
+@click.option("--commit-message", metavar="TEXT", help="Title of the last commit.")
+@click.option("--overwrite", is_flag=True, help="Replace what the repo holds.")
+@click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
+def push(output: Path, repo_id: str, base_model: str | None, **options: Any) -> None:
+    """Upload OUTPUT to the Hugging Face Hub, with a model card.
+
+    Every file is checked against the manifest first. Shards go up one by one; configuration, manifest
+    and card follow in one last commit, so that a repo never looks complete when it is not. Pushed again,
+    only what is missing is sent. Log in with hf auth login first.
+
+    \b
+    Example:
+      run-ckpt push flux-mxfp4 me/flux-mxfp4 --private
+    """
+    from runtime.publish.push import push_result
+    from runtime.publish.repository import Target
+    from runtime.tables import show_progress
+
+    target = Target(repo_id, **options)
+    with show_progress() as progress:
+        pushed = push_result(output, target, base_model=base_model, say=_note, progress=progress)
+    click.echo(str(pushed))
+
+
+@run_ckpt.command()
+@click.argument("output", type=_FOLDER)
 @click.option("--repo", "repo_id", metavar="OWNER/NAME", help="Where it will be found.  [default: OUTPUT's name]")
 @click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
 def card(output: Path, repo_id: str | None, base_model: str | None) -> None:
@@ -187,3 +218,7 @@ def report(outputs: tuple[Path, ...], file: Path) -> None:
 
     write_durably(file, make_report({output.resolve().name: read_result(output) for output in outputs}))
     click.echo(f"Wrote {file}.")
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)

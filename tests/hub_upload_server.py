@@ -143,6 +143,7 @@ class _Refusal(Exception):
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
     def _answer(self) -> None:
         parts = urlsplit(self.path)
@@ -215,7 +216,7 @@ def _create_repo(hub: Hub, match: re.Match[str], query: dict[str, str], body: by
         raise _Refusal(403, "", "You don't have the rights to create a model under this namespace")
     if repo_id in hub.repos:
         raise _Refusal(409, "", "You already created this model repo")
-    hub.create(repo_id, private=wish.get("visibility") == "private")
+    hub.create(repo_id, private=wish.get("visibility") == "private" or wish.get("private", False))  # 2.x or 1.x
     return {"url": f"{hub.url}/{repo_id}", "name": repo_id}
 
 
