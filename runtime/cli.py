@@ -1,13 +1,14 @@
-"""`run-ckpt`: inspect, verify, rewrite and publish converted checkpoints."""
+"""`run-ckpt`: look at, check and rewrite converted checkpoints; cli_run.py and cli_publish.py have the rest."""
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
+from runtime import cli_publish
+from runtime.cli_run import bench, generate
 from runtime.contract.dialects import DIALECTS
 from runtime.contract.errors import CheckpointError, UsageError
 from runtime.contract.formats import LAYOUTS
@@ -33,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> None:
 )
 @click.version_option(VERSION, prog_name=_NAME)
 def run_ckpt() -> None:
-    """Look at, check and rewrite what convert-ckpt made.
+    """Look at, check, rewrite and run what convert-ckpt made.
 
     OUTPUT is a converted checkpoint: the folder of a component, or that of a pipeline's components.
 
@@ -44,18 +45,29 @@ def run_ckpt() -> None:
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
       run-ckpt report flux-mxfp4 --output report.html
+      run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 --prompt "a cat" --output cat.png
       run-ckpt push flux-mxfp4 me/flux-mxfp4
     """
+
+
+for command in (generate, bench, *cli_publish.COMMANDS):
+    run_ckpt.add_command(command)
 
 
 @run_ckpt.command()
 @click.argument("output", type=_FOLDER)
 @click.option("--all", "every_layer", is_flag=True, help="A row for each layer; default: like blocks in one row.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every layer.")
-def inspect(output: Path, every_layer: bool, as_json: bool) -> None:
+@click.option("--device", help="Show which backend would run the layers on this torch device, and why not the others.")
+def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) -> None:
     """Show what OUTPUT is: sizes, layers, errors, and what was kept and why.
 
     Reads the manifest alone; run-ckpt verify checks that it is true.
+
+    \b
+    Examples:
+      run-ckpt inspect flux-mxfp4
+      run-ckpt inspect flux-mxfp4 --device cuda
     """
     from runtime.components import find_components
     from runtime.inspect import inspect_component
@@ -64,6 +76,9 @@ def inspect(output: Path, every_layer: bool, as_json: bool) -> None:
         inspect_component(name, path, every_layer=every_layer or as_json)
         for name, path in find_components(output).items()
     ]
+    if device is not None:
+        _inspect_backends(output, device, as_json)
+        return
     if as_json:
         click.echo(json.dumps([inspection.to_json() for inspection in inspections], indent=1))
         return
@@ -71,6 +86,19 @@ def inspect(output: Path, every_layer: bool, as_json: bool) -> None:
 
     for inspection in inspections:
         print_inspection(make_console(), inspection)
+
+
+def _inspect_backends(output: Path, device: str, as_json: bool) -> None:
+    from runtime.backends.survey import survey_device
+    from runtime.components import find_components
+    from runtime.tables import make_console, print_survey
+
+    for name, path in find_components(output).items():
+        survey = survey_device(path, device)
+        if as_json:
+            click.echo(json.dumps({"component": name, **survey.to_json()}, indent=1))
+        else:
+            print_survey(make_console(), name, survey)
 
 
 @run_ckpt.command()
@@ -151,74 +179,3 @@ def relayout(output: Path, folder: Path, layout: str, dialect: str | None) -> No
     with show_progress() as progress:
         write(output, folder, layout=layout, dialect=dialect, progress=progress)
     click.echo(f"Wrote {output} to {folder} in layout {layout}.")
-
-
-@run_ckpt.command()
-@click.argument("output", type=_FOLDER)
-@click.argument("repo_id", metavar="OWNER/NAME")
-@click.option("--revision", metavar="BRANCH", help="Branch to push to; made if missing.  [default: main]")
-@click.option("--private", is_flag=True, help="Make a new repo private.")
-@click.option("--commit-message", metavar="TEXT", help="Title of the last commit.")
-@click.option("--overwrite", is_flag=True, help="Replace what the repo holds.")
-@click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
-def push(output: Path, repo_id: str, base_model: str | None, **options: Any) -> None:
-    """Upload OUTPUT to the Hugging Face Hub, with a model card.
-
-    Every file is checked against the manifest first. Shards go up one by one; configuration, manifest
-    and card follow in one last commit, so that a repo never looks complete when it is not. Pushed again,
-    only what is missing is sent. Log in with hf auth login first.
-
-    \b
-    Example:
-      run-ckpt push flux-mxfp4 me/flux-mxfp4 --private
-    """
-    from runtime.publish.push import push_result
-    from runtime.publish.repository import Target
-    from runtime.tables import show_progress
-
-    target = Target(repo_id, **options)
-    with show_progress() as progress:
-        pushed = push_result(output, target, base_model=base_model, say=_note, progress=progress)
-    click.echo(str(pushed))
-
-
-@run_ckpt.command()
-@click.argument("output", type=_FOLDER)
-@click.option("--repo", "repo_id", metavar="OWNER/NAME", help="Where it will be found.  [default: OUTPUT's name]")
-@click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
-def card(output: Path, repo_id: str | None, base_model: str | None) -> None:
-    """Print the model card that run-ckpt push would upload with OUTPUT.
-
-    Every number in it is from the manifest.
-    """
-    from runtime.publish.card import make_card
-    from runtime.publish.result import read_result
-
-    click.echo(make_card(read_result(output), repo_id or output.resolve().name, base_model=base_model), nl=False)
-
-
-@run_ckpt.command()
-@click.argument("outputs", metavar="OUTPUT...", type=_FOLDER, nargs=-1, required=True)
-@click.option(
-    "--output", "file", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True
-)
-def report(outputs: tuple[Path, ...], file: Path) -> None:
-    """Write one OUTPUT, or a comparison of several, as a page to look at.
-
-    Sizes, a map of the error of every layer, and what was kept and why. The page is one file that
-    needs no network.
-
-    \b
-    Example:
-      run-ckpt report flux-mxfp4 flux-fp8 --output report.html
-    """
-    from runtime.contract.durable import write_durably
-    from runtime.publish.report import make_report
-    from runtime.publish.result import read_result
-
-    write_durably(file, make_report({output.resolve().name: read_result(output) for output in outputs}))
-    click.echo(f"Wrote {file}.")
-
-
-def _note(line: str) -> None:
-    click.echo(line, err=True)

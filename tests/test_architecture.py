@@ -22,7 +22,7 @@ MAX_LINES = 300
 HOMES: dict[str, tuple[str, ...]] = {
     "numba": ("convert/kernels/",),
     "llvmlite": ("convert/kernels/",),
-    "click": ("convert/cli.py", "runtime/cli.py"),
+    "click": ("convert/cli.py", "runtime/cli.py", "runtime/cli_publish.py", "runtime/cli_run.py"),
     "matplotlib": ("runtime/publish/heatmap.py",),
     "rich": ("convert/cli.py", "convert/progress.py", "runtime/cli.py", "runtime/tables.py"),
     "aiter": ("runtime/backends/",),
@@ -31,6 +31,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "yaml": ("convert/source_card.py", "runtime/publish/card_metadata.py"),
     "diffusers": ("runtime/integrations/",),
     "transformers": ("runtime/integrations/",),
+    "accelerate": ("runtime/integrations/",),
 }
 
 _CONVERSION = """

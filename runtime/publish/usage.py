@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from runtime.publish.result import Component
 
-# Presets of classes that SGLang's diffusion runtime builds, and those of them that make images.
+# Presets of classes that SGLang's diffusion runtime builds, and those of them that make videos.
 _SGLANG_DIFFUSION = ("flux1", "flux2", "hunyuan-video", "ltx2", "qwen-image", "wan", "z-image")
-_IMAGE = ("flux1", "flux2", "qwen-image", "z-image")
+_VIDEO = ("hunyuan-video", "ltx2", "wan")
 # Where SGLang and diffusers both find the names of a row-wise FP8 file.
 _ROWWISE = ("flux1", "flux2", "qwen-image")
 
@@ -109,10 +109,9 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, 
         "Our loader, from the command line",
         "sh",
         """hf download {repo_id} --local-dir {folder}
-run-ckpt generate --model-path {base} {loader_paths} --prompt "{prompt}" --output image.png""",
+run-ckpt generate --model-path {base} {loader_paths} --prompt "{prompt}" --output {output}""",
         "diffusers",
         ("mxfp4", "fp8", "modelopt"),
-        presets=_IMAGE,
         needs=f'`pip install ".[diffusers]"` {_OURS}',
     ),
     Usage(
@@ -200,6 +199,7 @@ def commands(usage: Usage, components: tuple[Component, ...], repo_id: str, base
         base=base,
         folder=folder,
         prompt="a red bicycle leaning on a white wall",
+        output="video.mp4" if first.manifest.recipe["preset"] in _VIDEO else "image.png",
         class_name=first.manifest.recipe["class_name"],
         shard=next((name for name in first.manifest.files if name.endswith(".safetensors")), ""),
         subfolder=f', subfolder="{first.name}"' if first.name else "",
