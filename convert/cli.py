@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ Examples:
   convert-ckpt FLUX.1-dev OUT --format mxfp4 --dry-run
   convert-ckpt Z-Image-Turbo/transformer OUT --format fp8
   convert-ckpt Qwen3-8B OUT --format mxfp4 --layout plain --ignore "*.down_proj"
+  convert-ckpt FLUX.1-dev OUT --format mxfp4 --push-to-hub me/flux-mxfp4 --private
 
 A run that was stopped is continued by the same command. Look at the result with
 run-ckpt inspect OUT, check it with run-ckpt verify OUT --source SOURCE."""
@@ -71,6 +73,15 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")
 @click.option("--workers", type=click.IntRange(1, 64), default=_default_workers, help="Threads.  [default: cores + 1]")
+@click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the result, each shard as soon as it is finished.")
+@click.option("--push-at-end", is_flag=True, help="Upload all shards at the end instead.")
+@click.option("--revision", metavar="BRANCH", help="Branch to push to; made if missing.  [default: main]")
+@click.option("--private", is_flag=True, help="Make a new repo private.")
+@click.option("--commit-message", metavar="TEXT", help="Title of the last commit.")
+@click.option("--overwrite", is_flag=True, help="Replace what the repo holds.")
+@click.option(
+    "--base-model", metavar="OWNER/NAME", help="What the card names as base.  [default: SOURCE, if on the Hub]"
+)
 @click.option("--quiet", is_flag=True, help="Print errors alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON on standard output.")
 @click.option(
@@ -93,6 +104,9 @@ def cli(**arguments: Any) -> None:
         **{name: arguments[name] for name in _OPTION_NAMES},
     )
     source, output = arguments["source"], arguments["output"]
+    unused = [name for name in _PUSH_OPTIONS if arguments[name] and not arguments["push_to_hub"]]
+    if unused:
+        raise click.UsageError(f"--{unused[0].replace('_', '-')} goes with --push-to-hub OWNER/NAME.")
     if arguments["dry_run"]:
         _show_plan(source, output, options, as_json=arguments["as_json"])
     elif output is None:
@@ -101,6 +115,8 @@ def cli(**arguments: Any) -> None:
         _convert(source, output, options, arguments)
 
 
+_TARGET_OPTIONS = ("revision", "private", "commit_message", "overwrite")
+_PUSH_OPTIONS = ("push_at_end", "base_model", *_TARGET_OPTIONS)
 _OPTION_NAMES = (
     "layout",
     "granularity",
@@ -134,13 +150,33 @@ def _convert(source: Path, output: Path, options: Options, arguments: dict[str, 
 
     quiet, as_json = arguments["quiet"], arguments["as_json"]
     with choose_progress(quiet=quiet or as_json) as progress:
-        summary = convert_checkpoint(
-            source, output, options, n_workers=arguments["workers"], restart=arguments["restart"], progress=progress
+        convert = partial(
+            convert_checkpoint,
+            source,
+            output,
+            options,
+            n_workers=arguments["workers"],
+            restart=arguments["restart"],
+            progress=progress,
         )
+        if arguments["push_to_hub"]:
+            from convert.push import convert_and_push
+
+            target = {name: arguments[name] for name in _TARGET_OPTIONS}
+            summary, pushed = convert_and_push(
+                convert,
+                output,
+                {"repo_id": arguments["push_to_hub"], **target},
+                base_model=arguments["base_model"],
+                at_end=arguments["push_at_end"],
+                say=progress.log,
+            )
+        else:
+            summary, pushed = convert(), None
     if as_json:
-        click.echo(json.dumps(asdict(summary)))
+        click.echo(json.dumps({**asdict(summary), **({"pushed_to": pushed.url} if pushed else {})}))
     elif not quiet:
-        click.echo(str(summary))
+        click.echo("\n".join(str(line) for line in (summary, pushed) if line))
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from convert.engine import Engine, FileRecord
 from convert.options import Options
@@ -34,6 +34,14 @@ class Job:
     name: str
     source: Source
     plan: Plan
+
+
+class ShardTaker(Protocol):
+    """Told which shards will come, of each that is finished (from any thread), and before they get another path."""
+
+    def start(self, names: Iterable[str]) -> None: ...
+    def add(self, name: str, path: Path, nbytes: int, sha256: str) -> None: ...
+    def stop(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -79,18 +87,32 @@ def plan_checkpoint(source_path: Path, options: Options) -> list[Job]:
 
 
 def convert_checkpoint(
-    source_path: Path, output: Path, options: Options, *, n_workers: int, restart: bool, progress: Silent
+    source_path: Path,
+    output: Path,
+    options: Options,
+    *,
+    n_workers: int,
+    restart: bool,
+    progress: Silent,
+    taker: ShardTaker | None = None,
 ) -> Summary:
-    """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped."""
+    """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped.
+
+    taker: gets each shard as soon as it is finished, those of the earlier run first.
+    """
     started = time.monotonic()
     jobs = plan_checkpoint(source_path, options)
     if not Staging(output).is_published():
         check_output(source_path, output, jobs)
+    if taker:
+        taker.start(_join(job.name, file.name) for job in jobs for file in job.plan.files)
     n_resumed = 0
     with Staging(output) as staging:
         staging.adopt(_fingerprint(jobs, options), restart=restart)
         if not staging.is_published():
-            n_resumed = sum(_convert_job(job, staging, n_workers, progress) for job in jobs)
+            n_resumed = sum(_convert_job(job, staging, n_workers, progress, taker) for job in jobs)
+        if taker:
+            taker.stop()
         staging.publish()
     return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
 
@@ -113,7 +135,7 @@ def _disk_faults(jobs: list[Job], staging: Staging) -> list[str]:
     return [f"{parent}: {format_nbytes(needed)} needed, {format_nbytes(free)} free. Make room or choose another disk."]
 
 
-def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent) -> int:
+def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent, taker: ShardTaker | None) -> int:
     """Convert one component into the staging folder; return how many files were finished before."""
     before = _shard_identities(job.source)
     folder = staging.result / job.name
@@ -122,10 +144,18 @@ def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent) -
     records = {name: FileRecord(**entry) for name, entry in staging.read_records(component).items()}
     n_resumed = len(records)
 
+    def hand_over(name: str, record: FileRecord) -> None:
+        if taker:
+            taker.add(_join(job.name, name), folder / name, **record.file)
+
     def on_file(name: str, record: FileRecord) -> None:
         staging.write_record(component, name, asdict(record))
         records[name] = record
         progress.log(f"wrote {_join(job.name, name)} ({format_nbytes(record.file['nbytes'])})")
+        hand_over(name, record)
+
+    for name, record in records.items():
+        hand_over(name, record)
 
     engine = Engine(job.plan, job.source.folder.shards, folder, records.copy(), on_file, progress)
     progress.start(job.name, engine.progress_nbytes)

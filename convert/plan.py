@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -234,13 +235,17 @@ def _make_manifest(
     }
     return Manifest(
         tool={"name": TOOL_NAME, "version": VERSION},
-        source={"name": model.source.name, "revision": model.source.revision},
+        source={"name": model.source.name, "revision": model.source.revision, **_card(model.source)},
         recipe=recipe,
         layers=layers,
         kept={name: KeptTensor(tensor.spec, tensor.reason) for name, tensor in kept.items()},
         fused_scales=_fused_scales(layers, groups),
         unquantized_linears=model.prefixes(unquantized),
     )
+
+
+def _card(source: Source) -> dict[str, Any]:
+    return {"card": source.card} if source.card else {}
 
 
 def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -> dict[str, FusedScale]:

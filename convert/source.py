@@ -2,12 +2,13 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert.source_card import read_source_card
 from runtime.contract.errors import CheckpointError, ProblemsError
-from runtime.contract.folder import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, TensorFolder, read_folder
+from runtime.contract.folder import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX, TensorFolder, read_folder
 
 # Weights in other containers and other variants are not carried along.
 _WEIGHT_SUFFIXES = (
@@ -39,7 +40,8 @@ _HUB_CACHE = re.compile(
 class Source:
     """One model component: its shards, its config.json and the small files beside them.
 
-    ``name`` is a folder name or a Hub repo id, never a path; ``config`` is None without config.json.
+    ``name`` is a folder name or a Hub repo id, never a path; ``config`` is None without config.json;
+    ``card`` is what source_card.py takes from its model card.
     """
 
     folder: TensorFolder
@@ -48,6 +50,7 @@ class Source:
     config: dict[str, Any] | None
     side_files: tuple[Path, ...]
     notes: tuple[str, ...]
+    card: dict[str, Any] = field(default_factory=dict)
 
     @property
     def class_name(self) -> str | None:
@@ -94,7 +97,8 @@ def open_source(path: Path) -> Source:
     if problems:
         raise ProblemsError(f"{path.name}: can't be converted", problems)
     name, revision = _identify(path)
-    return Source(folder, name, revision, config, tuple(side_files), tuple(notes))
+    card = read_source_card(path) if path.is_dir() else {}
+    return Source(folder, name, revision, config, tuple(side_files), tuple(notes), card)
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
@@ -116,7 +120,9 @@ def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
     for entry in sorted(path.iterdir()):
         if not entry.is_file() or entry.name.startswith(".") or entry.name == CONFIG_NAME:
             continue
-        if entry.name.endswith(_WEIGHT_SUFFIXES):
+        if entry.name == CARD_NAME:
+            notes.append(f"{entry.name}: left out, it describes the source; run-ckpt card writes the result's")
+        elif entry.name.endswith(_WEIGHT_SUFFIXES):
             if not entry.name.endswith((SUFFIX, INDEX_SUFFIX)):
                 notes.append(f"{entry.name}: left out, weights in another container")
         elif entry.stat().st_size > _LARGEST_SIDE_FILE_NBYTES:

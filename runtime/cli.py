@@ -1,4 +1,4 @@
-"""`run-ckpt`: look at, check and rewrite converted checkpoints; cli_run.py has the commands that run them."""
+"""`run-ckpt`: look at, check and rewrite converted checkpoints; cli_run.py and cli_publish.py have the rest."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from runtime import cli_publish
 from runtime.cli_run import bench, generate
 from runtime.contract.dialects import DIALECTS
 from runtime.contract.errors import CheckpointError, UsageError
@@ -43,12 +44,14 @@ def run_ckpt() -> None:
       run-ckpt verify flux-mxfp4 --source flux
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
+      run-ckpt report flux-mxfp4 --output report.html
       run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 --prompt "a cat" --output cat.png
+      run-ckpt push flux-mxfp4 me/flux-mxfp4
     """
 
 
-run_ckpt.add_command(generate)
-run_ckpt.add_command(bench)
+for command in (generate, bench, *cli_publish.COMMANDS):
+    run_ckpt.add_command(command)
 
 
 @run_ckpt.command()

@@ -96,10 +96,11 @@ def inspect_component(name: str, path: Path, *, every_layer: bool) -> Inspection
     ]
     if not every_layer:
         layers, kept = _collapse_layers(layers), _collapse_kept(kept)
-    return Inspection(_summarize(name, manifest), tuple(layers), tuple(kept))
+    return Inspection(summarize(name, manifest), tuple(layers), tuple(kept))
 
 
-def _summarize(name: str, manifest: Manifest) -> Summary:
+def summarize(name: str, manifest: Manifest) -> Summary:
+    """Return one component at a glance."""
     layers = list(manifest.layers.values())
     measured = {layer.module: layer.sqnr_db for layer in layers if layer.sqnr_db is not None}
     worst = min(measured, key=measured.__getitem__, default=None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.contract.dialects import quantization_config
-from runtime.contract.folder import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, TensorFolder
+from runtime.contract.folder import CARD_NAME, CONFIG_NAME, HEATMAP_NAME, INDEX_SUFFIX, SUFFIX, TensorFolder
 from runtime.contract.header import TensorSpec
 from runtime.contract.manifest import MANIFEST_NAME, Manifest
 from runtime.progress import Progress
@@ -42,8 +42,11 @@ def file_faults(folder: Path, files: Mapping[str, Mapping[str, Any]], authority:
 
 
 def unlisted_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """Return a sentence for every file or folder the manifest does not list; names with a dot in front are free."""
-    listed = {*manifest.files, MANIFEST_NAME}
+    """Return a sentence for every file or folder the manifest does not list.
+
+    Names with a dot in front are free, and so is the model card.
+    """
+    listed = {*manifest.files, MANIFEST_NAME, CARD_NAME, HEATMAP_NAME}
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     return [f"{name}: not listed in the manifest. Remove it." for name in names if name not in listed]
 

@@ -27,7 +27,7 @@ def run(*args: object) -> int:
     return 0
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "verify", "dequantize", "relayout"])
+@pytest.mark.parametrize("command", ["", "inspect", "verify", "dequantize", "relayout", "push", "card", "report"])
 def test_help_says_how_it_is_used(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(*filter(None, [command]), "--help") == 0
     assert f"Usage: run-ckpt {command}".strip() in capsys.readouterr().out
@@ -41,8 +41,12 @@ def test_version_is_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
 # torch takes seconds to import and rich a tenth of one.
 @pytest.mark.parametrize(
     ("args", "unwanted"),
-    [(["--help"], ["torch", "numpy", "rich", "convert"]), (["inspect"], ["torch", "numpy", "convert"])],
-    ids=["help", "inspect"],
+    [
+        (["--help"], ["torch", "numpy", "rich", "convert", "runtime.publish"]),
+        (["inspect"], ["torch", "numpy", "convert", "runtime.publish"]),
+        (["card"], ["torch", "numpy", "convert", "huggingface_hub", "matplotlib"]),
+    ],
+    ids=["help", "inspect", "card"],
 )
 def test_light_commands_do_not_import(output: Path, args: list[str], unwanted: list[str]) -> None:
     script = (
@@ -51,7 +55,7 @@ def test_light_commands_do_not_import(output: Path, args: list[str], unwanted: l
         "except SystemExit: pass\n"
         "print(*sys.modules, sep='\\n')"
     )
-    args = [*args, str(output)] if args == ["inspect"] else args
+    args = args if args == ["--help"] else [*args, str(output)]
     done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=True)
     assert not set(unwanted) & set(done.stdout.splitlines())
 

@@ -31,6 +31,10 @@ class BackendError(CheckpointError):
     """No backend, or not the one asked for, can run a layer on a machine."""
 
 
+class PublishError(CheckpointError):
+    """The Hub can't be reached, refuses, or holds something else."""
+
+
 class ProblemsError(CheckpointError):
     """Several faults found together. ``problems`` holds one sentence for each."""
 

@@ -11,6 +11,9 @@ from runtime.contract.errors import HeaderError, ProblemsError
 from runtime.contract.header import Header, StoredTensor, read_header
 
 CONFIG_NAME = "config.json"
+# What `run-ckpt push` adds to a result's files: about the checkpoint, not part of it.
+CARD_NAME = "README.md"
+HEATMAP_NAME = "sqnr_heatmap.png"
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 # The names under which diffusers and transformers look for a model's weights.

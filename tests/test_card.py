@@ -1,0 +1,206 @@
+"""The model card: metadata the Hub takes, numbers that are the manifest's, commands that work as printed."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from convert.source_card import card_facts
+from runtime.publish.card import make_card
+from runtime.publish.result import read_result
+from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
+from tests.converted import FLUX_DIGITS, SCHEMES, convert, edit_manifest, make_linear
+from tests.hub_upload_server import serve_hub
+from tests.test_run_ckpt_cli import run
+
+REVISION = "0ef5fff789c832c5c7f4e127f94c8b54bbcced44"
+SOURCE_CARD = """---
+license: other
+license_name: some-licence
+license_link: LICENSE.md
+language: [en, de]
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [image-generation, flux, diffusion-single-file, "base_model:x/y"]
+model-index: [{name: x, results: []}]
+date: 2026-01-01
+---
+# The source, in BF16
+"""
+
+
+@pytest.fixture
+def hub_source(tmp_path: Path) -> Path:
+    """A component in the Hub's cache, as hf download leaves it, with the repo's card."""
+    snapshot = tmp_path / "hub" / "models--maker--flux" / "snapshots" / REVISION
+    tensors = {f"blocks.0.{name}.weight": random_weight(256, 256) for name in ("up", "down")}
+    save_checkpoint(snapshot / "transformer", [tensors], {"_class_name": "TinyModel"}, "diffusion_pytorch_model")
+    (snapshot / "model_index.json").write_text("{}")
+    (snapshot / "README.md").write_text(SOURCE_CARD)
+    return snapshot
+
+
+def card_of(output: Path, repo_id: str = "me/it-mxfp4", **options: Any) -> str:
+    return make_card(read_result(output), repo_id, **options)
+
+
+def code_blocks(card: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)\n```", card, re.DOTALL)
+
+
+def test_metadata_is_what_the_hub_wants_and_carries_over_what_still_holds(hub_source: Path, tmp_path: Path) -> None:
+    card = ModelCard(card_of(convert(hub_source / "transformer", tmp_path / "out", format="mxfp4")))
+    assert card.data.to_dict() == {
+        "license": "other",
+        "license_name": "some-licence",
+        "license_link": "https://huggingface.co/maker/flux/blob/main/LICENSE.md",
+        "language": ["en", "de"],
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": "maker/flux",
+        "base_model_relation": "quantized",
+        "tags": ["image-generation", "flux", "mxfp4", "quantized", "convert-ckpt"],
+    }
+
+
+def test_the_metadata_validates(hub_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    card = ModelCard(card_of(convert(hub_source / "transformer", tmp_path / "out", format="fp8")))
+    with serve_hub() as hub:  # a stand-in: it checks what it can without the Hub's own rules
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        card.validate()
+
+
+def test_without_a_card_nothing_is_claimed(tmp_path: Path) -> None:
+    card = ModelCard(card_of(convert(make_linear(tmp_path / "source", 256, 256), tmp_path / "out", format="fp8")))
+    assert not {"license", "base_model", "base_model_relation"} & card.data.to_dict().keys()
+    assert card.data.library_name == "transformers"
+
+
+def test_a_base_model_can_be_named(tmp_path: Path) -> None:
+    output = convert(make_linear(tmp_path / "source", 256, 256), tmp_path / "out", format="fp8")
+    assert "BASE" not in card_of(output, base_model="maker/llm")
+    assert ModelCard(card_of(output, base_model="maker/llm")).data.base_model == "maker/llm"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "# no metadata", "---\nlicense: mit\n", "---\n- a list\n---\n", "---\n{ not: [yaml\n---\n", "---\n---\n"],
+    ids=["empty", "none", "unclosed", "list", "broken", "blank"],
+)
+def test_a_card_without_readable_metadata_gives_no_facts(text: str) -> None:
+    assert card_facts(text) == {}
+
+
+def test_the_sources_card_is_not_taken_for_ours(tmp_path: Path) -> None:
+    output = convert(FLUX_DIGITS, tmp_path / "out", format="mxfp4")
+    assert not (output / "README.md").exists()
+    assert "README.md" not in read_result(output)[0].manifest.files
+
+
+def test_numbers_follow_the_manifest(tmp_path: Path) -> None:
+    output = convert(FLUX_DIGITS, tmp_path / "out", format="mxfp4")
+    name = "transformer_blocks.0.attn.to_q"
+    edit_manifest(output, lambda manifest: manifest["layers"][name].update(sqnr_db=3.21))
+    card = card_of(output)
+    worst = card.partition("The 10 worst layers:")[2].splitlines()[4]
+    assert worst.startswith(f"| `{name}` | 3.21 dB |")
+    assert "SGLang builds it as a plain linear" in card
+    for file, entry in read_result(output)[0].manifest.files.items():
+        assert f"| `{file}` | {entry['nbytes']:,} | `{entry['sha256']}` |" in card
+
+
+@pytest.mark.parametrize("has_heatmap", [False, True])
+def test_the_picture_is_linked_only_where_there_is_one(tmp_path: Path, has_heatmap: bool) -> None:
+    output = convert(FLUX_DIGITS, tmp_path / "out", format="fp8")
+    assert ("](sqnr_heatmap.png)" in card_of(output, has_heatmap=has_heatmap)) == has_heatmap
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("make", [make_linear, lambda folder, N, K: FLUX_DIGITS], ids=["llm", "flux"])
+def test_every_dialect_has_commands_that_parse(scheme: str, make: Callable[..., Path], tmp_path: Path) -> None:
+    output = convert(make(tmp_path / "source", 256, 256), tmp_path / "out", **SCHEMES[scheme])
+    card = card_of(output)
+    assert card.count("\n**") >= 2  # a consumer, and the hardware
+    assert "{" not in "".join(code_blocks(card, "sh"))
+    for block in code_blocks(card, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel-compressed-tensors", "mxfp4-compressed-tensors", "fp8-block"])
+def test_the_transformers_block_runs_as_printed(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.models import MODELS, save
+
+    save(MODELS["llama"], MODELS["llama"].build(), str(tmp_path / "bf16"))
+    convert(tmp_path / "bf16", tmp_path / "out", **SCHEMES[scheme])
+    monkeypatch.chdir(tmp_path)
+    (block,) = code_blocks(card_of(tmp_path / "out", "out"), "python")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert type(names["model"]).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4-aiter", "fp8-tensor"])
+def test_the_diffusers_block_runs_as_printed(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(FLUX_DIGITS, tmp_path / "out", **SCHEMES[scheme])
+    monkeypatch.chdir(tmp_path)
+    (block, _) = code_blocks(card_of(tmp_path / "out", "out"), "python")
+    names: dict[str, Any] = {}
+    exec(block.partition("\npipeline = ")[0], names)  # there is no pipeline around this transformer
+    assert sum(type(module).__name__ == "QuantizedLinear" for module in names["transformer"].modules()) == 23
+
+
+@pytest.mark.parametrize("component", ["", "transformer"], ids=["pipeline", "component"])
+def test_the_printed_command_gives_the_same_bytes(component: str, hub_source: Path, tmp_path: Path) -> None:
+    output = convert(hub_source / component, tmp_path / "first", format="mxfp4", layout="plain", ignore=("*.up",))
+    command = code_blocks(card_of(output), "sh")[-1]
+    assert f"hf download -q maker/flux --revision {REVISION} " in command
+    rerun(command, tmp_path, snapshot=hub_source)
+    assert folder_bytes(tmp_path / "OUTPUT") == folder_bytes(output)
+
+
+def test_the_command_for_a_local_source_gives_the_same_bytes(tmp_path: Path) -> None:
+    output = convert(make_linear(tmp_path / "my source", 256, 256), tmp_path / "first", format="fp8")
+    rerun(code_blocks(card_of(output), "sh")[-1], tmp_path, snapshot=tmp_path)
+    assert folder_bytes(tmp_path / "OUTPUT") == folder_bytes(output)
+
+
+def rerun(command: str, folder: Path, *, snapshot: Path) -> None:
+    """Run what the card prints; a stand-in for hf download names the snapshot that is there already."""
+    commands = {"hf": f"echo '{snapshot}'", "convert-ckpt": f"'{sys.executable}' -c '{_CONVERT}' \"$@\""}
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    root = Path(__file__).parents[1]
+    script = f'export PATH="{folder}:$PATH" PYTHONPATH="{root}"\n{command}'
+    subprocess.run(["bash", "-euc", script], cwd=folder, check=True, timeout=120)
+
+
+_CONVERT = "from convert.cli import main; main()"
+
+
+def test_a_pipeline_has_one_card_that_tells_its_components_apart(tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        make_linear(tmp_path / "source" / name, 256, 256)
+    output = convert(tmp_path / "source", tmp_path / "out", format="mxfp4")
+    card = card_of(output)
+    assert "| `transformer_2` |" in card
+    assert "`transformer_2/model.layers.*.mlp.down_proj`" in card
+
+
+def test_the_command_prints_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = convert(FLUX_DIGITS, tmp_path / "digits-mxfp4", format="mxfp4")
+    assert run("card", output, "--repo", "me/digits") == 0
+    assert capsys.readouterr().out == card_of(output, "me/digits")
