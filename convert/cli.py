@@ -22,6 +22,9 @@ Examples:
   convert-ckpt FLUX.1-dev OUT --format mxfp4 --dry-run
   convert-ckpt Z-Image-Turbo/transformer OUT --format fp8
   convert-ckpt Qwen3-8B OUT --format mxfp4 --layout plain --ignore "*.down_proj"
+  convert-ckpt black-forest-labs/FLUX.2-dev@main OUT --format mxfp4
+  convert-ckpt hf://Qwen/Qwen-Image OUT --format fp8 --component transformer
+  convert-ckpt s3://bucket/FLUX.1-dev/transformer OUT --format mxfp4
 
 A run that was stopped is continued by the same command. Look at the result with
 run-ckpt inspect OUT, check it with run-ckpt verify OUT --source SOURCE."""
@@ -42,7 +45,7 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
 
 
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @click.option("--format", "format_", type=click.Choice(WEIGHT_FORMATS), required=True, help="Format of linear weights.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="aiter", show_default=True, help="MXFP4 byte order.")
@@ -68,6 +71,9 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
     help="Activation ranges for static FP8: safetensors with <layer>.input_amax.",
 )
 @click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
+@click.option("--revision", help="Branch, tag or commit of a Hub repo.  [default: what SOURCE says, else main]")
+@click.option("--component", multiple=True, metavar="NAME", help="Take this transformer* of a pipeline. Repeatable.")
+@click.option("--keep-source", is_flag=True, help="Keep what is fetched, in the Hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")
 @click.option("--workers", type=click.IntRange(1, 64), default=_default_workers, help="Threads.  [default: cores + 1]")
@@ -87,18 +93,22 @@ def cli(**arguments: Any) -> None:
 
     SOURCE is a folder with config.json and safetensors shards, a pipeline folder (each transformer* in
     it is converted), or one .safetensors file. It is never changed. OUTPUT appears complete or not at all.
+
+    SOURCE may lie elsewhere: owner/name[@revision] or hf://owner/name[@revision][/folder] on the Hugging
+    Face Hub, s3://, gs://, az:// and whatever else fsspec opens. It is fetched shard by shard while it is
+    converted, and takes the disk of OUTPUT and two shards. For a gated repo log in with hf auth login.
     """
     options = Options(
         format=arguments["format_"],
         **{name: arguments[name] for name in _OPTION_NAMES},
     )
-    source, output = arguments["source"], arguments["output"]
+    output = arguments["output"]
     if arguments["dry_run"]:
-        _show_plan(source, output, options, as_json=arguments["as_json"])
+        _show_plan(output, options, arguments)
     elif output is None:
         raise click.UsageError("Missing argument 'OUTPUT' (only --dry-run goes without).")
     else:
-        _convert(source, output, options, arguments)
+        _convert(output, options, arguments)
 
 
 _OPTION_NAMES = (
@@ -114,28 +124,41 @@ _OPTION_NAMES = (
 )
 
 
-def _show_plan(source: Path, output: Path | None, options: Options, *, as_json: bool) -> None:
+def _show_plan(output: Path | None, options: Options, arguments: dict[str, Any]) -> None:
+    from convert.location import parse_location
+    from convert.origin import Wanted, open_origin
     from convert.pipeline import check_output, plan_checkpoint
-    from convert.plan_view import plan_json, plan_text
+    from convert.plan_view import plan_json, plan_lines
+    from convert.progress import PlainLines
 
-    jobs = plan_checkpoint(source, options)
-    if output is not None:
-        check_output(source, output, jobs)
-    if as_json:
-        click.echo(json.dumps(plan_json(jobs), indent=1))
-    else:
-        for job in jobs:
-            click.echo("\n".join(plan_text(job)))
+    location = parse_location(arguments["source"], arguments["revision"])
+    wanted = Wanted(arguments["component"], arguments["keep_source"])
+    with open_origin(location, wanted, PlainLines().log) as origin:
+        jobs = plan_checkpoint(origin, options)
+        if output is not None:
+            check_output(origin, output, jobs)
+        if arguments["as_json"]:
+            click.echo(json.dumps(plan_json(jobs), indent=1))
+        else:
+            click.echo("\n".join(plan_lines(origin, jobs)))
 
 
-def _convert(source: Path, output: Path, options: Options, arguments: dict[str, Any]) -> None:
+def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
+    from convert.location import parse_location
+    from convert.origin import Wanted
     from convert.pipeline import convert_checkpoint
     from convert.progress import choose_progress
 
     quiet, as_json = arguments["quiet"], arguments["as_json"]
     with choose_progress(quiet=quiet or as_json) as progress:
         summary = convert_checkpoint(
-            source, output, options, n_workers=arguments["workers"], restart=arguments["restart"], progress=progress
+            parse_location(arguments["source"], arguments["revision"]),
+            output,
+            options,
+            n_workers=arguments["workers"],
+            restart=arguments["restart"],
+            progress=progress,
+            wanted=Wanted(arguments["component"], arguments["keep_source"]),
         )
     if as_json:
         click.echo(json.dumps(asdict(summary)))

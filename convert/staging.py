@@ -15,10 +15,11 @@ _FINGERPRINT = "fingerprint.json"
 _LOCK = "lock"
 _RESULT = "result"
 _RECORDS = "records"
+_FETCHED = "fetched"
 
 
 class Staging:
-    """The folder OUTPUT.partial: the result so far, a record per finished shard, a fingerprint.
+    """The folder OUTPUT.partial: the result so far, a record per finished shard, a fingerprint, fetched shards.
 
     Use as a context manager; it holds a lock, so that two runs never share the folder.
     """
@@ -31,6 +32,17 @@ class Staging:
     @property
     def result(self) -> Path:
         return self.folder / _RESULT
+
+    @property
+    def fetched(self) -> Path:
+        """Where shards of a remote source lie, a folder for each component."""
+        return self.folder / _FETCHED
+
+    def pinned_revision(self, location: str) -> str | None:
+        """Return the commit that an unfinished run of the same remote source began with."""
+        path = self.folder / _FINGERPRINT
+        origin = json.loads(path.read_text()).get("origin") if path.exists() else None
+        return origin["revision"] if origin and origin["location"] == location else None
 
     def __enter__(self) -> "Staging":
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +65,7 @@ class Staging:
         """
         path = self.folder / _FINGERPRINT
         if restart:
-            for name in (_FINGERPRINT, _RECORDS, _RESULT):
+            for name in (_FINGERPRINT, _RECORDS, _RESULT, _FETCHED):
                 _remove(self.folder / name)
         if path.exists():
             differences = _differences(json.loads(path.read_text()), fingerprint)
