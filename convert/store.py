@@ -19,6 +19,8 @@ _TRIES = 9
 _FIRST_CONTACT_TRIES = 3
 # The Hub counts requests in windows of five minutes (https://huggingface.co/docs/hub/rate-limits).
 _LONGEST_WAIT_SECONDS = 600
+# Shorter waits are not worth a line.
+_NOTICED_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Patience:
             raise FetchError(f"{error} Gave up ({tried}); the same command goes on from here.") from error
         if seconds is None:
             seconds = _FIRST_WAIT_SECONDS * 2 ** (self._n_failed - 1)
-        if seconds >= 1:
+        if seconds >= _NOTICED_SECONDS:
             self._log(f"{error} Trying again in {seconds:.0f} s.")
         if self._stopped.wait(seconds):
             raise error
