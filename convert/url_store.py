@@ -31,26 +31,21 @@ def open_url(url: str, patience: Patience) -> "UrlStore":
     while True:
         try:
             with _plain_errors(url):
-                filesystem.invalidate_cache()
-                info = filesystem.info(path)
-                single = info["type"] == "file"
-                # Two levels: a pipeline's components and the files in them.
-                found = {path: info} if single else filesystem.find(path, maxdepth=2, detail=True)
+                files, single = _list_files(filesystem, path)
                 break
         except TransientError as error:
             patience.wait(error)
     root, _, name = path.rpartition("/")
-    root = root if single else path
-    files = {key.removeprefix(root).lstrip("/"): _remote_file(entry) for key, entry in found.items()}
-    return UrlStore(filesystem, root, name, {key: file for key, file in files.items() if key}, single)
+    return UrlStore(filesystem, root if single else path, path, name, files, single)
 
 
 @dataclass(frozen=True)
 class UrlStore:
-    """The files below ``root`` of a file system."""
+    """The files below ``root`` of a file system: those that ``listed`` gives, a folder or the one file."""
 
     filesystem: Any
     root: str
+    listed: str
     name: str
     files: Mapping[str, RemoteFile]
     single: bool
@@ -64,9 +59,8 @@ class UrlStore:
     def check_unchanged(self, path: str) -> None:
         """Raise FetchError if the file is no longer the one that was listed."""
         with _plain_errors(path):
-            self.filesystem.invalidate_cache()
-            now = _remote_file(self.filesystem.info(f"{self.root}/{path}"))
-        if now != self.files[path]:
+            now, _ = _list_files(self.filesystem, self.listed)
+        if now.get(path) != self.files[path]:
             raise FetchError(f"{path}: changed since the run began. Start again with --restart.")
 
     @property
@@ -78,6 +72,17 @@ class UrlStore:
 
     def cache(self, path: str) -> Path:
         raise AssertionError("--keep-source was refused before")
+
+
+def _list_files(filesystem: Any, path: str) -> tuple[dict[str, RemoteFile], bool]:
+    """Return the files of a folder and of the folders in it by relative name; or one file, and True."""
+    filesystem.invalidate_cache()
+    info = filesystem.info(path)
+    if info["type"] == "file":
+        return {path.rpartition("/")[2]: _remote_file(info)}, True
+    found = filesystem.find(path, maxdepth=2, detail=True)
+    names = {key: key.removeprefix(path).lstrip("/") for key in found}
+    return {names[key]: _remote_file(entry) for key, entry in found.items() if names[key]}, False
 
 
 def _remote_file(info: Mapping[str, Any]) -> RemoteFile:

@@ -109,8 +109,8 @@ def serve_hub() -> Iterator[HubServer]:
     """Yield a running stand-in."""
     hub = HubServer()
     handler = type("Handler", (_Handler,), {"hub": hub})
-    servers = [_QuietServer(("127.0.0.1", 0), handler) for _ in range(2)]
-    hub.endpoint, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    servers = [_QuietServer((host, 0), handler) for host in ("127.0.0.1", "127.0.0.2")]  # both on loopback
+    hub.endpoint, hub.cdn = (f"http://{server.server_address[0]}:{server.server_port}" for server in servers)
     hub.servers = servers
     for server in servers:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
