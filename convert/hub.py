@@ -189,6 +189,8 @@ def _plain_errors(api: "HfApi", repo_id: str, revision: str | None, path: str | 
         raise FetchError(f"{what}: HF_HUB_OFFLINE is set. Unset it, or give a local folder.") from error
     except HFValidationError as error:
         raise FetchError(f"{repo_id}: not a repo name ({_first_line(error)}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FetchError(f"{what}: {api.endpoint} does not answer as the Hub does. Is a proxy in between?") from error
     except HTTPError as error:
         raise TransientError(f"{what}: {api.endpoint} can't be reached ({_first_line(error)}).") from error
     except OSError as error:

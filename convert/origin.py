@@ -76,7 +76,8 @@ def open_origin(
         return
     store = _open_store(location, wanted, pinned_revision, log)
     with tempfile.TemporaryDirectory(prefix="convert-ckpt-") as scratch:
-        folder = Path(scratch) / store.name.rpartition("/")[2]  # messages name it
+        name = store.name.rpartition("/")[2]
+        folder = Path(scratch) / ("source" if unsafe_file_name(name) else name)  # messages name it
         folder.mkdir()
         path = _outline(store, folder)
         components = _select(find_components(path), wanted)

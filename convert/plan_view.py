@@ -26,6 +26,7 @@ def plan_json(jobs: list[Job]) -> list[dict[str, Any]]:
     return [
         {
             "component": job.name,
+            "source": {"name": job.source.name, "revision": job.source.revision},
             "preset": job.plan.manifest.recipe["preset"],
             "dialect": job.plan.manifest.dialect,
             "source_nbytes": job.plan.source_nbytes,

@@ -36,7 +36,7 @@ def open_url(url: str, patience: Patience) -> "UrlStore":
         except TransientError as error:
             patience.wait(error)
     root, _, name = path.rpartition("/")
-    return UrlStore(filesystem, root if single else path, path, name, files, single)
+    return UrlStore(filesystem, root if single else path, path, name or scheme, files, single)
 
 
 @dataclass(frozen=True)

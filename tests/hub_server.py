@@ -43,6 +43,7 @@ class Fault:
     pattern: str
     times: int = 1_000_000
     status: int | None = None
+    body: bytes = b'{"error": "a fault of the stand-in"}'
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: Callable[[], int] | None = None  # how many bytes of the body are sent
     edit: Callable[[bytes], bytes] | None = None
@@ -165,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.on_request(path)
         fault = self.hub.take_fault(path)
         if fault and fault.status:
-            self._send(fault.status, b'{"error": "a fault of the stand-in"}', fault.headers)
+            self._send(fault.status, fault.body, fault.headers)
         elif path.startswith("/cdn/"):
             self._send_cdn(path, fault)
         elif match := _INFO.fullmatch(path):

@@ -47,6 +47,16 @@ BEFORE: dict[str, tuple[str, Callable[[HubServer, dict[str, bytes]], object], st
     "503": ("me/llm", lambda hub, _: hub.faults.append(Fault("/api/models", status=503)), r"not in order \(503\)"),
     "502 of a file": ("me/llm", lambda hub, _: hub.faults.append(Fault("config", status=502)), r"not in order \(502\)"),
     "418": ("me/llm", lambda hub, _: hub.faults.append(Fault("/api/models", status=418)), "answered 418"),
+    "a login page": (
+        "me/llm",
+        lambda hub, _: hub.faults.append(Fault("/api/models", status=200, body=b"<html>Welcome to the hotel</html>")),
+        "does not answer as the Hub does",
+    ),
+    "another API": (
+        "me/llm",
+        lambda hub, _: hub.faults.append(Fault("/api/models", status=200, body=b'{"error": "no such route"}')),
+        "does not answer as the Hub does",
+    ),
     "unreachable": ("me/llm", lambda hub, _: hub.stop(), "can't be reached .*refused"),
     "wrong size in the listing": (
         "me/llm",
