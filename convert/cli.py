@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -130,13 +131,20 @@ def _show_plan(output: Path | None, options: Options, arguments: dict[str, Any])
     from convert.pipeline import check_output, plan_checkpoint
     from convert.plan_view import plan_json, plan_lines
     from convert.progress import PlainLines
+    from convert.space import check_disk
+    from convert.staging import Staging
 
     location = parse_location(arguments["source"], arguments["revision"])
+    if output is not None:
+        check_output(location, output)
     wanted = Wanted(arguments["component"], arguments["keep_source"])
-    with open_origin(location, wanted, PlainLines().log) as origin:
+    with (
+        tempfile.TemporaryDirectory(prefix="convert-ckpt-") as scratch,
+        open_origin(location, wanted, PlainLines().log, Path(scratch) / "outline") as origin,
+    ):
         jobs = plan_checkpoint(origin, options)
         if output is not None:
-            check_output(origin, output, jobs)
+            check_disk(origin, jobs, Staging(output))
         if arguments["as_json"]:
             click.echo(json.dumps(plan_json(jobs), indent=1))
         else:

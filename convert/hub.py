@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-_TIMEOUT_SECONDS = 30.0
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _CONTENT_RANGE = re.compile(r"bytes (?P<start>\d+)-\d+/(?P<total>\d+)")
 
@@ -70,7 +69,7 @@ class HubRepo:
 
     def read(self, path: str, start: int, stop: int) -> Iterator[bytes]:
         """Yield bytes [start, stop) of a file. Raises TransientError or FetchError."""
-        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub import constants, get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = hf_hub_url(self.repo_id, self.prefix + path, revision=self.revision, endpoint=self.api.endpoint)
@@ -81,7 +80,7 @@ class HubRepo:
         )
         with (
             _plain_errors(self.api, self.repo_id, self.revision, path),
-            get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS) as response,
+            get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response,
         ):
             hf_raise_for_status(response)
             self._check_range(response, path, start)
@@ -131,10 +130,13 @@ class HubRepo:
 
 
 def _model_info(api: "HfApi", repo_id: str, revision: str | None, patience: Patience, *, files: bool) -> "ModelInfo":
+    from huggingface_hub import constants
+
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     while True:
         try:
             with _plain_errors(api, repo_id, revision):
-                return api.model_info(repo_id, revision=revision, files_metadata=files, timeout=_TIMEOUT_SECONDS)
+                return api.model_info(repo_id, revision=revision, files_metadata=files, timeout=timeout)
         except TransientError as error:
             patience.wait(error)
 
@@ -184,7 +186,7 @@ def _plain_errors(api: "HfApi", repo_id: str, revision: str | None, path: str | 
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise _status_error(cause, api, repo_id, revision, path) from error
-        raise TransientError(f"{what}: {api.endpoint} can't be reached ({_first_line(cause or error)}).") from error
+        raise TransientError(f"{what}: no full answer from {api.endpoint} ({_first_line(cause or error)}).") from error
     except OfflineModeIsEnabled as error:
         raise FetchError(f"{what}: HF_HUB_OFFLINE is set. Unset it, or give a local folder.") from error
     except HFValidationError as error:
@@ -192,7 +194,7 @@ def _plain_errors(api: "HfApi", repo_id: str, revision: str | None, path: str | 
     except (ValueError, KeyError, TypeError) as error:
         raise FetchError(f"{what}: {api.endpoint} does not answer as the Hub does. Is a proxy in between?") from error
     except HTTPError as error:
-        raise TransientError(f"{what}: {api.endpoint} can't be reached ({_first_line(error)}).") from error
+        raise TransientError(f"{what}: no full answer from {api.endpoint} ({_first_line(error)}).") from error
     except OSError as error:
         if error.errno is not None:  # the disk's, not the network's
             raise

@@ -1,6 +1,6 @@
 """SOURCE opened: a folder to plan from, and the store that holds the rest where it lies elsewhere."""
 
-import tempfile
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,9 +63,13 @@ class Origin:
 
 @contextmanager
 def open_origin(
-    location: Location, wanted: Wanted, log: Callable[[str], None], pinned_revision: str | None = None
+    location: Location,
+    wanted: Wanted,
+    log: Callable[[str], None],
+    scratch: Path,
+    pinned_revision: str | None = None,
 ) -> Iterator[Origin]:
-    """Yield SOURCE, opened; the outline of a remote one is removed at the end.
+    """Yield SOURCE, opened; a remote one is outlined in the folder ``scratch``, which is removed at the end.
 
     pinned_revision: the commit that an unfinished run began with. Raises CheckpointError.
     """
@@ -75,14 +79,17 @@ def open_origin(
         yield Origin(location, location.name, _select(find_components(location), wanted))
         return
     store = _open_store(location, wanted, pinned_revision, log)
-    with tempfile.TemporaryDirectory(prefix="convert-ckpt-") as scratch:
-        name = store.name.rpartition("/")[2]
-        folder = Path(scratch) / ("source" if unsafe_file_name(name) else name)  # messages name it
-        folder.mkdir()
+    name = store.name.rpartition("/")[2]
+    folder = scratch / ("source" if unsafe_file_name(name) else name)  # messages name it
+    shutil.rmtree(scratch, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
         path = _outline(store, folder)
         components = _select(find_components(path), wanted)
         _fill(store, components, folder, log)
         yield Origin(path, str(location), components, store, wanted.keep_source)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _open_store(

@@ -17,7 +17,7 @@ from convert.plan import Job, make_plan
 from convert.plan_view import plan_lines
 from convert.progress import Silent
 from convert.side_files import write_side_files
-from convert.space import disk_faults
+from convert.space import check_disk
 from convert.staging import Staging
 from runtime.contract.durable import hash_path, target_faults, write_durably
 from runtime.contract.errors import CheckpointError, ProblemsError, UsageError
@@ -81,16 +81,19 @@ def convert_checkpoint(
 ) -> Summary:
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped."""
     started = time.monotonic()
-    pinned_revision = None if restart else Staging(output).pinned_revision(str(location))
     n_resumed = 0
-    with open_origin(location, wanted, progress.log, pinned_revision) as origin:
-        jobs = plan_checkpoint(origin, options)
-        if not Staging(output).is_published():
-            check_output(origin, output, jobs)
-        if origin.store:
-            for line in plan_lines(origin, jobs):
-                progress.log(line)
-        with Staging(output) as staging:
+    staging = Staging(output)
+    if not staging.is_published():
+        check_output(location, output)
+    with staging:
+        pinned_revision = None if restart else staging.pinned_revision(str(location))
+        with open_origin(location, wanted, progress.log, staging.outline, pinned_revision) as origin:
+            jobs = plan_checkpoint(origin, options)
+            if not staging.is_published():
+                check_disk(origin, jobs, staging)
+            if origin.store:
+                for line in plan_lines(origin, jobs):
+                    progress.log(line)
             staging.adopt(_fingerprint(origin, jobs, options), restart=restart)
             if not staging.is_published():
                 n_resumed = sum(_convert_job(origin, job, staging, n_workers, progress) for job in jobs)
@@ -98,10 +101,9 @@ def convert_checkpoint(
     return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
 
 
-def check_output(origin: Origin, output: Path, jobs: list[Job]) -> None:
-    """Raise ProblemsError with every reason why OUTPUT can't be written."""
-    source_path = None if origin.store else origin.path
-    problems = target_faults(source_path, output) + disk_faults(origin, jobs, Staging(output))
+def check_output(location: Location, output: Path) -> None:
+    """Raise ProblemsError with every reason why OUTPUT is not a place to write to."""
+    problems = target_faults(location if isinstance(location, Path) else None, output)
     if problems:
         raise ProblemsError("nothing was written", problems)
 

@@ -132,7 +132,7 @@ class Bar(Silent):
             self._bar.advance(self._fetch_task, nbytes)
 
     def log(self, line: str) -> None:
-        self._bar.console.print(line, highlight=False)
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class SlowStartNote:

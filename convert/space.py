@@ -7,14 +7,33 @@ from convert.origin import Origin
 from convert.plan import Job
 from convert.staging import Staging
 from convert.work import largest_at_once, list_fetches, list_slabs
+from runtime.contract.errors import ProblemsError
 from runtime.contract.units import format_nbytes
 
 # Room for the small files beside the shards.
 _SPARE_NBYTES = 64 * 2**20
 
 
-def disk_faults(origin: Origin, jobs: list[Job], staging: Staging) -> list[str]:
-    """Return a sentence for every disk that can't hold what is still to come."""
+def check_disk(origin: Origin, jobs: list[Job], staging: Staging) -> None:
+    """Raise ProblemsError with every disk that can't hold what is still to come."""
+    faults = _disk_faults(origin, jobs, staging)
+    if faults:
+        raise ProblemsError("nothing was written", faults)
+
+
+def source_nbytes_here(origin: Origin, jobs: list[Job]) -> int:
+    """Return how much of a remote source lies in OUTPUT.partial at once, at most."""
+    if origin.store is None or origin.keep_source:
+        return 0
+    return max(
+        largest_at_once(
+            list_fetches(list_slabs(job.plan, set(), set(), one_at_a_time=True)), _shard_nbytes(origin, job)
+        )
+        for job in jobs
+    )
+
+
+def _disk_faults(origin: Origin, jobs: list[Job], staging: Staging) -> list[str]:
     output = sum(job.plan.output_nbytes for job in jobs) + _SPARE_NBYTES
     needed = {staging.folder: output + source_nbytes_here(origin, jobs) - _nbytes_of(staging.result, staging.fetched)}
     if origin.store and origin.keep_source:
@@ -31,18 +50,6 @@ def disk_faults(origin: Origin, jobs: list[Job], staging: Staging) -> list[str]:
             sizes = f"{format_nbytes(nbytes)} needed, {format_nbytes(free)} free"
             faults.append(f"{where}: {sizes}. Make room or choose another disk.")
     return faults
-
-
-def source_nbytes_here(origin: Origin, jobs: list[Job]) -> int:
-    """Return how much of a remote source lies in OUTPUT.partial at once, at most."""
-    if origin.store is None or origin.keep_source:
-        return 0
-    return max(
-        largest_at_once(
-            list_fetches(list_slabs(job.plan, set(), set(), one_at_a_time=True)), _shard_nbytes(origin, job)
-        )
-        for job in jobs
-    )
 
 
 def _shard_nbytes(origin: Origin, job: Job) -> dict[str, int]:

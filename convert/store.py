@@ -96,8 +96,8 @@ class Patience:
         self._n_failed += 1
         seconds = error.wait_seconds
         if self._n_failed >= self._tries or (seconds or 0) > _LONGEST_WAIT_SECONDS:
-            tried = f"tried {self._n_failed} times" if self._n_failed > 1 else "tried once"
-            raise FetchError(f"{error} Gave up ({tried}); the same command goes on from here.") from error
+            tries = f"{self._n_failed} tries" if self._n_failed > 1 else "one try"
+            raise FetchError(f"{error} Gave up after {tries}; run the same command again later.") from error
         if seconds is None:
             seconds = _FIRST_WAIT_SECONDS * 2 ** (self._n_failed - 1)
         if seconds >= _NOTICED_SECONDS:

@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_stand_in_token"
@@ -124,9 +126,10 @@ def read_files(folder: Path) -> Files:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def describe(path: str, data: bytes) -> dict[str, object]:
+@lru_cache(maxsize=256)
+def describe(path: str, data: bytes) -> dict[str, Any]:
     """Return a file as model info lists it."""
-    entry: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": git_oid(data)}
+    entry: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": git_oid(data)}
     if path.endswith(LFS_SUFFIXES):
         entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
     return entry
@@ -212,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         entry = describe(path, files[path])
         headers = {"X-Repo-Commit": commit, "ETag": f'"{entry["blobId"]}"'}
         if "lfs" in entry:
-            sha256 = hashlib.sha256(files[path]).hexdigest()
+            sha256 = entry["lfs"]["sha256"]
             location = f"{self.hub.cdn}/cdn/{match['repo']}/{commit}/{path}"
             headers |= {"X-Linked-Size": str(len(files[path])), "X-Linked-Etag": f'"{sha256}"', "Location": location}
             self._send(302, b"", headers)

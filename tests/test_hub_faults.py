@@ -57,7 +57,7 @@ BEFORE: dict[str, tuple[str, Callable[[HubServer, dict[str, bytes]], object], st
         lambda hub, _: hub.faults.append(Fault("/api/models", status=200, body=b'{"error": "no such route"}')),
         "does not answer as the Hub does",
     ),
-    "unreachable": ("me/llm", lambda hub, _: hub.stop(), "can't be reached .*refused"),
+    "unreachable": ("me/llm", lambda hub, _: hub.stop(), "no full answer from .*refused"),
     "wrong size in the listing": (
         "me/llm",
         lambda hub, _: hub.lies.update({SHARD.format(2): {"size": 10_000_000}}),
@@ -129,7 +129,7 @@ DURING: dict[str, tuple[Callable[[HubServer], object], str]] = {
     "500": (lambda hub: hub.faults.append(Fault(f"/cdn/.*{SHARD.format(3)}", status=500)), r"\(500\). Gave up"),
     "no byte comes": (
         lambda hub: hub.faults.append(Fault(f"/cdn/.*{SHARD.format(3)}", cut_after=lambda: 0)),
-        "can't be reached.*Gave up",
+        "no full answer from.*Gave up",
     ),
     "another header than before": (
         lambda hub: hub.faults.append(
@@ -249,7 +249,7 @@ def test_patience_ends_and_sooner_before_the_first_answer() -> None:
     for first_contact, n_waits in ((True, 2), (False, 8)):
         clock = Clock()
         patience = Patience(lambda _: None, clock, first_contact=first_contact)
-        with pytest.raises(FetchError, match=f"tried {n_waits + 1} times"):
+        with pytest.raises(FetchError, match=f"after {n_waits + 1} tries"):
             for _ in range(10):
                 patience.wait(TransientError("no."))
         assert len(clock.waits) == n_waits
