@@ -76,7 +76,7 @@ def open_origin(
     if isinstance(location, Path):
         if wanted.keep_source:
             raise UsageError(f"--keep-source: {location} is here and always stays. Leave it out.")
-        yield Origin(location, location.name, _select(find_components(location), wanted))
+        yield Origin(location, str(location), _select(find_components(location), wanted))
         return
     store = _open_store(location, wanted, pinned_revision, log)
     name = store.name.rpartition("/")[2]
