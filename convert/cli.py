@@ -72,7 +72,6 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
     help="Activation ranges for static FP8: safetensors with <layer>.input_amax.",
 )
 @click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
-@click.option("--revision", help="Branch, tag or commit of a Hub repo.  [default: what SOURCE says, else main]")
 @click.option("--component", multiple=True, metavar="NAME", help="Take this transformer* of a pipeline. Repeatable.")
 @click.option("--keep-source", is_flag=True, help="Keep what is fetched, in the Hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -134,7 +133,7 @@ def _show_plan(output: Path | None, options: Options, arguments: dict[str, Any])
     from convert.space import check_disk
     from convert.staging import Staging
 
-    location = parse_location(arguments["source"], arguments["revision"])
+    location = parse_location(arguments["source"])
     if output is not None:
         check_output(location, output)
     wanted = Wanted(arguments["component"], arguments["keep_source"])
@@ -160,7 +159,7 @@ def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
     quiet, as_json = arguments["quiet"], arguments["as_json"]
     with choose_progress(quiet=quiet or as_json) as progress:
         summary = convert_checkpoint(
-            parse_location(arguments["source"], arguments["revision"]),
+            parse_location(arguments["source"]),
             output,
             options,
             n_workers=arguments["workers"],

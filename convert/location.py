@@ -9,7 +9,7 @@ from runtime.contract.errors import UsageError
 
 _HUB_SCHEME = "hf://"
 _REPO = r"(?P<repo_id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-# Of the revisions with a slash, a URL can only hold those of pull requests and conversions; --revision takes any.
+# Of the revisions with a slash, those of pull requests and conversions may be written as they are; else it is %2F.
 _REVISION = r"(@(?P<revision>refs/(pr|convert)/[^/@]+|[^/@]+))?"
 _HUB_NAME = re.compile(_REPO + _REVISION)
 _HUB_URL = re.compile(r"(models/)?" + _REPO + _REVISION + r"(/(?P<folder>.*))?")
@@ -42,22 +42,11 @@ class UrlLocation:
 Location = Path | HubLocation | UrlLocation
 
 
-def parse_location(source: str | Path, revision: str | None = None) -> Location:
+def parse_location(source: str | Path) -> Location:
     """Return what SOURCE names; a path that exists here wins over a repo ``owner/name``.
 
-    Raises UsageError for a malformed URL and for a revision that has nothing to belong to.
+    Raises UsageError for a malformed hf:// URL.
     """
-    location = _parse(source)
-    if revision is None:
-        return location
-    if not isinstance(location, HubLocation):
-        raise UsageError(f"--revision {revision}: {source} is not a Hub repo. Leave it out.")
-    if location.revision is not None:
-        raise UsageError(f"--revision {revision}: {source} names a revision itself. Say it once.")
-    return HubLocation(location.repo_id, revision, location.folder)
-
-
-def _parse(source: str | Path) -> Location:
     if isinstance(source, Path) or Path(source).exists():
         return Path(source)
     if source.startswith(_HUB_SCHEME):

@@ -19,6 +19,8 @@ from runtime.contract.header import LENGTH_NBYTES, MAX_HEADER_NBYTES
 # Most headers fit, so that a shard's header takes one request.
 _HEADER_GUESS_NBYTES = 128 * 2**10
 _REQUESTS_AT_ONCE = 8
+# What a pipeline says of all its components: what they are, and under which licence.
+_PIPELINE_FILES = ("model_index.json", "README.md")
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,11 @@ def _fill(store: Store, components: dict[str, Path], folder: Path, log: Callable
         with open(path, "r+b") as file:
             file.write(data)
 
-    paths = [path for component in components.values() for path in _files_of(component) if _is_read(path)]
+    paths = {path for component in components.values() for path in _files_of(component) if _is_read(path)}
+    paths |= {path for name in _PIPELINE_FILES if (path := folder / name).is_file()}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="header") as pool:
         try:
-            list(pool.map(fill, paths))
+            list(pool.map(fill, sorted(paths)))
         except BaseException:  # Ctrl-C too: nobody should wait for requests whose answer is not wanted any more
             stopped.set()
             pool.shutdown(cancel_futures=True)

@@ -13,6 +13,7 @@ from runtime.contract.errors import UsageError
     [
         ("owner/name", HubLocation("owner/name", None, "")),
         ("owner/name@main", HubLocation("owner/name", "main", "")),
+        ("owner/name@feature%2Fx", HubLocation("owner/name", "feature/x", "")),
         ("owner/FLUX.2-dev@v1.0", HubLocation("owner/FLUX.2-dev", "v1.0", "")),
         ("hf://owner/name", HubLocation("owner/name", None, "")),
         ("hf://models/owner/name/", HubLocation("owner/name", None, "")),
@@ -37,16 +38,6 @@ def test_a_path_that_exists_wins_over_a_repo(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert parse_location("owner/name") == Path("owner/name")
-
-
-def test_a_revision_can_be_said_apart_and_hold_slashes() -> None:
-    assert parse_location("owner/name", "feature/x") == HubLocation("owner/name", "feature/x", "")
-
-
-@pytest.mark.parametrize("source", ["owner/name@main", "/here", "s3://bucket/x"])
-def test_a_revision_without_a_repo_or_said_twice_is_refused(source: str) -> None:
-    with pytest.raises(UsageError, match="--revision v1"):
-        parse_location(source, "v1")
 
 
 @pytest.mark.parametrize("source", ["hf://name", "hf://", "hf://datasets/owner/name", "hf://owner/name@"])
