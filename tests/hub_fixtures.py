@@ -1,5 +1,6 @@
 """Fixtures around the Hub's stand-in, and checkpoints whose fused groups cross shards."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from convert.options import Options
 from convert.origin import Wanted
 from convert.pipeline import Summary, convert_checkpoint
 from convert.progress import Silent
-from tests.checkpoints import random_weight, save_checkpoint
+from runtime.contract.manifest import MANIFEST_NAME
+from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.hub_server import HubServer, serve_hub
 
 
@@ -74,3 +76,16 @@ def convert_remote(
         progress=progress or Silent(),
         wanted=Wanted(components, keep_source),
     )
+
+
+def assert_same_but_for_the_source(output: Path, local: Path) -> dict[str, object]:
+    """Check that two results differ in the manifest's source block alone; return that of ``output``."""
+    ours, expected = folder_bytes(output), folder_bytes(local)
+    manifest, expected_manifest = (json.loads(files.pop(MANIFEST_NAME)) for files in (ours, expected))
+    for document in (manifest, expected_manifest):
+        del document["sha256_of_the_rest"]  # the source is part of that
+    source, expected_source = manifest.pop("source"), expected_manifest.pop("source")
+    assert ours == expected
+    assert manifest == expected_manifest
+    assert source["files"] == expected_source["files"]
+    return source

@@ -11,9 +11,9 @@ import pytest
 from convert.store import Patience
 from runtime.contract.errors import FetchError, TransientError
 from tests.checkpoints import convert
-from tests.hub_fixtures import convert_remote, hub, make_llm
+from tests.hub_fixtures import assert_same_but_for_the_source, convert_remote, hub, make_llm
 from tests.hub_server import TOKEN, Fault, HubServer, read_files
-from tests.test_hub_source import SHARD, assert_same_but_for_the_source, run_command
+from tests.test_hub_source import SHARD, run_command
 
 __all__ = ["hub"]
 

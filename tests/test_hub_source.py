@@ -1,6 +1,5 @@
 """A Hub repo as SOURCE: the bytes of the local conversion, little disk, whatever the line does."""
 
-import json
 import os
 import random
 import signal
@@ -14,26 +13,13 @@ import torch
 
 from convert.staging import Staging
 from runtime.contract.errors import CheckpointError, FetchError
-from runtime.contract.manifest import MANIFEST_NAME
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
-from tests.hub_fixtures import Lines, convert_remote, hub, make_llm
+from tests.hub_fixtures import Lines, assert_same_but_for_the_source, convert_remote, hub, make_llm
 from tests.hub_server import TOKEN, Fault, HubServer, read_files
 
 __all__ = ["hub"]
 COMMAND = "import sys; from convert.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
 SHARD = "model-0000{}-of-00005.safetensors"
-
-
-def assert_same_but_for_the_source(output: Path, local: Path, component: str = "") -> dict[str, object]:
-    """Check that two results differ in the manifest's source block alone; return that of ``output``."""
-    ours, expected = folder_bytes(output), folder_bytes(local)
-    name = f"{component}/{MANIFEST_NAME}".lstrip("/")
-    manifest, expected_manifest = json.loads(ours.pop(name)), json.loads(expected.pop(name))
-    source, expected_source = manifest.pop("source"), expected_manifest.pop("source")
-    assert ours == expected
-    assert manifest == expected_manifest
-    assert source["files"] == expected_source["files"]
-    return source
 
 
 @pytest.fixture
