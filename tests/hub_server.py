@@ -68,6 +68,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.lies: dict[str, dict[str, object]] = {}  # path in a repo -> what the listing says of it instead
+        self.ignores_ranges = False
         self.on_request: Callable[[str], None] = lambda _: None
         self.sent: Counter[str] = Counter()  # file name -> bytes of it that the CDN sent
         self.lock = threading.Lock()
@@ -230,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.edit:
             data = fault.edit(data)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not wanted:
+        if not wanted or self.hub.ignores_ranges:
             self._send(200, data, headers, fault)
             return
         start, stop = int(wanted[1]), min(int(wanted[2] or len(data) - 1) + 1, len(data))

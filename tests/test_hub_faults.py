@@ -188,6 +188,19 @@ def test_a_passing_fault_is_tried_again(hub: HubServer, llm: Path, tmp_path: Pat
     assert all(fault.times == 0 for fault in hub.faults)
 
 
+def test_a_host_that_ignores_ranges_serves_small_files_and_is_named_for_large_ones(
+    hub: HubServer, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_repo("me/llm", read_files(llm))
+    hub.ignores_ranges = True
+    convert_remote("me/llm", tmp_path / "small", format="mxfp4")
+    convert(llm, tmp_path / "local", format="mxfp4")
+    assert_same_but_for_the_source(tmp_path / "small", tmp_path / "local")
+    monkeypatch.setattr("convert.fetch._PART_NBYTES", 400_000)
+    with pytest.raises(FetchError, match=r"model-00001.*does not answer range requests"):
+        convert_remote("me/llm", tmp_path / "large", format="mxfp4")
+
+
 def test_an_invalid_token_is_named_without_being_shown(
     hub: HubServer,
     llm: Path,

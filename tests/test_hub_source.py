@@ -247,6 +247,7 @@ def test_components_of_a_pipeline_are_selected_and_a_single_file_beside_them_is_
     for name in ("transformer", "transformer_2", "vae"):
         save_checkpoint(pipeline / name, [{"blocks.0.proj.weight": random_weight(256, 256)}], {"_class_name": name})
     (pipeline / "model_index.json").write_text("{}")
+    (pipeline / "README.md").write_text("---\nlicense: mit\n---\n")
     (pipeline / "all-in-one.safetensors").write_bytes((pipeline / "vae" / "model.safetensors").read_bytes())
     hub.add_repo("me/pipeline", read_files(pipeline))
     convert_remote("me/pipeline", tmp_path / "both", format="mxfp4")
@@ -257,7 +258,8 @@ def test_components_of_a_pipeline_are_selected_and_a_single_file_beside_them_is_
     source = assert_same_but_for_the_source(tmp_path / "one" / "transformer_2", tmp_path / "local")
     assert source["name"] == "me/pipeline/transformer_2"
     asked = {request.path.partition("/resolve/")[2].partition("/")[2] for request in hub.requests} - {""}
-    assert asked == {"model_index.json", "transformer_2/config.json", "transformer_2/model.safetensors"}
+    of_the_pipeline = {"README.md", "model_index.json"}
+    assert asked == of_the_pipeline | {"transformer_2/config.json", "transformer_2/model.safetensors"}
     convert_remote("hf://me/pipeline/transformer_2", tmp_path / "folder", format="mxfp4")
     assert folder_bytes(tmp_path / "folder") == folder_bytes(tmp_path / "one" / "transformer_2")
     with pytest.raises(CheckpointError, match=r"--component vae: not in SOURCE.*transformer, transformer_2"):
