@@ -63,6 +63,8 @@ class LocalSupply:
 class Fetcher:
     """Fetches the shards of one component, in the order of the work, into ``folder`` or the store's cache.
 
+    ``store_folder`` is where the store has them.
+
     One shard is fetched while the one before it is converted. A shard in ``folder`` that is not whole is
     gone on with. What lies in the store's cache is used there and never removed.
     """
@@ -72,7 +74,7 @@ class Fetcher:
     def __init__(
         self,
         store: Store,
-        component: str,
+        store_folder: str,
         shards: tuple[Shard, ...],
         folder: Path,
         progress: Silent,
@@ -80,7 +82,7 @@ class Fetcher:
         keep: bool = False,
     ):
         self._store = store
-        self._component = component
+        self._store_folder = store_folder
         self._headers = {shard.name: shard.header.data for shard in shards}
         self._folder = folder
         self._progress = progress
@@ -243,7 +245,7 @@ class Fetcher:
         return self._store.files[self._remote_name(name)]
 
     def _remote_name(self, name: str) -> str:
-        return f"{self._component}/{name}" if self._component else name
+        return f"{self._store_folder}/{name}" if self._store_folder else name
 
 
 def _digest_of(path: Path, file: RemoteFile) -> Any:

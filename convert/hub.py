@@ -38,41 +38,30 @@ def open_repo(
     else:
         info = _model_info(api, location.repo_id, location.revision, patience, files=True)
     files = {sibling.rfilename: _remote_file(sibling) for sibling in info.siblings or ()}
-    single = location.folder in files
-    prefix = location.folder.rpartition("/")[0] if single else location.folder
-    prefix = f"{prefix}/" if prefix else ""
-    inside = {
-        name.removeprefix(prefix): file
-        for name, file in files.items()
-        if (name == location.folder if single else name.startswith(prefix))
-    }
-    if not inside:
-        raise FetchError(
-            f"{location}: there is no {location.folder or 'file'} in this repo. Check the name on its page."
-        )
+    root = location.folder
+    if not any(name == root or name.startswith(f"{root}/" if root else "") for name in files):
+        raise FetchError(f"{location}: no {root or 'file'} in this repo. Check the name on its page.")
     assert info.sha is not None
-    name = f"{location.repo_id}/{location.folder}".rstrip("/")
-    return HubRepo(api, location.repo_id, prefix, name, info.sha, inside, single)
+    return HubRepo(api, location.repo_id, f"{location.repo_id}/{root}".rstrip("/"), info.sha, files, root)
 
 
 @dataclass(frozen=True)
 class HubRepo:
-    """The files below ``prefix`` of a model repo at commit ``revision``."""
+    """A model repo at commit ``revision``; ``root`` is the folder or file of it that is meant."""
 
     api: "HfApi"
     repo_id: str
-    prefix: str
     name: str
     revision: str
     files: Mapping[str, RemoteFile]
-    single: bool
+    root: str
 
     def read(self, path: str, start: int, stop: int) -> Iterator[bytes]:
         """Yield bytes [start, stop) of a file. Raises TransientError or FetchError."""
         from huggingface_hub import constants, get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-        url = hf_hub_url(self.repo_id, self.prefix + path, revision=self.revision, endpoint=self.api.endpoint)
+        url = hf_hub_url(self.repo_id, path, revision=self.revision, endpoint=self.api.endpoint)
         headers = build_hf_headers(
             library_name="convert-ckpt",
             library_version=VERSION,
@@ -105,7 +94,7 @@ class HubRepo:
         """Return where the Hub's own cache holds the file already."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repo_id, self.prefix + path, revision=self.revision)
+        found = try_to_load_from_cache(self.repo_id, path, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
 
     def cache(self, path: str) -> Path:
@@ -114,7 +103,7 @@ class HubRepo:
 
         disable_progress_bars()
         with _plain_errors(self.api, self.repo_id, self.revision, path):
-            return Path(self.api.hf_hub_download(self.repo_id, self.prefix + path, revision=self.revision))
+            return Path(self.api.hf_hub_download(self.repo_id, path, revision=self.revision))
 
     def _check_range(self, response: Any, path: str, start: int) -> None:
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))

@@ -56,11 +56,18 @@ class Origin:
 
     def is_cached(self, component: str, name: str) -> bool:
         """True where the store's own cache holds a file."""
-        return self.store is not None and self.store.cached(_join(component, name)) is not None
+        return self.store is not None and self.store.cached(self.remote_path(component, name)) is not None
 
     def remote_file(self, component: str, name: str) -> RemoteFile | None:
         """Return what the store tells of a file, None where the source is here."""
-        return self.store.files[_join(component, name)] if self.store else None
+        return self.store.files[self.remote_path(component, name)] if self.store else None
+
+    def remote_path(self, component: str, name: str) -> str:
+        """Return where the store has a file of a component, or with the name "" the component."""
+        assert self.store
+        root = self.store.root
+        folder = root.rpartition("/")[0] if root in self.store.files else root
+        return _join(folder, component, name)
 
 
 @contextmanager
@@ -126,15 +133,26 @@ def _select(components: dict[str, Path], wanted: Wanted) -> dict[str, Path]:
 
 
 def _outline(store: Store, folder: Path) -> Path:
-    """Make a hole of the right size for every file in the location and in the folders right below it."""
+    """Make a hole of the right size for every file of the location, of the folders in it, and of its pipeline."""
+    of_pipeline = _pipeline_files(store)
     for name, file in store.files.items():
-        parts = name.split("/")
-        if len(parts) <= 2 and not any(map(unsafe_file_name, parts)):
-            path = folder.joinpath(*parts)
+        if (_is_near(name, store.root) or name in of_pipeline) and not any(map(unsafe_file_name, name.split("/"))):
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as hole:
                 hole.truncate(file.nbytes)
-    return folder / next(iter(store.files)) if store.single else folder
+    return folder / store.root
+
+
+def _is_near(name: str, root: str) -> bool:
+    """True for the file ``root``, and for files in the folder ``root`` and in the folders right below it."""
+    prefix = f"{root}/" if root else ""
+    return name == root or (name.startswith(prefix) and name.removeprefix(prefix).count("/") <= 1)
+
+
+def _pipeline_files(store: Store) -> set[str]:
+    folders = (store.root, store.root.rpartition("/")[0])
+    return {_join(folder, name) for folder in folders for name in _PIPELINE_FILES} & store.files.keys()
 
 
 def _fill(store: Store, components: dict[str, Path], folder: Path, log: Callable[[str], None]) -> None:
@@ -150,7 +168,7 @@ def _fill(store: Store, components: dict[str, Path], folder: Path, log: Callable
             file.write(data)
 
     paths = {path for component in components.values() for path in _files_of(component) if _is_read(path)}
-    paths |= {path for name in _PIPELINE_FILES if (path := folder / name).is_file()}
+    paths |= {folder / name for name in _pipeline_files(store)}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="header") as pool:
         try:
             list(pool.map(fill, sorted(paths)))
@@ -178,5 +196,5 @@ def _read_header(store: Store, name: str, patience: Patience) -> bytearray:
     return data[:end]
 
 
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder and name else folder or name
+def _join(*parts: str) -> str:
+    return "/".join(filter(None, parts))

@@ -126,7 +126,9 @@ def _convert_job(origin: Origin, job: Job, staging: Staging, n_workers: int, pro
     supply: Supply = LocalSupply(shards)
     if origin.store:
         fetched = staging.fetched / component
-        supply = Fetcher(origin.store, job.name, shards, fetched, progress, keep=origin.keep_source)
+        supply = Fetcher(
+            origin.store, origin.remote_path(job.name, ""), shards, fetched, progress, keep=origin.keep_source
+        )
     engine = Engine(job.plan, shards, folder, records.copy(), on_file, progress, supply)
     progress.start(job.name, engine.progress_nbytes)
     engine.run(n_workers)

@@ -34,10 +34,10 @@ class RemoteFile:
 
 
 class Store(Protocol):
-    """A folder of files elsewhere, in one state that does not change while it is used.
+    """Files elsewhere, in one state that does not change while they are used.
 
-    ``files`` maps a path below the folder to the file. ``name`` and ``revision`` go into the manifest.
-    ``single`` is True where the location names one file: then that is all of ``files``.
+    ``files`` maps a path to the file; ``root`` is what the location names of it: a folder, "" for all, or one
+    of the files. ``name`` and ``revision`` go into the manifest.
     """
 
     @property
@@ -47,7 +47,7 @@ class Store(Protocol):
     @property
     def files(self) -> Mapping[str, RemoteFile]: ...
     @property
-    def single(self) -> bool: ...
+    def root(self) -> str: ...
 
     def read(self, path: str, start: int, stop: int) -> Iterator[bytes]:
         """Yield bytes [start, stop) of a file. Raises TransientError or FetchError."""

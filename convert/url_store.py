@@ -35,26 +35,28 @@ def open_url(url: str, patience: Patience) -> "UrlStore":
                 break
         except TransientError as error:
             patience.wait(error)
-    root, _, name = path.rpartition("/")
-    return UrlStore(filesystem, root if single else path, path, name or scheme, files, single)
+    folder, _, name = path.rpartition("/")
+    if single:
+        return UrlStore(filesystem, folder, path, name, files, root=name)
+    return UrlStore(filesystem, path, path, name or scheme, files)
 
 
 @dataclass(frozen=True)
 class UrlStore:
-    """The files below ``root`` of a file system: those that ``listed`` gives, a folder or the one file."""
+    """The files below ``folder`` of a file system: those that ``listed`` gives, that folder or one file in it."""
 
     filesystem: Any
-    root: str
+    folder: str
     listed: str
     name: str
     files: Mapping[str, RemoteFile]
-    single: bool
+    root: str = ""
     revision: None = None
 
     def read(self, path: str, start: int, stop: int) -> Iterator[bytes]:
         """Yield bytes [start, stop) of a file. Raises TransientError or FetchError."""
         with _plain_errors(path):
-            yield self.filesystem.cat_file(f"{self.root}/{path}", start=start, end=stop)
+            yield self.filesystem.cat_file(f"{self.folder}/{path}", start=start, end=stop)
 
     def check_unchanged(self, path: str) -> None:
         """Raise FetchError if the file is no longer the one that was listed."""

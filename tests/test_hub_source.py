@@ -52,7 +52,7 @@ def test_at_most_two_shards_are_here_at_once(hub: HubServer, llm: Path, tmp_path
             seen.append(here())
 
     def here(coming: str | None = None) -> int:
-        names = {path.name for path in folder.rglob("*") if path.is_file()}
+        names = {name for _, _, files in os.walk(folder) for name in files}
         return sum(sizes[name] for name in names | ({coming} if coming else set()))
 
     def count(path: str) -> None:
@@ -260,7 +260,9 @@ def test_components_of_a_pipeline_are_selected_and_a_single_file_beside_them_is_
     asked = {request.path.partition("/resolve/")[2].partition("/")[2] for request in hub.requests} - {""}
     of_the_pipeline = {"README.md", "model_index.json"}
     assert asked == of_the_pipeline | {"transformer_2/config.json", "transformer_2/model.safetensors"}
+    hub.forget()
     convert_remote("hf://me/pipeline/transformer_2", tmp_path / "folder", format="mxfp4")
+    assert {request.path.rpartition("/")[2] for request in hub.requests} >= of_the_pipeline
     assert folder_bytes(tmp_path / "folder") == folder_bytes(tmp_path / "one" / "transformer_2")
     with pytest.raises(CheckpointError, match=r"--component vae: not in SOURCE.*transformer, transformer_2"):
         convert_remote("me/pipeline", tmp_path / "none", format="mxfp4", components=("vae",))
