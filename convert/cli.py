@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,9 @@ Examples:
   convert-ckpt FLUX.1-dev OUT --format mxfp4 --dry-run
   convert-ckpt Z-Image-Turbo/transformer OUT --format fp8
   convert-ckpt Qwen3-8B OUT --format mxfp4 --layout plain --ignore "*.down_proj"
+  convert-ckpt black-forest-labs/FLUX.2-dev@main OUT --format mxfp4
+  convert-ckpt hf://Qwen/Qwen-Image OUT --format fp8 --component transformer
+  convert-ckpt s3://bucket/FLUX.1-dev/transformer OUT --format mxfp4
   convert-ckpt FLUX.1-dev OUT --format mxfp4 --push-to-hub me/flux-mxfp4 --private
 
 A run that was stopped is continued by the same command. Look at the result with
@@ -44,7 +48,7 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
 
 
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @click.option("--format", "format_", type=click.Choice(WEIGHT_FORMATS), required=True, help="Format of linear weights.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="aiter", show_default=True, help="MXFP4 byte order.")
@@ -70,6 +74,8 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
     help="Activation ranges for static FP8: safetensors with <layer>.input_amax.",
 )
 @click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
+@click.option("--component", multiple=True, metavar="NAME", help="Take this transformer* of a pipeline. Repeatable.")
+@click.option("--keep-source", is_flag=True, help="Keep what is fetched, in the Hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")
 @click.option("--workers", type=click.IntRange(1, 64), default=_default_workers, help="Threads.  [default: cores + 1]")
@@ -98,21 +104,25 @@ def cli(**arguments: Any) -> None:
 
     SOURCE is a folder with config.json and safetensors shards, a pipeline folder (each transformer* in
     it is converted), or one .safetensors file. It is never changed. OUTPUT appears complete or not at all.
+
+    SOURCE may lie elsewhere: owner/name[@revision] or hf://owner/name[@revision][/folder] on the Hugging
+    Face Hub, s3://, gs://, az:// and whatever else fsspec opens. It is fetched shard by shard while it is
+    converted, and takes the disk of OUTPUT and two shards. For a gated repo log in with hf auth login.
     """
     options = Options(
         format=arguments["format_"],
         **{name: arguments[name] for name in _OPTION_NAMES},
     )
-    source, output = arguments["source"], arguments["output"]
+    output = arguments["output"]
     unused = [name for name in _PUSH_OPTIONS if arguments[name] and not arguments["push_to_hub"]]
     if unused:
         raise click.UsageError(f"--{unused[0].replace('_', '-')} goes with --push-to-hub OWNER/NAME.")
     if arguments["dry_run"]:
-        _show_plan(source, output, options, as_json=arguments["as_json"])
+        _show_plan(output, options, arguments)
     elif output is None:
         raise click.UsageError("Missing argument 'OUTPUT' (only --dry-run goes without).")
     else:
-        _convert(source, output, options, arguments)
+        _convert(output, options, arguments)
 
 
 _TARGET_OPTIONS = ("revision", "private", "commit_message", "overwrite")
@@ -130,21 +140,35 @@ _OPTION_NAMES = (
 )
 
 
-def _show_plan(source: Path, output: Path | None, options: Options, *, as_json: bool) -> None:
+def _show_plan(output: Path | None, options: Options, arguments: dict[str, Any]) -> None:
+    from convert.location import parse_location
+    from convert.origin import Wanted, open_origin
     from convert.pipeline import check_output, plan_checkpoint
-    from convert.plan_view import plan_json, plan_text
+    from convert.plan_view import plan_json, plan_lines
+    from convert.progress import PlainLines
+    from convert.space import check_disk
+    from convert.staging import Staging
 
-    jobs = plan_checkpoint(source, options)
+    location = parse_location(arguments["source"])
     if output is not None:
-        check_output(source, output, jobs)
-    if as_json:
-        click.echo(json.dumps(plan_json(jobs), indent=1))
-    else:
-        for job in jobs:
-            click.echo("\n".join(plan_text(job)))
+        check_output(location, output)
+    wanted = Wanted(arguments["component"], arguments["keep_source"])
+    with (
+        tempfile.TemporaryDirectory(prefix="convert-ckpt-") as scratch,
+        open_origin(location, wanted, PlainLines().log, Path(scratch) / "outline") as origin,
+    ):
+        jobs = plan_checkpoint(origin, options)
+        if output is not None:
+            check_disk(origin, jobs, Staging(output))
+        if arguments["as_json"]:
+            click.echo(json.dumps(plan_json(jobs), indent=1))
+        else:
+            click.echo("\n".join(plan_lines(origin, jobs)))
 
 
-def _convert(source: Path, output: Path, options: Options, arguments: dict[str, Any]) -> None:
+def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
+    from convert.location import parse_location
+    from convert.origin import Wanted
     from convert.pipeline import convert_checkpoint
     from convert.progress import choose_progress
 
@@ -152,12 +176,13 @@ def _convert(source: Path, output: Path, options: Options, arguments: dict[str, 
     with choose_progress(quiet=quiet or as_json) as progress:
         convert = partial(
             convert_checkpoint,
-            source,
+            parse_location(arguments["source"]),
             output,
             options,
             n_workers=arguments["workers"],
             restart=arguments["restart"],
             progress=progress,
+            wanted=Wanted(arguments["component"], arguments["keep_source"]),
         )
         if arguments["push_to_hub"]:
             from convert.push import convert_and_push

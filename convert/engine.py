@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.fetch import LocalSupply, Supply
 from convert.plan import FilePlan, Plan, TensorPlan
 from convert.progress import Silent, SlowStartNote
 from convert.quantize import (
@@ -25,7 +26,7 @@ from convert.quantize import (
     weight_bits,
 )
 from convert.reader import ShardReader
-from convert.work import Slab, fused_places, list_slabs, scale_group, sqnr_db, still_finished
+from convert.work import Slab, fused_places, list_fetches, list_slabs, scale_group, sqnr_db, still_finished
 from runtime.contract.errors import NonFiniteError
 from runtime.contract.folder import Shard
 from runtime.contract.manifest import INPUT_SCALE
@@ -48,7 +49,10 @@ class FileRecord:
 
 
 class Engine:
-    """One component's conversion. ``on_file`` is called for each finished file; ``progress`` is told the rest."""
+    """One component's conversion. ``on_file`` is called for each finished file; ``progress`` is told the rest.
+
+    ``supply`` brings the shards; by default they are where they say.
+    """
 
     def __init__(
         self,
@@ -58,7 +62,9 @@ class Engine:
         finished: dict[str, FileRecord],
         on_file: Callable[[str, FileRecord], None],
         progress: Silent,
+        supply: Supply | None = None,
     ):
+        shards = tuple(shards)
         self._plan = plan
         self._folder = folder
         self._on_file = on_file
@@ -67,7 +73,8 @@ class Engine:
         done = still_finished(plan, set(finished))
         self._files = {file.name: file for file in plan.files if file.name not in done}
         self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
-        self._slabs = list_slabs(plan, done, set(self._amax))
+        self._supply = supply or LocalSupply(shards)
+        self._slabs = list_slabs(plan, done, set(self._amax), one_at_a_time=self._supply.one_at_a_time)
         self._sources = {shard.name: ShardReader(shard) for shard in shards}
         self._fused = {name: place for name, place in fused_places(plan).items() if place.file in self._files}
 
@@ -77,6 +84,7 @@ class Engine:
         self._next_turn: Counter[str] = Counter()
         self._failure: BaseException | None = None
         self._unscanned = Counter(_group(slab) for slab in self._slabs if slab.action == "scan")
+        self._unread = Counter(slab.tensor.shard for slab in self._slabs)
         self._unfinished = Counter(name for slab in self._slabs for name in slab.outputs)
         self._errors: defaultdict[str, list[Errors]] = defaultdict(list)
         self._writers: dict[str, ShardWriter] = {}
@@ -91,8 +99,7 @@ class Engine:
         """Convert everything that is not finished. Raises the first error of any worker."""
         largest = max((slab.nbytes for slab in self._slabs), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
-        for source in self._sources.values():
-            source.open()
+        self._supply.start(list_fetches(self._slabs))
         try:
             # Leaving waits for whatever is still being finished, so that no file is closed under it.
             with (
@@ -105,6 +112,7 @@ class Engine:
                     thread.start()
                 self._wait(threads)
         finally:
+            self._supply.stop()
             for source in self._sources.values():
                 source.close()
             for writer in self._writers.values():
@@ -143,12 +151,19 @@ class Engine:
 
     def _announce(self, slabs: list[Slab]) -> None:
         for slab in slabs:
-            self._sources[slab.tensor.shard].announce(slab.tensor.stored.offset + slab.start, slab.nbytes)
+            if self._supply.is_here(slab.tensor.shard):
+                self._open(slab.tensor.shard).announce(slab.tensor.stored.offset + slab.start, slab.nbytes)
+
+    def _open(self, shard: str) -> ShardReader:
+        """Return the reader of a shard, open; wait for the shard to come."""
+        self._sources[shard].open(self._supply.wait)
+        return self._sources[shard]
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
+        self._supply.stop()
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         with self._changed:
@@ -157,7 +172,7 @@ class Engine:
                 raise self._failure
 
     def _process(self, slab: Slab, scratch: Scratch) -> None:
-        source = self._sources[slab.tensor.shard]
+        source = self._open(slab.tensor.shard)
         raw = scratch.take("source", slab.nbytes)
         source.read(raw, slab.tensor.stored.offset + slab.start)
         if slab.turn is not None:
@@ -172,8 +187,17 @@ class Engine:
             with self._slow_start:
                 self._scan(slab, raw) if slab.action == "scan" else self._quantize(slab, raw, scratch)
         self._progress.advance(_progress(slab))
+        self._count_read(slab.tensor.shard)
         for name in slab.outputs:
             self._count_down(name)
+
+    def _count_read(self, shard: str) -> None:
+        with self._lock:
+            self._unread[shard] -= 1
+            done = self._unread[shard] == 0
+        if done:
+            self._sources[shard].close()
+            self._supply.release(shard)
 
     def _scan(self, slab: Slab, raw: np.ndarray) -> None:
         assert slab.tensor.layer is not None

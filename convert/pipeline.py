@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,11 +9,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from convert.engine import Engine, FileRecord
+from convert.fetch import Fetcher, LocalSupply, Supply
+from convert.location import Location
 from convert.options import Options
-from convert.plan import Plan, make_plan
+from convert.origin import EVERYTHING, Origin, Wanted, open_origin
+from convert.plan import Job, make_plan
+from convert.plan_view import plan_lines
 from convert.progress import Silent
 from convert.side_files import write_side_files
-from convert.source import Source, find_components, open_source
+from convert.space import check_disk
 from convert.staging import Staging
 from runtime.contract.durable import hash_path, target_faults, write_durably
 from runtime.contract.errors import CheckpointError, ProblemsError, UsageError
@@ -22,18 +25,6 @@ from runtime.contract.folder import CONFIG_NAME
 from runtime.contract.manifest import MANIFEST_NAME, Manifest
 from runtime.contract.units import format_nbytes
 from runtime.version import VERSION
-
-# Room for the small files beside the shards.
-_SPARE_NBYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Job:
-    """One component to convert: ``name`` is its folder in OUTPUT, "" for OUTPUT itself."""
-
-    name: str
-    source: Source
-    plan: Plan
 
 
 class ShardTaker(Protocol):
@@ -66,14 +57,14 @@ class Summary:
         )
 
 
-def plan_checkpoint(source_path: Path, options: Options) -> list[Job]:
+def plan_checkpoint(origin: Origin, options: Options) -> list[Job]:
     """Return a planned job for every component. Raises with all faults of all of them together."""
     jobs: list[Job] = []
     problems: list[str] = []
     usage_errors: list[UsageError] = []
-    for name, path in find_components(source_path).items():
+    for name in origin.components:
         try:
-            source = open_source(path)
+            source = origin.open_component(name)
             jobs.append(Job(name, source, make_plan(source, options)))
         except ProblemsError as error:
             problems += error.problems
@@ -82,18 +73,19 @@ def plan_checkpoint(source_path: Path, options: Options) -> list[Job]:
     if usage_errors:
         raise usage_errors[0]
     if problems:
-        raise ProblemsError(f"{source_path}: can't be converted", problems)
+        raise ProblemsError(f"{origin.location}: can't be converted", problems)
     return jobs
 
 
 def convert_checkpoint(
-    source_path: Path,
+    location: Location,
     output: Path,
     options: Options,
     *,
     n_workers: int,
     restart: bool,
     progress: Silent,
+    wanted: Wanted = EVERYTHING,
     taker: ShardTaker | None = None,
 ) -> Summary:
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped.
@@ -101,43 +93,42 @@ def convert_checkpoint(
     taker: gets each shard as soon as it is finished, those of the earlier run first.
     """
     started = time.monotonic()
-    jobs = plan_checkpoint(source_path, options)
-    if not Staging(output).is_published():
-        check_output(source_path, output, jobs)
-    if taker:
-        taker.start(_join(job.name, file.name) for job in jobs for file in job.plan.files)
     n_resumed = 0
-    with Staging(output) as staging:
-        staging.adopt(_fingerprint(jobs, options), restart=restart)
-        if not staging.is_published():
-            n_resumed = sum(_convert_job(job, staging, n_workers, progress, taker) for job in jobs)
-        if taker:
-            taker.stop()
-        staging.publish()
+    staging = Staging(output)
+    if not staging.is_published():
+        check_output(location, output)
+    with staging:
+        pinned_revision = None if restart else staging.pinned_revision(str(location))
+        with open_origin(location, wanted, progress.log, staging.outline, pinned_revision) as origin:
+            jobs = plan_checkpoint(origin, options)
+            if not staging.is_published():
+                check_disk(origin, jobs, staging)
+            if origin.store:
+                for line in plan_lines(origin, jobs):
+                    progress.log(line)
+            staging.adopt(_fingerprint(origin, jobs, options), restart=restart)
+            if taker:
+                taker.start(_join(job.name, file.name) for job in jobs for file in job.plan.files)
+            if not staging.is_published():
+                n_resumed = sum(_convert_job(origin, job, staging, n_workers, progress, taker) for job in jobs)
+            if taker:
+                taker.stop()
+            staging.publish()
     return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
 
 
-def check_output(source_path: Path, output: Path, jobs: list[Job]) -> None:
-    """Raise ProblemsError with every reason why OUTPUT can't be written."""
-    problems = target_faults(source_path, output) + _disk_faults(jobs, Staging(output))
+def check_output(location: Location, output: Path) -> None:
+    """Raise ProblemsError with every reason why OUTPUT is not a place to write to."""
+    problems = target_faults(location if isinstance(location, Path) else None, output)
     if problems:
         raise ProblemsError("nothing was written", problems)
 
 
-def _disk_faults(jobs: list[Job], staging: Staging) -> list[str]:
-    """Return a sentence if the disk can't hold what is still to be written."""
-    parent = next(folder for folder in (staging.folder, *staging.folder.parents) if folder.exists())
-    done = sum(path.stat().st_size for path in staging.result.rglob("*") if path.is_file())
-    needed = sum(job.plan.output_nbytes for job in jobs) + _SPARE_NBYTES - done
-    free = shutil.disk_usage(parent).free
-    if needed <= free:
-        return []
-    return [f"{parent}: {format_nbytes(needed)} needed, {format_nbytes(free)} free. Make room or choose another disk."]
-
-
-def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent, taker: ShardTaker | None) -> int:
+def _convert_job(
+    origin: Origin, job: Job, staging: Staging, n_workers: int, progress: Silent, taker: ShardTaker | None
+) -> int:
     """Convert one component into the staging folder; return how many files were finished before."""
-    before = _shard_identities(job.source)
+    before = _shard_identities(origin, job)
     folder = staging.result / job.name
     folder.mkdir(exist_ok=True)
     component = job.name or "root"
@@ -157,10 +148,17 @@ def _convert_job(job: Job, staging: Staging, n_workers: int, progress: Silent, t
     for name, record in records.items():
         hand_over(name, record)
 
-    engine = Engine(job.plan, job.source.folder.shards, folder, records.copy(), on_file, progress)
+    shards = job.source.folder.shards
+    supply: Supply = LocalSupply(shards)
+    if origin.store:
+        fetched = staging.fetched / component
+        supply = Fetcher(
+            origin.store, origin.remote_path(job.name, ""), shards, fetched, progress, keep=origin.keep_source
+        )
+    engine = Engine(job.plan, shards, folder, records.copy(), on_file, progress, supply)
     progress.start(job.name, engine.progress_nbytes)
     engine.run(n_workers)
-    _check_unchanged(job.source, before)
+    _check_unchanged(before, _shard_identities(origin, job))
     manifest = _complete_manifest(job.plan.manifest, records, write_side_files(folder, job.source, job.plan))
     write_durably(folder / MANIFEST_NAME, manifest.to_json())
     return n_resumed
@@ -179,33 +177,42 @@ def _complete_manifest(
     )
 
 
-def _fingerprint(jobs: list[Job], options: Options) -> dict[str, Any]:
+def _fingerprint(origin: Origin, jobs: list[Job], options: Options) -> dict[str, Any]:
     """Everything that decides the bytes: a run goes on only where all of it is the same."""
     contents = {name: hash_path(path) for name in ("recipe", "calibration") if (path := getattr(options, name))}
-    return {
+    fingerprint = {
         "tool_version": VERSION,
         "options": {**options.to_json(), **contents},
-        "source": {job.name: _identity(job.source) for job in jobs},
+        "source": {job.name: _identity(origin, job) for job in jobs},
     }
+    if origin.store:
+        fingerprint["origin"] = {"location": origin.location, "revision": origin.store.revision}
+    return fingerprint
 
 
-def _identity(source: Source) -> dict[str, Any]:
+def _identity(origin: Origin, job: Job) -> dict[str, Any]:
+    source = job.source
     side_files = {path.name: hash_path(path) for path in source.side_files}
-    shards = _shard_identities(source)
+    shards = _shard_identities(origin, job)
     return {"name": source.name, "shards": shards, CONFIG_NAME: source.config, "side_files": side_files}
 
 
-def _shard_identities(source: Source) -> dict[str, dict[str, Any]]:
+def _shard_identities(origin: Origin, job: Job) -> dict[str, dict[str, Any]]:
+    """Return shard -> what changes when its content does, as far as that is known without reading it."""
     identities = {}
-    for shard in source.folder.shards:
-        stat = shard.path.stat()
+    for shard in job.source.folder.shards:
         header = hashlib.sha256(shard.header.data).hexdigest()
-        identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_sha256": header}
+        file = origin.remote_file(job.name, shard.name)
+        if file:
+            identities[shard.name] = {"nbytes": file.nbytes, "mark": file.mark, "header_sha256": header}
+        else:
+            stat = shard.path.stat()
+            identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_sha256": header}
     return identities
 
 
-def _check_unchanged(source: Source, before: dict[str, dict[str, Any]]) -> None:
-    changed = [name for name, identity in _shard_identities(source).items() if identity != before[name]]
+def _check_unchanged(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> None:
+    changed = [name for name, identity in after.items() if identity != before[name]]
     if changed:
         raise CheckpointError(f"{', '.join(changed)}: changed while it was converted. Start again with --restart.")
 

@@ -91,6 +91,15 @@ class Plan:
         return sum(file.header.file_nbytes for file in self.files)
 
 
+@dataclass(frozen=True)
+class Job:
+    """One component to convert: ``name`` is its folder in OUTPUT, "" for OUTPUT itself."""
+
+    name: str
+    source: Source
+    plan: Plan
+
+
 def make_plan(source: Source, options: Options) -> Plan:
     """Return the plan for one component.
 

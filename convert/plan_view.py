@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from convert.pipeline import Job
-from convert.plan import TensorPlan
+from convert.origin import Origin
+from convert.plan import Job, TensorPlan
+from convert.space import source_nbytes_here
 from runtime.contract.units import format_nbytes
 
 
@@ -25,6 +26,7 @@ def plan_json(jobs: list[Job]) -> list[dict[str, Any]]:
     return [
         {
             "component": job.name,
+            "source": {"name": job.source.name, "revision": job.source.revision},
             "preset": job.plan.manifest.recipe["preset"],
             "dialect": job.plan.manifest.dialect,
             "source_nbytes": job.plan.source_nbytes,
@@ -35,6 +37,17 @@ def plan_json(jobs: list[Job]) -> list[dict[str, Any]]:
         }
         for job in jobs
     ]
+
+
+def plan_lines(origin: Origin, jobs: list[Job]) -> Iterator[str]:
+    """Yield the lines of the whole plan; of a remote source also where it is and how much of it comes here."""
+    for job in jobs:
+        yield from plan_text(job)
+    if origin.store:
+        here, to_fetch = source_nbytes_here(origin, jobs), sum(job.plan.source_nbytes for job in jobs)
+        commit = f" at commit {origin.store.revision}" if origin.store.revision else ""
+        stays = "all of it stays in the cache" if origin.keep_source else f"at most {format_nbytes(here)} of it at once"
+        yield f"From {origin.location}{commit}: {format_nbytes(to_fetch)} in shards, fetched one by one, {stays}"
 
 
 def plan_text(job: Job) -> Iterator[str]:

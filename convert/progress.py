@@ -29,6 +29,12 @@ class Silent(AbstractContextManager["Silent"]):
     def advance(self, nbytes: int) -> None:
         pass
 
+    def start_fetching(self, nbytes: int) -> None:
+        """Say how much of a remote source will come; it comes while the rest is converted."""
+
+    def advance_fetching(self, nbytes: int) -> None:
+        pass
+
     def log(self, line: str) -> None:
         pass
 
@@ -38,6 +44,7 @@ class PlainLines(Silent):
 
     def start(self, component: str, nbytes: int) -> None:
         self._total, self._done = nbytes, 0
+        self._total_fetched, self._fetched = 0, 0
         self._started = self._said = time.monotonic()
         self._lock = threading.Lock()
         if component:
@@ -46,12 +53,29 @@ class PlainLines(Silent):
     def advance(self, nbytes: int) -> None:
         with self._lock:
             self._done += nbytes
-            now = time.monotonic()
-            if now - self._said >= _PLAIN_INTERVAL_SECONDS:
-                self._said = now
-                rate = self._done / (now - self._started)
-                eta = (self._total - self._done) / rate
-                self.log(f"{self._done / self._total:4.0%}  {rate / 1e9:.2f} GB/s  {eta:.0f} s left")
+            self._say_sometimes()
+
+    def start_fetching(self, nbytes: int) -> None:
+        self._total_fetched = nbytes
+
+    def advance_fetching(self, nbytes: int) -> None:
+        with self._lock:
+            self._fetched += nbytes
+            self._say_sometimes()
+
+    def _say_sometimes(self) -> None:
+        now = time.monotonic()
+        if now - self._said < _PLAIN_INTERVAL_SECONDS:
+            return
+        self._said = now
+        done, total = self._done, self._total
+        fetched = ""
+        if self._total_fetched:  # then fetching is what the rest waits for
+            fetched = f"  fetched {self._fetched / self._total_fetched:4.0%}"
+            done, total = self._fetched, self._total_fetched
+        rate = done / (now - self._started)
+        left = f"{(total - done) / rate:.0f} s left" if rate > 0 else "waiting"
+        self.log(f"{self._done / max(self._total, 1):4.0%}{fetched}  {rate / 1e9:.2f} GB/s  {left}")
 
     def log(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -81,6 +105,7 @@ class Bar(Silent):
             transient=True,
         )
         self._task: TaskID | None = None
+        self._fetch_task: TaskID | None = None
         self._bar.start()
         return self
 
@@ -88,16 +113,26 @@ class Bar(Silent):
         self._bar.stop()
 
     def start(self, component: str, nbytes: int) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
+        for task in (self._task, self._fetch_task):
+            if task is not None:
+                self._bar.remove_task(task)
+        self._fetch_task = None
         self._task = self._bar.add_task(component or "converting", total=nbytes)
 
     def advance(self, nbytes: int) -> None:
         if self._task is not None:
             self._bar.advance(self._task, nbytes)
 
+    def start_fetching(self, nbytes: int) -> None:
+        if nbytes:
+            self._fetch_task = self._bar.add_task("fetching", total=nbytes)
+
+    def advance_fetching(self, nbytes: int) -> None:
+        if self._fetch_task is not None:
+            self._bar.advance(self._fetch_task, nbytes)
+
     def log(self, line: str) -> None:
-        self._bar.console.print(line, highlight=False)
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class SlowStartNote:

@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,22 +23,30 @@ class ShardReader:
 
     def __init__(self, shard: Shard):
         self._shard = shard
+        self._fd: int | None = None
+        self._opening = threading.Lock()
         self.digest = hashlib.sha256(shard.header.data)
 
-    def open(self) -> None:
-        """Open the file, read-only."""
-        self._fd = os.open(self._shard.path, os.O_RDONLY)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    def open(self, find: Callable[[str], Path]) -> None:
+        """Open the file that ``find`` returns, read-only, unless it is open."""
+        with self._opening:
+            if self._fd is None:
+                self._fd = os.open(find(self._shard.name), os.O_RDONLY)
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     def announce(self, offset: int, nbytes: int) -> None:
         """Let the kernel begin to read these bytes into its page cache."""
+        assert self._fd is not None
         os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, out: np.ndarray, offset: int) -> None:
         """Fill ``out`` from byte ``offset`` of the file."""
+        assert self._fd is not None
         view = memoryview(out.data)
         while view:
             n_read = os.preadv(self._fd, [view], offset)

@@ -24,6 +24,8 @@ _WEIGHT_SUFFIXES = (
     ".h5",
     ".index.json",
 )
+# What diffusers writes at the root of a pipeline.
+_PIPELINE_INDEX_NAME = "model_index.json"
 _LARGEST_SIDE_FILE_NBYTES = 64 * 2**20
 _QUANTIZED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _QUANTIZED_NAMES = re.compile(
@@ -69,7 +71,8 @@ class Source:
 def find_components(path: Path) -> dict[str, Path]:
     """Return component name -> folder or file. A single component has the name "".
 
-    A pipeline folder (with model_index.json) gives each ``transformer*`` folder in it.
+    A pipeline folder (with model_index.json) gives each ``transformer*`` folder in it, also where the
+    same weights lie beside these folders in one file (FLUX repos hold both).
     Raises CheckpointError where there is nothing to convert.
     """
     if path.is_file():
@@ -80,7 +83,7 @@ def find_components(path: Path) -> dict[str, Path]:
         raise CheckpointError(f"{path}: no such file or folder. Give a checkpoint folder or a {SUFFIX} file.")
     components = {entry.name: entry for entry in sorted(path.glob("transformer*")) if entry.is_dir()}
     has_weights = any(path.glob("*" + SUFFIX)) or any(path.glob("*" + INDEX_SUFFIX))
-    if has_weights or not components:
+    if not components or (has_weights and not (path / _PIPELINE_INDEX_NAME).is_file()):
         return {"": path}
     return components
 
@@ -99,6 +102,16 @@ def open_source(path: Path) -> Source:
     name, revision = _identify(path)
     card = read_source_card(path) if path.is_dir() else {}
     return Source(folder, name, revision, config, tuple(side_files), tuple(notes), card)
+
+
+def is_side_file(path: Path) -> bool:
+    """True for a small file that is carried along as it is."""
+    return (
+        not path.name.startswith(".")
+        and path.name != CONFIG_NAME
+        and not path.name.endswith(_WEIGHT_SUFFIXES)
+        and path.stat().st_size <= _LARGEST_SIDE_FILE_NBYTES
+    )
 
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
@@ -122,13 +135,12 @@ def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
             continue
         if entry.name == CARD_NAME:
             notes.append(f"{entry.name}: left out, it describes the source; run-ckpt card writes the result's")
-        elif entry.name.endswith(_WEIGHT_SUFFIXES):
-            if not entry.name.endswith((SUFFIX, INDEX_SUFFIX)):
-                notes.append(f"{entry.name}: left out, weights in another container")
-        elif entry.stat().st_size > _LARGEST_SIDE_FILE_NBYTES:
-            notes.append(f"{entry.name}: left out, over 64 MiB")
-        else:
+        elif is_side_file(entry):
             files.append(entry)
+        elif not entry.name.endswith(_WEIGHT_SUFFIXES):
+            notes.append(f"{entry.name}: left out, over 64 MiB")
+        elif not entry.name.endswith((SUFFIX, INDEX_SUFFIX)):
+            notes.append(f"{entry.name}: left out, weights in another container")
     return files
 
 

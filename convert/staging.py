@@ -1,5 +1,6 @@
 """OUTPUT.partial: where a run builds its result, so that OUTPUT appears complete or not at all."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,10 +16,12 @@ _FINGERPRINT = "fingerprint.json"
 _LOCK = "lock"
 _RESULT = "result"
 _RECORDS = "records"
+_FETCHED = "fetched"
+_OUTLINE = "outline"
 
 
 class Staging:
-    """The folder OUTPUT.partial: the result so far, a record per finished shard, a fingerprint.
+    """The folder OUTPUT.partial: the result so far, a record per finished shard, a fingerprint, fetched shards.
 
     Use as a context manager; it holds a lock, so that two runs never share the folder.
     """
@@ -32,7 +35,24 @@ class Staging:
     def result(self) -> Path:
         return self.folder / _RESULT
 
+    @property
+    def fetched(self) -> Path:
+        """Where shards of a remote source lie, a folder for each component."""
+        return self.folder / _FETCHED
+
+    @property
+    def outline(self) -> Path:
+        """Where a remote source is outlined for the plan."""
+        return self.folder / _OUTLINE
+
+    def pinned_revision(self, location: str) -> str | None:
+        """Return the commit that an unfinished run of the same remote source began with."""
+        path = self.folder / _FINGERPRINT
+        origin = json.loads(path.read_text()).get("origin") if path.exists() else None
+        return origin["revision"] if origin and origin["location"] == location else None
+
     def __enter__(self) -> "Staging":
+        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -43,8 +63,18 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} <= {_LOCK, _OUTLINE}:
+            self._discard()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
+
+    def _discard(self) -> None:
+        """Leave no trace of a run that was refused before it began."""
+        shutil.rmtree(self.folder)
+        with contextlib.suppress(OSError):  # somebody else uses the folder by now
+            for folder in self._made:
+                if folder != self.folder:
+                    folder.rmdir()
 
     def adopt(self, fingerprint: dict[str, Any], *, restart: bool) -> None:
         """Start here or go on: raise PartialRunError if what is here belongs to another run.
@@ -53,7 +83,7 @@ class Staging:
         """
         path = self.folder / _FINGERPRINT
         if restart:
-            for name in (_FINGERPRINT, _RECORDS, _RESULT):
+            for name in (_FINGERPRINT, _RECORDS, _RESULT, _FETCHED):
                 _remove(self.folder / name)
         if path.exists():
             differences = _differences(json.loads(path.read_text()), fingerprint)

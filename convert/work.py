@@ -1,7 +1,7 @@
 """The work of a plan as an ordered list of slabs: what to read, and what to do with it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,14 @@ class FusedPlace:
     offset: int
 
 
+@dataclass(frozen=True)
+class FetchStep:
+    """A shard to fetch, once those in ``after`` are done with."""
+
+    shard: str
+    after: frozenset[str]
+
+
 def fused_places(plan: Plan) -> dict[str, FusedPlace]:
     """Return scale tensor -> the place that repeats it (manifest.fused_scales)."""
     file_of = plan.file_of_tensors()
@@ -75,12 +83,12 @@ def scale_group(tensor: TensorPlan) -> str | None:
     return layer.fused_group or layer.module
 
 
-def list_slabs(plan: Plan, finished: set[str], known_groups: set[str]) -> list[Slab]:
+def list_slabs(plan: Plan, finished: set[str], known_groups: set[str], *, one_at_a_time: bool = False) -> list[Slab]:
     """Return the slabs of all output files that are not ``finished``, in reading order.
 
     Each shard's bytes pass by once and in order; the encoding of a scale group follows the scan of
     its last member, so that whoever waits for a scan waits for a slab that was taken before.
-    known_groups: groups whose amax is known from an earlier run.
+    known_groups: groups whose amax is known from an earlier run. one_at_a_time: finish a shard before the next.
     """
     output_of = {shard: file.name for file in plan.files for shard in file.source_shards}
     places = fused_places(plan)
@@ -116,13 +124,37 @@ def list_slabs(plan: Plan, finished: set[str], known_groups: set[str]) -> list[S
         group: [Slab(*cut, None, outputs(t)) for t in tensors for cut in _cut("encode", t)]
         for group, tensors in unfinished.items()
     }
-    return _with_encodes(_interleave(list(by_shard.values())), encodes)
+    return _with_encodes(_interleave(list(by_shard.values()), 1 if one_at_a_time else SHARDS_AT_ONCE), encodes)
 
 
-def _interleave(lists: list[list[Slab]]) -> list[Slab]:
-    """Merge by taking turns among ``SHARDS_AT_ONCE`` lists; one that ends makes room for the next."""
+def list_fetches(slabs: list[Slab]) -> list[FetchStep]:
+    """Return the shards that ``slabs`` read, in order; each is fetched while the one before is worked on.
+
+    So two are here at once. A scale group in three shards or more keeps its first ones here until its last
+    has been scanned.
+    """
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for i, slab in enumerate(slabs):
+        first.setdefault(slab.tensor.shard, i)
+        last[slab.tensor.shard] = i
+    order = list(first)
+    return [
+        FetchStep(shard, frozenset(done for done in order[: max(0, i - 1)] if last[done] < first[shard]))
+        for i, shard in enumerate(order)
+    ]
+
+
+def largest_at_once(steps: list[FetchStep], nbytes: Mapping[str, int]) -> int:
+    """Return how many bytes of shards are here at once, at most. ``nbytes`` maps a shard to its size."""
+    here = ([step.shard for step in steps[: i + 1] if step.shard not in steps[i].after] for i in range(len(steps)))
+    return max((sum(nbytes[shard] for shard in shards) for shards in here), default=0)
+
+
+def _interleave(lists: list[list[Slab]], n_at_once: int) -> list[Slab]:
+    """Merge by taking turns among ``n_at_once`` lists; one that ends makes room for the next."""
     waiting = [iter(slabs) for slabs in lists]
-    active = [waiting.pop(0) for _ in range(min(SHARDS_AT_ONCE, len(waiting)))]
+    active = [waiting.pop(0) for _ in range(min(n_at_once, len(waiting)))]
     merged = []
     while active:
         for slabs in list(active):

@@ -30,10 +30,13 @@ HOMES: dict[str, tuple[str, ...]] = {
     "triton": ("runtime/kernels/",),
     "huggingface_hub": ("convert/hub.py", "runtime/publish/repository.py"),
     "yaml": ("convert/source_card.py", "runtime/publish/card_metadata.py"),
+    "fsspec": ("convert/url_store.py",),
     "diffusers": ("runtime/integrations/",),
     "transformers": ("runtime/integrations/",),
     "accelerate": ("runtime/integrations/",),
 }
+
+_HEAVY = {"numpy", "numba", "torch", "rich", "huggingface_hub", "fsspec", "safetensors"}
 
 _CONVERSION = """
 import json, sys
@@ -120,14 +123,14 @@ def test_convert_never_imports_torch_itself(module: str) -> None:
 def test_a_conversion_runs_without_torch(format_: str, tmp_path: Path) -> None:
     source, output = make_linear(tmp_path / "source", 256, 256), tmp_path / "output"
     loaded = loaded_modules(_CONVERSION, str(source), str(output), "--format", format_)
-    assert "torch" not in loaded
+    assert not loaded & {"torch", "huggingface_hub", "fsspec"}
     assert (output / "model.safetensors").is_file()
 
 
 def test_a_plan_needs_no_kernels(tmp_path: Path) -> None:
     source = make_linear(tmp_path / "source", 256, 256)
     loaded = loaded_modules(_CONVERSION, str(source), "--format", "mxfp4", "--dry-run")
-    assert not loaded & {"torch", "numba", "rich"}
+    assert not loaded & {"torch", "numba", "rich", "huggingface_hub", "fsspec"}
 
 
 def test_the_table_of_backends_loads_none_of_their_packages() -> None:
@@ -136,7 +139,7 @@ def test_the_table_of_backends_loads_none_of_their_packages() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    assert not loaded_modules(_HELP, "--help") & {"numpy", "numba", "torch", "rich", "huggingface_hub", "safetensors"}
+    assert not loaded_modules(_HELP, "--help") & _HEAVY
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -107,6 +107,17 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     assert_refused(source, tmp_path / "out", "1 kB free")
 
 
+def test_a_refused_run_leaves_no_folder_and_nothing_of_others_goes(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text("{")
+    assert_refused(source, tmp_path / "a" / "b" / "out", "config.json: not readable")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("precious")
+    with pytest.raises(CheckpointError):
+        convert(source, tmp_path / "out", format="mxfp4")
+    assert (tmp_path / "out.partial" / "mine").read_text() == "precious"
+
+
 def test_faults_of_all_components_of_a_pipeline_are_reported_together(tmp_path: Path) -> None:
     for name in ("transformer", "transformer_2"):
         save_checkpoint(tmp_path / "in" / name, [{f"{name}.qweight": torch.ones(1)}], {})

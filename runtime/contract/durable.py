@@ -50,15 +50,16 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"nbytes": path.stat().st_size, "sha256": hash_path(path)}
 
 
-def target_faults(source: Path, target: Path) -> list[str]:
-    """Return why ``target`` can't be the folder for what is made of ``source``."""
-    resolved_source, resolved = source.resolve(), target.resolve()
-    if resolved == resolved_source:
-        return [f"{target}: is the source. Choose another folder."]
-    if resolved_source in resolved.parents:
-        return [f"{target}: lies in the source. Choose a folder outside of it."]
-    if resolved in resolved_source.parents:
-        return [f"{target}: holds the source. Choose another folder."]
+def target_faults(source: Path | None, target: Path) -> list[str]:
+    """Return why ``target`` can't be the folder for what is made of ``source``, None for one not of this machine."""
+    if source is not None:
+        resolved_source, resolved = source.resolve(), target.resolve()
+        if resolved == resolved_source:
+            return [f"{target}: is the source. Choose another folder."]
+        if resolved_source in resolved.parents:
+            return [f"{target}: lies in the source. Choose a folder outside of it."]
+        if resolved in resolved_source.parents:
+            return [f"{target}: holds the source. Choose another folder."]
     if target.is_dir() and any(target.iterdir()):
         return [f"{target}: is not empty. Choose another folder, or remove this one."]
     if target.exists() and not target.is_dir():

@@ -27,6 +27,18 @@ class PartialRunError(CheckpointError):
     """What an earlier run left behind belongs to another source or other options."""
 
 
+class FetchError(CheckpointError):
+    """A store does not hand out what was asked for: it is missing, forbidden, out of reach or not what it was."""
+
+
+class TransientError(FetchError):
+    """The same request may succeed later. ``wait_seconds`` is how long the store asks to wait, if it does."""
+
+    def __init__(self, text: str, wait_seconds: float | None = None):
+        self.wait_seconds = wait_seconds
+        super().__init__(text)
+
+
 class BackendError(CheckpointError):
     """No backend, or not the one asked for, can run a layer on a machine."""
 

@@ -1,0 +1,145 @@
+"""A folder that fsspec opens as SOURCE: the same bytes, from memory and from a real S3 server on loopback (moto's)."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from runtime.contract.errors import CheckpointError, FetchError, UsageError
+from tests.checkpoints import convert, folder_bytes
+from tests.hub_fixtures import assert_same_but_for_the_source, convert_remote, make_llm
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> Path:
+    return make_llm(tmp_path / "llm", n_shards=3)
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    """The S3 server, with its address and credentials where botocore looks for them."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "stand-in")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stand-in")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setattr("convert.store._FIRST_WAIT_SECONDS", 0.005)
+    monkeypatch.setattr("convert.store._TRIES", 2)
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.mkdir("bucket")
+    yield filesystem
+    filesystem.rm("bucket", recursive=True)
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
+def test_a_bucket_gives_the_bytes_of_the_local_copy(
+    s3: fsspec.AbstractFileSystem, llm: Path, tmp_path: Path, weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert.fetch._PART_NBYTES", 400_000)
+    s3.put(str(llm), "bucket/models/llm", recursive=True)
+    convert_remote("s3://bucket/models/llm/", tmp_path / "out", format=weight_format)
+    convert(llm, tmp_path / "local", format=weight_format)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "local")
+    assert {path.name for path in tmp_path.iterdir()} == {"llm", "out", "local"}
+
+
+def test_a_pipeline_in_memory_and_a_component_of_it(llm: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(llm), "/models/pipe/transformer", recursive=True)
+    memory.pipe("/models/pipe/vae/model.safetensors", b"not looked at")
+    memory.pipe("/models/pipe/model_index.json", b"{}")
+    convert(llm, tmp_path / "local", format="mxfp4")
+    convert_remote("memory://models/pipe", tmp_path / "whole", format="mxfp4")
+    convert_remote("memory://models/pipe/transformer", tmp_path / "part", format="mxfp4")
+    for output, component in ((tmp_path / "part", ""), (tmp_path / "whole", "transformer")):
+        source = assert_same_but_for_the_source(output / component, tmp_path / "local")
+        assert source["name"] == ("pipe/transformer" if component else "transformer")
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"transformer"}
+
+
+def test_a_file_url_is_a_path(llm: Path, tmp_path: Path) -> None:
+    convert_remote(llm.as_uri(), tmp_path / "out", format="mxfp4")
+    convert(llm, tmp_path / "local", format="mxfp4")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "local")
+
+
+def test_an_object_that_changes_during_the_run_is_noticed(
+    s3: fsspec.AbstractFileSystem, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.put(str(llm), "bucket/llm", recursive=True)
+    shard = llm / "model-00002-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+
+    def change(self: object, steps: object) -> None:
+        s3.pipe(f"bucket/llm/{shard.name}", bytes(data))
+        start(self, steps)
+
+    from convert.fetch import Fetcher
+
+    start = Fetcher.start
+    with monkeypatch.context() as patch:
+        patch.setattr(Fetcher, "start", change)
+        with pytest.raises(FetchError, match=r"00002-of-00003.safetensors: changed since the run began.*--restart"):
+            convert_remote("s3://bucket/llm", tmp_path / "out", format="fp8")
+    with pytest.raises(CheckpointError, match=r"00002-of-00003.safetensors.mark was .*--restart"):
+        convert_remote("s3://bucket/llm", tmp_path / "out", format="fp8")
+    shard.write_bytes(data)
+    convert_remote("s3://bucket/llm", tmp_path / "out", format="fp8", restart=True)
+    convert(llm, tmp_path / "local", format="fp8")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s3://bucket/nothing", "s3://bucket/nothing: not there"),
+        ("s3://no-bucket/nothing", "s3://no-bucket/nothing: not there"),
+        ("memory://nothing", "memory://nothing: not there"),
+    ],
+)
+def test_what_is_not_there_is_named(s3: fsspec.AbstractFileSystem, tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(FetchError, match=message):
+        convert_remote(source, tmp_path / "out", format="mxfp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_does_not_answer_is_one_line(
+    s3: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(FetchError, match=r"s3://bucket/llm: can't be read .*Gave up"):
+        convert_remote("s3://bucket/llm", tmp_path / "out", format="mxfp4")
+
+
+def test_an_unknown_scheme_and_a_missing_package_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="nosuch://: Protocol not known"):
+        convert_remote("nosuch://x/y", tmp_path / "out", format="mxfp4")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UsageError, match=r'pip install "convert-ckpt\[gs\]"'):
+        convert_remote("gs://bucket/x", tmp_path / "out", format="mxfp4")
+
+
+def test_only_the_hub_has_a_cache_to_keep_a_source_in(llm: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only the Hub has a cache"):
+        convert_remote("memory://x", tmp_path / "out", format="mxfp4", keep_source=True)
+    with pytest.raises(UsageError, match="always stays"):
+        convert_remote(str(llm), tmp_path / "out", format="mxfp4", keep_source=True)
