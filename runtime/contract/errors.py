@@ -27,6 +27,10 @@ class PartialRunError(CheckpointError):
     """What an earlier run left behind belongs to another source or other options."""
 
 
+class SliceError(CheckpointError):
+    """Rows or columns of a quantized weight that can't be had without changing its values."""
+
+
 class BackendError(CheckpointError):
     """No backend, or not the one asked for, can run a layer on a machine."""
 
