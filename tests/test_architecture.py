@@ -29,6 +29,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("convert/hub.py",),
     "diffusers": ("runtime/integrations/",),
     "transformers": ("runtime/integrations/",),
+    "sglang": ("runtime/integrations/sglang/",),
 }
 
 _CONVERSION = """

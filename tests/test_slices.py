@@ -16,7 +16,7 @@ from runtime.slices import Part, Range, concat_rows, slice_columns, slice_rows
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=20, deadline=None)
 
 
 def make_layer(format_: str, layout: str, granularity: str, N: int, K: int, scale_shape: tuple[int, ...]) -> Layer:

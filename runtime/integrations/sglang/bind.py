@@ -1,0 +1,142 @@
+"""Give each linear of a new SGLang model what the manifest says: its method, its parameters, its share of a rank."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from sglang.multimodal_gen.runtime.distributed import get_local_torch_device
+from sglang.multimodal_gen.runtime.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
+from torch import Tensor, nn
+
+from runtime.backends.backend import describe_machine
+from runtime.backends.table import choose_backend
+from runtime.contract.errors import CheckpointError, ProblemsError
+from runtime.contract.manifest import Layer, Manifest
+from runtime.integrations.sglang.config import CheckpointConfig, PendingLinearMethod
+from runtime.integrations.sglang.method import QuantizedLinearMethod
+from runtime.integrations.sglang.targets import Rename, Target, find_targets, rename_tensors, share
+from runtime.slices import Part, concat_rows, slice_columns, slice_rows
+
+# Names one backend for all layers, as --backend does elsewhere: that one or an error.
+BACKEND_VARIABLE = "CONVERT_CKPT_BACKEND"
+TORCH_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+
+logger = init_logger(__name__)
+
+Cut = Callable[[Sequence[Part]], Part]
+
+
+def find_config(model: nn.Module) -> CheckpointConfig | None:
+    """Return our configuration if the model was built with it."""
+    configs = (module.quant_config for module in model.modules() if isinstance(module, LinearBase))
+    return next((config for config in configs if isinstance(config, CheckpointConfig)), None)
+
+
+def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:
+    """Prepare a model on the meta device for its checkpoint, and return the map of names to load it with.
+
+    rename: SGLang's own map for this model. Linears that the manifest does not list become
+    unquantized ones. Raises ProblemsError with every layer that the model has no linear for.
+    """
+    _refuse_fsdp(model)
+    names = {name for name, _ in model.named_parameters()}
+    targets = find_targets(manifest, _as_loaded(rename, names))
+    problems = []
+    backends: Counter[str] = Counter()
+    for target in targets.values():
+        try:
+            backends[_install(_linear(model, target), target)] += 1
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise ProblemsError("SGLang can't hold the quantized layers of this checkpoint", problems)
+    for module in model.modules():
+        if isinstance(module, LinearBase) and isinstance(module.quant_method, PendingLinearMethod):
+            module.quant_method = UnquantizedLinearMethod()
+    taken = ", ".join(f"{count} on {name}" for name, count in backends.items())
+    logger.info("convert-ckpt: %d quantized linears (%s)", len(targets), taken)
+    return rename_tensors(manifest, targets, rename)
+
+
+def _as_loaded(rename: Rename, names: set[str]) -> Rename:
+    """SGLang keeps a name that the model has where its map leads to one that the model lacks."""
+    return lambda name: (name, None, None) if name in names and rename(name)[0] not in names else rename(name)
+
+
+def _linear(model: nn.Module, target: Target) -> LinearBase:
+    module = dict(model.named_modules()).get(target.module)
+    members = ", ".join(layer.module for layer in target.layers)
+    if not isinstance(module, LinearBase) or not isinstance(module.quant_method, PendingLinearMethod):
+        kind = "has no such module" if module is None else f"builds it as a plain {type(module).__name__}"
+        raise CheckpointError(
+            f"{members}: SGLang {kind} ({target.module}), which can't be quantized."
+            " Convert again and keep it (convert-ckpt --ignore)."
+        )
+    if (module.output_size, module.input_size) != (target.N, target.K):
+        raise CheckpointError(
+            f"{members}: [N, K] is [{target.N}, {target.K}], SGLang's {target.module} is"
+            f" [{module.output_size}, {module.input_size}]. Is this checkpoint for this model?"
+        )
+    return module
+
+
+def _install(linear: LinearBase, target: Target) -> str:
+    """Replace the placeholder by the parameters of this rank; return the name of the backend."""
+    cut = _cut_of(linear)
+    layer, _ = cut([(member, {}) for member in target.layers])
+    machine = describe_machine(get_local_torch_device())
+    backend = choose_backend(layer, machine, os.environ.get(BACKEND_VARIABLE) or None).backend
+    for role, spec in layer.specs().items():
+        empty = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
+        parameter = nn.Parameter(empty, requires_grad=False)
+        parameter.weight_loader = partial(_load, target.layers, cut, role)  # type: ignore[attr-defined]
+        # A missing scale becomes 1.0 in SGLang unless the parameter says otherwise.
+        parameter.missing_param_init = "error"  # type: ignore[attr-defined]
+        parameter.checkpoint_mapping_unsafe = True  # type: ignore[attr-defined]
+        linear.register_parameter(role, parameter)
+    linear.quant_method = QuantizedLinearMethod(layer, backend)
+    return backend.name
+
+
+def _cut_of(linear: LinearBase) -> Cut:
+    """Return what makes a rank's layer of the checkpoint's layers that ``linear`` fuses."""
+    rows = columns = None
+    if isinstance(linear, RowParallelLinear):
+        columns = share(linear.input_sizes or [linear.input_size], linear.tp_rank, linear.tp_size)
+    elif isinstance(linear, ColumnParallelLinear):
+        sizes = getattr(linear, "output_sizes", [linear.output_size])
+        rows = share(sizes, linear.tp_rank, linear.tp_size)
+
+    def cut(parts: Sequence[Part]) -> Part:
+        part = concat_rows(parts)
+        part = slice_rows(part, *rows) if rows else part
+        return slice_columns(part, *columns) if columns else part
+
+    return cut
+
+
+def _load(layers: Sequence[Layer], cut: Cut, role: str, parameter: Tensor, loaded: Tensor) -> None:
+    """SGLang's weight_loader: ``loaded`` holds the layers' tensors of one role, one below the other."""
+    sizes = [layer.specs()[role].shape[0] for layer in layers]
+    stored = [(layer, {role: tensor}) for layer, tensor in zip(layers, torch.split(loaded, sizes), strict=True)]
+    tensor = cut(stored)[1][role]
+    assert parameter.shape == tensor.shape, (parameter.shape, tensor.shape)
+    parameter.data.copy_(tensor)
+
+
+def _refuse_fsdp(model: nn.Module) -> None:
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise CheckpointError(
+            "FSDP can't shard a quantized checkpoint of convert-ckpt. Start SGLang without --use-fsdp-inference;"
+            " --tp-size shards it."
+        )
