@@ -6,7 +6,7 @@ process_weights_after_loading, decodes what the model then holds, and compares i
 linears are compared as SGLang fuses them. Prints one line per linear and a verdict; exit 1 on a defect.
 
     scripts/setup_sglang.sh DIR
-    DIR/bin/python scripts/check_sglang.py CONVERTED BF16 [--persona h100|mi300x|mi355x] [--tp 1 2 4]
+    DIR/bin/python scripts/check_sglang.py CONVERTED... BF16 [--persona h100|mi300x|mi355x] [--tp 1 2 4]
 
 MXFP4 comes in by the plug-in, which SGLang finds by its entry point. What its linears hold is decoded and
 multiplied by the reference backend. ``--tp N`` loads every rank of N, one after the other, and joins their
@@ -56,32 +56,33 @@ class Report:
 def main() -> int:
     """Print the report; return 1 where SGLang holds something else than the source says."""
     parser = argparse.ArgumentParser(description="Compare what SGLang loads from CONVERTED with BF16.")
-    parser.add_argument("converted", type=Path, help="the converter's output, with config.json")
-    parser.add_argument("bf16", type=Path, help="the folder it was made from")
+    parser.add_argument("converted", type=Path, nargs="+", help="outputs of the converter for one model")
+    parser.add_argument("bf16", type=Path, help="the folder they were made from")
     parser.add_argument("--persona", choices=PERSONAS, default="h100", help="GPU to emulate (default: h100)")
     parser.add_argument("--tp", type=int, nargs="+", default=[1], help="numbers of ranks to emulate (default: 1)")
     parser.add_argument("--without-plugins", action="store_true", help="leave out the plug-ins that are installed")
     parser.add_argument("--quiet", action="store_true", help="print defects and the verdicts alone")
     arguments = parser.parse_args()
-    sglang = SGLang(arguments.converted, PERSONAS[arguments.persona], plugins=not arguments.without_plugins)
-    verdicts = [check(sglang, arguments, n_ranks) for n_ranks in arguments.tp]
-    return max(verdicts)
+    sglang = SGLang(arguments.bf16, PERSONAS[arguments.persona], plugins=not arguments.without_plugins)
+    return max(
+        [check(sglang, folder, arguments, n_ranks) for folder in arguments.converted for n_ranks in arguments.tp]
+    )
 
 
-def check(sglang: SGLang, arguments: argparse.Namespace, n_ranks: int) -> int:
-    """Print the report for one number of ranks; return 1 where anything is wrong."""
-    where = f"{arguments.persona}, tp {n_ranks}, emulated"
-    config_bytes = (arguments.converted / "config.json").read_bytes()
+def check(sglang: SGLang, folder: Path, arguments: argparse.Namespace, n_ranks: int) -> int:
+    """Print the report for one folder and number of ranks; return 1 where anything is wrong."""
+    where = f"{folder.name}: {arguments.persona}, tp {n_ranks}, emulated"
+    config_bytes = (folder / "config.json").read_bytes()
     try:
-        ranks = [sglang.load(arguments.converted, rank, n_ranks) for rank in range(n_ranks)]
+        ranks = [sglang.load(folder, rank, n_ranks) for rank in range(n_ranks)]
     except Exception as error:
         import traceback
 
         traceback.print_exc()
         print(f"REFUSED ({where}): {type(error).__name__}: {error}")
         return 1
-    report = compare(ranks, arguments.converted, read_tensors(arguments.bf16))
-    if (arguments.converted / "config.json").read_bytes() != config_bytes:
+    report = compare(ranks, folder, read_tensors(arguments.bf16))
+    if (folder / "config.json").read_bytes() != config_bytes:
         report.defects.append("config.json: SGLang rewrote it in place")
     for line in [] if arguments.quiet else [*report.lines, *report.notes]:
         print(line)

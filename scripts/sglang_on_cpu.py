@@ -69,8 +69,8 @@ class Loaded:
 class SGLang:
     """SGLang in this process, with its plug-ins, made ready once for one class of model."""
 
-    def __init__(self, folder: Path, persona: Persona, *, plugins: bool = True):
-        """folder: a checkpoint of the class; plugins: False leaves out all that are installed."""
+    def __init__(self, folder: Path, persona: Persona | None, *, plugins: bool = True):
+        """folder: a checkpoint of the class; persona: None for the CPU itself; plugins: False leaves out all."""
         _fill_in_torchvision()
         _fill_in_torchaudio()
         os.environ["SGLANG_DIFFUSION_PLATFORM_OVERRIDE"] = "cpu"
@@ -99,7 +99,8 @@ class SGLang:
         )
         model_class = json.loads((folder / "config.json").read_text())["_class_name"]
         ModelRegistry.resolve_model_cls(model_class)  # its imports must not meet the persona
-        _emulate(persona)
+        if persona:
+            _emulate(persona)
 
         # Looks on: which names the new model has, and how SGLang maps a checkpoint's names to them.
         self._seen: dict[str, Any] = {}

@@ -1,0 +1,125 @@
+"""Which linear of SGLang's model holds which layers: decided by its map of names, refused where it can't be right.
+
+Pure decisions, without SGLang; test_sglang.py runs SGLang itself.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from runtime.contract.errors import ProblemsError
+from runtime.contract.header import TensorSpec
+from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
+from runtime.integrations.sglang.targets import Place, find_targets, rename_tensors, share
+
+
+def make_layer(module: str, N: int = 256, K: int = 256, **changes: object) -> Layer:
+    layer = Layer(
+        module=module,
+        format="mxfp4",
+        N=N,
+        K=K,
+        source_tensor=f"{module}.weight",
+        source_dtype="BF16",
+        layout="aiter",
+        granularity="group",
+        scale_rule="even",
+        tensors={WEIGHT: f"{module}.weight", WEIGHT_SCALE: f"{module}.weight_scale"},
+        scale_shape=(256, 8),
+    )
+    return replace(layer, **changes)  # type: ignore[arg-type]
+
+
+def make_manifest(*layers: Layer, fused_scales: dict[str, FusedScale] | None = None) -> Manifest:
+    return Manifest(
+        tool={},
+        source={},
+        recipe={"dialect": "mxfp4"},
+        layers={layer.module: layer for layer in layers},
+        kept={},
+        fused_scales=fused_scales or {},
+        unquantized_linears={},
+    )
+
+
+def rename(name: str) -> Place:
+    """SGLang's map for a model that fuses q, k, v and renames the output; it knows no scales."""
+    if name.endswith(".weight"):
+        module, member = name.removesuffix(".weight").rsplit(".", 1)
+        if member in ("to_q", "to_k", "to_v"):
+            return f"{module}.to_qkv.weight", ("to_q", "to_k", "to_v").index(member), 3
+        if member == "to_out":
+            return f"{module}.proj.weight", None, None
+    return name, None, None
+
+
+QKV = [make_layer(f"blocks.0.{member}", N) for member, N in (("to_v", 64), ("to_k", 64), ("to_q", 128))]
+
+
+def test_members_of_a_fused_linear_come_in_the_order_of_its_rows() -> None:
+    targets = find_targets(make_manifest(*QKV, make_layer("blocks.0.to_out")), rename)
+    assert set(targets) == {"blocks.0.to_qkv", "blocks.0.proj"}
+    fused = targets["blocks.0.to_qkv"]
+    assert [layer.module for layer in fused.layers] == ["blocks.0.to_q", "blocks.0.to_k", "blocks.0.to_v"]
+    assert (fused.N, fused.K) == (256, 256)
+
+
+def test_scales_go_where_their_weights_go_and_repeated_ones_nowhere() -> None:
+    repeated = FusedScale(TensorSpec("blocks.0.to_qkv.weight_scale", "F32", (3,)), WEIGHT_SCALE, ("blocks.0.to_q",))
+    manifest = make_manifest(
+        *QKV, make_layer("blocks.0.to_out"), fused_scales={"blocks.0.to_qkv.weight_scale": repeated}
+    )
+    renamed = rename_tensors(manifest, find_targets(manifest, rename), rename)
+    assert renamed("blocks.0.to_k.weight_scale") == ("blocks.0.to_qkv.weight_scale", 1, 3)
+    assert renamed("blocks.0.to_v.weight") == ("blocks.0.to_qkv.weight", 2, 3)
+    assert renamed("blocks.0.to_out.weight_scale") == ("blocks.0.proj.weight_scale", None, None)
+    assert renamed("blocks.0.to_qkv.weight_scale") == ("", None, None)
+    assert renamed("blocks.0.norm.weight") == ("blocks.0.norm.weight", None, None)
+
+
+def test_spellings_of_other_dialects_become_the_roles() -> None:
+    layer = make_layer(
+        "blocks.0.to_out",
+        tensors={
+            WEIGHT: "blocks.0.to_out.weight_packed",
+            WEIGHT_SCALE: "blocks.0.to_out.weight_quantizer.scale",
+        },
+    )
+    manifest = make_manifest(layer)
+    renamed = rename_tensors(manifest, find_targets(manifest, rename), rename)
+    assert renamed("blocks.0.to_out.weight_packed") == ("blocks.0.proj.weight", None, None)
+    assert renamed("blocks.0.to_out.weight_quantizer.scale") == ("blocks.0.proj.weight_scale", None, None)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (QKV[:2], r"to_k, blocks.0.to_v: fused with others into blocks.0.to_qkv.weight \(3 tensors\)"),
+        ([*QKV[:2], replace(QKV[2], format="fp8", granularity="tensor")], "fused into .* their .format"),
+        ([*QKV[:2], replace(QKV[2], layout="plain")], "fused into .* their .format"),
+    ],
+    ids=["a member is missing", "formats differ", "layouts differ"],
+)
+def test_a_fused_linear_that_would_be_wrong_is_refused(layers: list[Layer], message: str) -> None:
+    with pytest.raises(ProblemsError, match=message):
+        find_targets(make_manifest(*layers), rename)
+
+
+def test_ranks_share_each_segment_of_an_axis() -> None:
+    assert share([128, 64, 64], 1, 2) == ((64, 128), (160, 192), (224, 256))
+    assert share([256], 3, 4) == ((192, 256),)
+
+
+def test_one_rank_holds_the_whole_axis() -> None:
+    assert share([128, 64], 0, 1) is None
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_ranks_together_hold_every_row_once(n_ranks: int) -> None:
+    rows = [
+        row
+        for rank in range(n_ranks)
+        for start, stop in share([96, 32], rank, n_ranks) or ()
+        for row in range(start, stop)
+    ]
+    assert sorted(rows) == list(range(128))
