@@ -1,5 +1,6 @@
 """The checkpoint without its bytes: every output tensor, its place and its reason, before any read."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -112,7 +113,7 @@ def make_plan(source: Source, options: Options) -> Plan:
             scales = input_scales(calibration, layers)
             layers = {module: _with_input_scale(layer) for module, layer in layers.items()}
     if not layers:
-        problems.append("nothing to convert: every linear layer is kept, see --dry-run for the reasons.")
+        problems.append(_nothing_to_convert(fates))
     tensors = _make_tensors(source, layers, fates)
     manifest = _make_manifest(model, rules, dialect, layers, tensors, groups)
     if problems:
@@ -120,6 +121,16 @@ def make_plan(source: Source, options: Options) -> Plan:
     files = _make_files(tensors, manifest)
     warnings = (*source.notes, *dialect_warnings(model, manifest))
     return Plan(tensors, files, manifest, scales, warnings)
+
+
+def _nothing_to_convert(fates: Mapping[str, Fate]) -> str:
+    if not fates:
+        return "nothing to convert: it holds no 2-D weight of a linear layer."
+    reasons = Counter(fate.reason for fate in fates.values())
+    listed = "; ".join(f"{count} for: {reason}" for reason, count in sorted(reasons.items()))
+    return (
+        f"nothing to convert: all {len(fates)} linear layers are kept. {listed}. Write a --recipe that says otherwise."
+    )
 
 
 def _choose_rules(source: Source, options: Options) -> tuple[Preset, list[Rule]]:

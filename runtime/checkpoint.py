@@ -45,15 +45,19 @@ class TensorReader:
 
     def read(self, name: str, start: int, nbytes: int) -> Tensor:
         """Return uint8 [nbytes]: bytes ``start``.. of tensor ``name``. Raises CheckpointError if the file ends."""
-        shard, stored = self._places[name]
         data = torch.empty(nbytes, dtype=torch.uint8)
+        self.read_into(name, start, data)
+        return data
+
+    def read_into(self, name: str, start: int, data: Tensor) -> None:
+        """Fill ``data``, uint8 [nbytes] on the CPU, with bytes ``start``.. of tensor ``name``; raises as read."""
+        shard, stored = self._places[name]
         view, offset = data.numpy().data, stored.offset + start
         while view:
             n_read = os.preadv(self._fds[shard.name], [view], offset)
             if n_read == 0:
                 raise CheckpointError(f"{shard.name}: ended at byte {offset} while it was read. Fetch it again.")
             view, offset = view[n_read:], offset + n_read
-        return data
 
     def read_all(self, name: str) -> Tensor:
         """Return uint8 [nbytes]: the whole tensor. For scales of FP8 and other small ones."""

@@ -1,4 +1,4 @@
-"""`run-ckpt`: inspect, verify, dequantize and relayout converted checkpoints."""
+"""`run-ckpt`: look at, check and rewrite converted checkpoints; cli_run.py has the commands that run them."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from runtime.cli_run import bench, generate
 from runtime.contract.dialects import DIALECTS
 from runtime.contract.errors import CheckpointError, UsageError
 from runtime.contract.formats import LAYOUTS
@@ -32,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
 )
 @click.version_option(VERSION, prog_name=_NAME)
 def run_ckpt() -> None:
-    """Look at, check and rewrite what convert-ckpt made.
+    """Look at, check, rewrite and run what convert-ckpt made.
 
     OUTPUT is a converted checkpoint: the folder of a component, or that of a pipeline's components.
 
@@ -42,17 +43,28 @@ def run_ckpt() -> None:
       run-ckpt verify flux-mxfp4 --source flux
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
+      run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 --prompt "a cat" --output cat.png
     """
+
+
+run_ckpt.add_command(generate)
+run_ckpt.add_command(bench)
 
 
 @run_ckpt.command()
 @click.argument("output", type=_FOLDER)
 @click.option("--all", "every_layer", is_flag=True, help="A row for each layer; default: like blocks in one row.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every layer.")
-def inspect(output: Path, every_layer: bool, as_json: bool) -> None:
+@click.option("--device", help="Show which backend would run the layers on this torch device, and why not the others.")
+def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) -> None:
     """Show what OUTPUT is: sizes, layers, errors, and what was kept and why.
 
     Reads the manifest alone; run-ckpt verify checks that it is true.
+
+    \b
+    Examples:
+      run-ckpt inspect flux-mxfp4
+      run-ckpt inspect flux-mxfp4 --device cuda
     """
     from runtime.components import find_components
     from runtime.inspect import inspect_component
@@ -61,6 +73,9 @@ def inspect(output: Path, every_layer: bool, as_json: bool) -> None:
         inspect_component(name, path, every_layer=every_layer or as_json)
         for name, path in find_components(output).items()
     ]
+    if device is not None:
+        _inspect_backends(output, device, as_json)
+        return
     if as_json:
         click.echo(json.dumps([inspection.to_json() for inspection in inspections], indent=1))
         return
@@ -68,6 +83,19 @@ def inspect(output: Path, every_layer: bool, as_json: bool) -> None:
 
     for inspection in inspections:
         print_inspection(make_console(), inspection)
+
+
+def _inspect_backends(output: Path, device: str, as_json: bool) -> None:
+    from runtime.backends.survey import survey_device
+    from runtime.components import find_components
+    from runtime.tables import make_console, print_survey
+
+    for name, path in find_components(output).items():
+        survey = survey_device(path, device)
+        if as_json:
+            click.echo(json.dumps({"component": name, **survey.to_json()}, indent=1))
+        else:
+            print_survey(make_console(), name, survey)
 
 
 @run_ckpt.command()

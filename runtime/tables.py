@@ -17,9 +17,15 @@ from runtime.inspect import Inspection, Summary
 from runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:  # it imports torch
+    from runtime.backends.survey import Survey
+    from runtime.bench import Bench
     from runtime.verify import ComponentReport
 
 _PLAIN_WIDTH = 160
+_NUMERIC = {
+    *("count", "layers", "N x K", "SQNR dB", "worst SQNR dB", "manifest", "largest error"),
+    *("M", "time ms", "BF16 ms", "speed-up", "TFLOP/s", "weights GB/s"),
+}
 
 
 def make_console() -> Console:
@@ -60,6 +66,39 @@ def print_measured(console: Console, report: ComponentReport) -> None:
             f"{measured.max_abs_error:.4g}",
         )
     console.print(table)
+
+
+def print_survey(console: Console, component: str, survey: Survey) -> None:
+    """Print the backends in order of preference, with what each would run and why not the rest."""
+    title = f"{component + ': ' if component else ''}backends on {survey.machine}"
+    table = _table(title, ("backend", "layers", "not taken because"))
+    for row in survey.rows:
+        reasons = "\n".join(f"{reason} ({count} layers)" for reason, count in row.reasons.items())
+        table.add_row(row.name, str(row.n_layers), escape(reasons))
+    console.print(table)
+    if survey.n_homeless:
+        console.print(f"{survey.n_homeless} layers run on none of them unless it is asked for by name.")
+
+
+def print_bench(console: Console, component: str, bench: Bench) -> None:
+    """Print the times of layers and of loading."""
+    title = f"{component + ': ' if component else ''}layers on {bench.device}"
+    columns = ("format", "N x K", "layers", "backend", "M", "time ms", "BF16 ms", "speed-up", "TFLOP/s", "weights GB/s")
+    table = _table(title, columns)
+    for row in bench.layers:
+        times = (f"{row.seconds * 1e3:.3f}", f"{row.bf16_seconds * 1e3:.3f}", f"{row.ratio:.2f}")
+        rates = (f"{row.tflops:.3f}", f"{row.gbytes_per_s:.2f}")
+        shape = f"{row.N} x {row.K}"
+        table.add_row(row.format, shape, str(row.count), row.backend, str(row.M), *times, *rates)
+    console.print(table)
+    if bench.load is None:
+        console.print(f"load: not measured: {escape(str(bench.why_no_load))}")
+        return
+    load = bench.load
+    console.print(
+        f"load: {load.seconds:.2f} s, {load.ratio:.2f} times reading the files ({load.read_seconds:.2f} s);"
+        f" model {format_nbytes(load.model_nbytes)}, peak memory {format_nbytes(load.peak_nbytes)}"
+    )
 
 
 @contextmanager
@@ -114,9 +153,8 @@ def _summary_table(summary: Summary) -> Table:
 
 def _table(title: str | None, columns: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
-    numeric = {"count", "N x K", "SQNR dB", "worst SQNR dB", "manifest", "largest error"}
     for column in columns:
-        table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in _NUMERIC else "left", overflow="fold")
     return table
 
 

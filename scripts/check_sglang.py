@@ -122,12 +122,15 @@ def compare(ranks: list[Loaded], folder: Path, source: Tensors) -> Report:
     wanted = loaded.to_runtime(source)
     stored = loaded.to_runtime(decode_stored(folder, converted))
     _compare_keys(report, loaded, held, wanted)
-    seen = {f"{name}.weight" for name in _compare_plugin(report, ranks, wanted, stored)}
+    by_plugin = _compare_plugin(report, ranks, wanted, stored)
     if len(ranks) > 1:
         return report
+    seen = {f"{name}.weight" for name in by_plugin}
     for module_name, module in loaded.model.named_modules():
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
-            if name.rpartition(".")[2] in ("weight_scale", "weight_scale_inv") or name in seen:
+            if name.rpartition(".")[2] in ("weight_scale", "weight_scale_inv"):
+                continue
+            if module_name in by_plugin and not name.endswith(".bias"):
                 continue
             if name.endswith(".input_scale"):
                 _compare_input_scale(report, name, parameter, converted, loaded)

@@ -22,7 +22,7 @@ MAX_LINES = 300
 HOMES: dict[str, tuple[str, ...]] = {
     "numba": ("convert/kernels/",),
     "llvmlite": ("convert/kernels/",),
-    "click": ("convert/cli.py", "runtime/cli.py"),
+    "click": ("convert/cli.py", "runtime/cli.py", "runtime/cli_run.py"),
     "rich": ("convert/cli.py", "convert/progress.py", "runtime/cli.py", "runtime/tables.py"),
     "aiter": ("runtime/backends/",),
     "triton": ("runtime/kernels/", "runtime/backends/"),
@@ -30,6 +30,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "diffusers": ("runtime/integrations/",),
     "transformers": ("runtime/integrations/",),
     "sglang": ("runtime/integrations/sglang/",),
+    "accelerate": ("runtime/integrations/",),
 }
 
 _CONVERSION = """

@@ -1,4 +1,4 @@
-"""Real model classes, end to end: convert, verify, dequantize, load, run, compare."""
+"""Real model classes, end to end: convert, verify, dequantize, load both, run, compare."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from convert.preset import preset_names
+from runtime import load_quantized
 from runtime.contract.manifest import read_manifest
 from runtime.dequantize import dequantize
 from runtime.progress import Silent
@@ -65,5 +66,6 @@ def test_convert_verify_dequantize_load_and_run(
     for tensor_name in manifest.kept:
         assert_bits_equal(plain[tensor_name], original[tensor_name])
     output = run(case, reload(case, model_class, tmp_path / "plain"))
+    assert_bits_equal(run(case, load_quantized(tmp_path / "out")), output)
     error = ((output - expected).square().mean() / expected.square().mean()).sqrt().item()
     assert 0 < error < LARGEST_ERROR[weight_format], f"{name} {weight_format}: relative error {error:.3f}"

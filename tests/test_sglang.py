@@ -78,7 +78,7 @@ def drop_a_scale(folder: Path) -> None:
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no-manifest": (lambda folder: (folder / MANIFEST_NAME).unlink(), "no quantization_manifest.json"),
+    "no-manifest": (lambda folder: (folder / MANIFEST_NAME).unlink(), "lacks its quantization_manifest.json"),
     "newer-schema": (
         lambda folder: edit_manifest(folder, lambda document: document.update(schema_version=99)),
         "schema version 99",

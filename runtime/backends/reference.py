@@ -11,22 +11,32 @@ from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from runtime.decode import decode_fp8, decode_mxfp4
 
+# What the operands are called where the bytes stay in AITER's order.
+_SHUFFLED_WEIGHT = "shuffled_weight"
+_SHUFFLED_SCALE = "shuffled_scale"
+
+
+def unshuffle(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return uint8 [N, K/2] and [N, K/32] in logical order without padding from layout ``aiter``."""
+    rows, width = weight.shape
+    n_blocks = 2 * width // MXFP4_BLOCK_SIZE
+    return AITER_WEIGHT.unshuffle(weight), AITER_SCALE.unshuffle(scale)[:rows, :n_blocks].contiguous()
+
 
 def to_plain(layer: Layer, tensors: Tensors) -> Tensors:
     """Return the weight and its scale in logical order without padding, whatever the layout on disk.
 
     MXFP4: uint8 [N, K/2] and [N, K/32]. FP8: as it is.
     """
-    if layer.format != "mxfp4" or layer.layout == "plain":
+    if not _is_shuffled(layer):
         return tensors
-    weight = AITER_WEIGHT.unshuffle(tensors[WEIGHT])
-    scale = AITER_SCALE.unshuffle(tensors[WEIGHT_SCALE])[: layer.N, : layer.K // MXFP4_BLOCK_SIZE]
-    return {**tensors, WEIGHT: weight, WEIGHT_SCALE: scale.contiguous()}
+    weight, scale = unshuffle(tensors[WEIGHT], tensors[WEIGHT_SCALE])
+    return {**tensors, WEIGHT: weight, WEIGHT_SCALE: scale}
 
 
 def from_plain(layer: Layer, tensors: Tensors) -> Tensors:
     """Return the tensors as on disk; the exact inverse of to_plain."""
-    if layer.format != "mxfp4" or layer.layout == "plain":
+    if not _is_shuffled(layer):
         return tensors
     scale = AITER_SCALE.shuffle(AITER_SCALE.pad_to_tile(tensors[WEIGHT_SCALE]))
     return {**tensors, WEIGHT: AITER_WEIGHT.shuffle(tensors[WEIGHT]), WEIGHT_SCALE: scale}
@@ -42,8 +52,28 @@ def decode_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return decode_fp8(weight.view(torch.uint8), scale).to(dtype)
 
 
+def _is_shuffled(layer: Layer) -> bool:
+    return layer.format == "mxfp4" and layer.layout == "aiter"
+
+
+def _keep(layer: Layer, tensors: Tensors) -> Tensors:
+    if not _is_shuffled(layer):
+        return tensors
+    return {_SHUFFLED_WEIGHT: tensors[WEIGHT], _SHUFFLED_SCALE: tensors[WEIGHT_SCALE]}
+
+
+def _give_back(layer: Layer, operands: Tensors) -> Tensors:
+    if not _is_shuffled(layer):
+        return operands
+    return {WEIGHT: operands[_SHUFFLED_WEIGHT], WEIGHT_SCALE: operands[_SHUFFLED_SCALE]}
+
+
 def _multiply_decoding(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
-    return F.linear(x, decode_weight(operands[WEIGHT], operands[WEIGHT_SCALE], x.dtype), bias)
+    if _SHUFFLED_WEIGHT in operands:
+        weight, scale = unshuffle(operands[_SHUFFLED_WEIGHT], operands[_SHUFFLED_SCALE])
+    else:
+        weight, scale = operands[WEIGHT], operands[WEIGHT_SCALE]
+    return F.linear(x, decode_weight(weight, scale, x.dtype), bias)
 
 
 def _dequantize(layer: Layer, tensors: Tensors) -> Tensors:
@@ -68,9 +98,9 @@ def _slow_on_a_gpu(machine: Machine) -> str | None:
 REFERENCE = Backend(
     "reference",
     why_not=lambda layer, machine: None,
-    prepare=to_plain,
+    prepare=_keep,
     matmul=_multiply_decoding,
-    restore=from_plain,
+    restore=_give_back,
     why_ask=_slow_on_a_gpu,
 )
 DEQUANTIZE = Backend(

@@ -39,10 +39,16 @@ def choose_backend(layer: Layer, machine: Machine, name: str | None = None) -> C
     )
 
 
+def find_backend(name: str) -> Backend:
+    """Return the backend of that name. Raises UsageError where there is none."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise UsageError(f"no backend {name!r}. Choose one of {', '.join(BACKEND_NAMES)}.")
+
+
 def _named(layer: Layer, machine: Machine, name: str) -> Backend:
-    backend = next((backend for backend in BACKENDS if backend.name == name), None)
-    if backend is None:
-        raise UsageError(f"no backend {name!r}. Choose one of {', '.join(BACKEND_NAMES)}.")
+    backend = find_backend(name)
     reason = backend.why_not(layer, machine)
     if reason is not None:
         raise BackendError(f"{layer.module}: backend {name} can't run it on {machine}: {reason}.")

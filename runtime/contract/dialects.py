@@ -108,7 +108,8 @@ def quantization_config(manifest: Manifest) -> dict[str, Any] | None:
     private = {
         "schema_version": SCHEMA_VERSION,
         "manifest": MANIFEST_NAME,
-        "quantized_modules": sorted(manifest.layers),
+        "quantized_modules": {name: layer.format for name, layer in sorted(manifest.layers.items())},
+        "fused_scales": sorted(manifest.fused_scales),
     }
     return {**builder(manifest), PRIVATE_KEY: private}
 
@@ -122,14 +123,22 @@ def sglang_ignore_list(manifest: Manifest) -> list[str]:
     return sorted({*named, *filter(None, named.values())})
 
 
+def layout_names(layout: str) -> dict[str, str]:
+    """Return the storage orders of MXFP4 weights and scales, as a quantization_config names them."""
+    shuffled = layout == "aiter"
+    return {
+        "weight_layout": AITER_WEIGHT.name if shuffled else "row_major",
+        "scale_layout": AITER_SCALE.name if shuffled else "row_major",
+    }
+
+
 def _mxfp4_config(manifest: Manifest) -> dict[str, Any]:
     layouts = sorted({layer.layout for layer in manifest.layers.values() if layer.format == "mxfp4"})
     return {
         "quant_method": "mxfp4",
         "is_checkpoint_mxfp4_serialized": True,
         "layout": layouts[0],
-        "weight_layout": AITER_WEIGHT.name if layouts[0] == "aiter" else "row_major",
-        "scale_layout": AITER_SCALE.name if layouts[0] == "aiter" else "row_major",
+        **layout_names(layouts[0]),
         "block_size": MXFP4_BLOCK_SIZE,
         "scale_rule": manifest.recipe["scale_rule"],
         "ignored_layers": sglang_ignore_list(manifest),

@@ -1,5 +1,6 @@
 """quantization_manifest.json: what was converted, from what, how, and what every byte means."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "quantization_manifest.json"
+_SEAL = "sha256_of_the_rest"
 
 WEIGHT = "weight"
 WEIGHT_SCALE = "weight_scale"
@@ -149,14 +151,25 @@ class Manifest:
             "unquantized_linears": self.unquantized_linears,
             "files": self.files,
         }
-        return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        return seal_manifest(document)
+
+
+def seal_manifest(document: dict[str, Any]) -> str:
+    """Return the file's text for a manifest as JSON, with the SHA-256 of the text without that entry."""
+    unsealed = {key: value for key, value in document.items() if key != _SEAL}
+    digest = hashlib.sha256(_dump(unsealed).encode()).hexdigest()
+    return _dump({**unsealed, _SEAL: digest})
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a converted checkpoint.
 
-    Raises ManifestError where it is missing, damaged, of an unknown schema version, or where a
-    derived fact (tie rule, layout name, ...) is not the one this version knows.
+    Raises ManifestError where it is missing, damaged, changed in any byte, of an unknown schema
+    version, or where a derived fact (tie rule, layout name, ...) is not the one this version knows.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -164,13 +177,16 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no {MANIFEST_NAME}. This is no finished result of convert-ckpt; run convert-ckpt on the source."
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text)
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
             raise ManifestError(
                 f"{path}: schema version {version!r}; this version reads {SCHEMA_VERSION}."
                 " Use the tool version that the manifest names, or convert again."
             )
+        if text != seal_manifest(document):
+            raise ManifestError(f"{path}: was changed after it was written. Fetch it again, or convert again.")
         return _from_json(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(

@@ -1,1 +1,1 @@
-"""Adapters for other people's loaders, one file or folder each; nothing is touched before it is asked for."""
+"""Adapters to the libraries that own the models; each file is used only when asked for."""

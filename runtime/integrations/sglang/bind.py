@@ -16,18 +16,18 @@ from sglang.multimodal_gen.runtime.layers.linear import (
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from torch import Tensor, nn
 
-from runtime.backends.backend import describe_machine
-from runtime.backends.table import choose_backend
+from runtime.backends.backend import Machine, describe_machine
+from runtime.backends.table import Choice, choose_backend
 from runtime.contract.errors import CheckpointError, ProblemsError
 from runtime.contract.manifest import Layer, Manifest
 from runtime.integrations.sglang.config import CheckpointConfig, PendingLinearMethod
 from runtime.integrations.sglang.method import QuantizedLinearMethod
 from runtime.integrations.sglang.targets import Rename, Target, find_targets, rename_tensors, share
+from runtime.linear import STORED_DTYPES
 from runtime.slices import Part, concat_rows, slice_columns, slice_rows
 
 # Names one backend for all layers, as --backend does elsewhere: that one or an error.
 BACKEND_VARIABLE = "CONVERT_CKPT_BACKEND"
-TORCH_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 
 logger = init_logger(__name__)
 
@@ -49,11 +49,11 @@ def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:
     _refuse_fsdp(model)
     names = {name for name, _ in model.named_parameters()}
     targets = find_targets(manifest, _as_loaded(rename, names))
-    problems = []
-    backends: Counter[str] = Counter()
+    machine = describe_machine(get_local_torch_device())
+    problems, choices = [], []
     for target in targets.values():
         try:
-            backends[_install(_linear(model, target), target)] += 1
+            choices.append(_install(_linear(model, target), target, machine))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -61,8 +61,7 @@ def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:
     for module in model.modules():
         if isinstance(module, LinearBase) and isinstance(module.quant_method, PendingLinearMethod):
             module.quant_method = UnquantizedLinearMethod()
-    taken = ", ".join(f"{count} on {name}" for name, count in backends.items())
-    logger.info("convert-ckpt: %d quantized linears (%s)", len(targets), taken)
+    logger.info("convert-ckpt: %s", _summarize(choices, machine))
     return rename_tensors(manifest, targets, rename)
 
 
@@ -88,22 +87,21 @@ def _linear(model: nn.Module, target: Target) -> LinearBase:
     return module
 
 
-def _install(linear: LinearBase, target: Target) -> str:
-    """Replace the placeholder by the parameters of this rank; return the name of the backend."""
+def _install(linear: LinearBase, target: Target, machine: Machine) -> Choice:
+    """Replace the placeholder by the parameters of this rank; return which backend will multiply."""
     cut = _cut_of(linear)
     layer, _ = cut([(member, {}) for member in target.layers])
-    machine = describe_machine(get_local_torch_device())
-    backend = choose_backend(layer, machine, os.environ.get(BACKEND_VARIABLE) or None).backend
+    choice = choose_backend(layer, machine, os.environ.get(BACKEND_VARIABLE) or None)
     for role, spec in layer.specs().items():
-        empty = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
+        empty = torch.empty(spec.shape, dtype=STORED_DTYPES[spec.dtype], device="meta")
         parameter = nn.Parameter(empty, requires_grad=False)
         parameter.weight_loader = partial(_load, target.layers, cut, role)  # type: ignore[attr-defined]
         # A missing scale becomes 1.0 in SGLang unless the parameter says otherwise.
         parameter.missing_param_init = "error"  # type: ignore[attr-defined]
         parameter.checkpoint_mapping_unsafe = True  # type: ignore[attr-defined]
         linear.register_parameter(role, parameter)
-    linear.quant_method = QuantizedLinearMethod(layer, backend)
-    return backend.name
+    linear.quant_method = QuantizedLinearMethod(layer, choice.backend)
+    return choice
 
 
 def _cut_of(linear: LinearBase) -> Cut:
@@ -130,6 +128,14 @@ def _load(layers: Sequence[Layer], cut: Cut, role: str, parameter: Tensor, loade
     tensor = cut(stored)[1][role]
     assert parameter.shape == tensor.shape, (parameter.shape, tensor.shape)
     parameter.data.copy_(tensor)
+
+
+def _summarize(choices: Sequence[Choice], machine: Machine) -> str:
+    taken = Counter(choice.backend.name for choice in choices)
+    reasons = {name: reason for choice in choices for name, reason in choice.passed_over.items()}
+    counts = ", ".join(f"{count} by {name}" for name, count in taken.items())
+    passed_over = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
+    return f"{len(choices)} quantized linears on {machine}: {counts}{passed_over}"
 
 
 def _refuse_fsdp(model: nn.Module) -> None:

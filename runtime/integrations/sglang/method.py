@@ -16,28 +16,34 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, layer: Layer, backend: Backend):
         self.layer = layer
         self.backend = backend
-        self._operands: tuple[str, ...] = ()
+        # Operand -> the parameter that holds it.
+        self._parameters: dict[str, str] = {}
 
     def create_weights(self, *args: Any, **options: Any) -> None:
         raise AssertionError("bind.py makes the parameters")
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Replace the tensors as on disk by the backend's operands, on the device where they are."""
-        if self._operands:
+        if self._parameters:
             return
         home, device = layer.get_parameter(WEIGHT).device, get_local_torch_device()
         tensors = {role: getattr(layer, role).data.to(device) for role in self.layer.tensors}
         for role in tensors:
             delattr(layer, role)
         operands = self.backend.prepare(self.layer, tensors)
+        self._parameters = {name: name for name in operands}
+        if WEIGHT not in operands:
+            # SGLang asks every linear for its weight: LoRA, and the checks of its fused kernels.
+            self._parameters[next(iter(operands))] = WEIGHT
         for name, operand in operands.items():
-            layer.register_parameter(name, nn.Parameter(operand.to(home), requires_grad=False))
-        self._operands = tuple(operands)
+            parameter = nn.Parameter(operand.to(home), requires_grad=False)
+            layer.register_parameter(self._parameters[name], parameter)
 
     def operands(self, layer: nn.Module) -> dict[str, Tensor]:
-        return {name: getattr(layer, name) for name in self._operands}
+        return {name: getattr(layer, parameter) for name, parameter in self._parameters.items()}
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert x.is_floating_point(), x.dtype
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if bias is not None:
             bias = bias.to(x.dtype)

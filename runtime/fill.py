@@ -1,0 +1,147 @@
+"""The tensors of a checkpoint -> the tensors of a model on the meta device, read straight to where they stay."""
+
+import math
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from runtime.checkpoint import COPY_NBYTES, TensorReader, cut_bytes
+from runtime.contract.errors import CheckpointError
+from runtime.contract.header import TensorSpec
+from runtime.linear import STORED_DTYPES
+from runtime.progress import Progress
+from runtime.threads import map_threads
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    **STORED_DTYPES,
+}
+
+
+@dataclass
+class Place:
+    """A tensor that a model wants: every (module, attribute) that shares it, and its names there."""
+
+    wanted: Tensor
+    names: list[str] = field(default_factory=list)
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def put(self, tensor: Tensor) -> None:
+        """Make ``tensor`` what all owners hold."""
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for module, leaf in self.owners:
+            if leaf in module._parameters:
+                module._parameters[leaf] = parameter
+            else:
+                module._buffers[leaf] = tensor
+
+
+def find_places(model: nn.Module) -> list[Place]:
+    """Return the place of every parameter and persistent buffer; tied ones are one place with several names."""
+    places: dict[int, Place] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for leaf, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and leaf not in module._non_persistent_buffers_set:
+                place = places.setdefault(id(tensor), Place(tensor))
+                place.names.append(prefix + leaf)
+                place.owners.append((module, leaf))
+    return list(places.values())
+
+
+def match_places(
+    places: list[Place], specs: Mapping[str, TensorSpec], coded: Collection[str]
+) -> tuple[dict[str, Place], list[str]]:
+    """Return tensor name -> place, and a sentence for each tensor that is missing, unused or of another shape.
+
+    coded: the tensors of quantized layers, whose dtype must be as wanted too (a scale's may be any float).
+    """
+    matched: dict[str, Place] = {}
+    faults = []
+    for place in places:
+        stored = [name for name in place.names if name in specs]
+        if not stored:
+            faults.append(f"{place.names[0]}: the model wants it, the checkpoint lacks it. Fetch or convert again.")
+        for name in stored:
+            matched[name] = place
+            faults += _misfit(specs[name], place.wanted, name in coded)
+    unused = sorted(specs.keys() - matched.keys())
+    faults += [f"{name}: in the checkpoint, but the model has no use for it. Is it the right class?" for name in unused]
+    return matched, faults
+
+
+def fill_places(
+    reader: TensorReader,
+    matched: Mapping[str, Place],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+    progress: Progress,
+) -> None:
+    """Read every matched tensor to ``device``, a slab at a time, and put it in its place.
+
+    dtypes: what becomes of a tensor that is not left as it is stored. Raises CheckpointError where the
+    two names of a tied tensor hold different numbers.
+    """
+    specs = {name: spec for name in matched if (spec := reader.spec(name)) is not None}
+    tensors = {name: torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device) for name, spec in specs.items()}
+    slabs = [(name, start, count) for name, spec in specs.items() for start, count in cut_bytes(spec.nbytes)]
+    staging = _Staging(device)
+
+    def fill(slab: tuple[str, int, int]) -> None:
+        name, start, count = slab
+        staging.read(reader, name, start, tensors[name].reshape(-1).view(torch.uint8)[start : start + count])
+        progress.advance(count)
+
+    progress.start("load", sum(spec.nbytes for spec in specs.values()))
+    map_threads(fill, slabs)
+    first: dict[int, str] = {}
+    for name, place in matched.items():
+        twin = first.setdefault(id(place), name)
+        if twin != name and not torch.equal(
+            tensors[name].reshape(-1).view(torch.uint8), tensors[twin].reshape(-1).view(torch.uint8)
+        ):
+            raise CheckpointError(f"{twin} and {name} are one tensor in the model, but differ in the checkpoint.")
+    for name, place in matched.items():
+        tensor = tensors.pop(name)
+        place.put(tensor.to(dtypes.get(name, tensor.dtype)).reshape(place.wanted.shape))
+
+
+class _Staging:
+    """Reads into memory on any device; through a pinned buffer for each thread where that is not the CPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._buffers = threading.local()
+
+    def read(self, reader: TensorReader, name: str, start: int, target: Tensor) -> None:
+        if self._device.type == "cpu":
+            reader.read_into(name, start, target)
+            return
+        if not hasattr(self._buffers, "bytes"):
+            pin = self._device.type == "cuda"
+            self._buffers.bytes = torch.empty(COPY_NBYTES, dtype=torch.uint8, pin_memory=pin)
+        staged = self._buffers.bytes[: len(target)]
+        reader.read_into(name, start, staged)
+        target.copy_(staged)
+
+
+def _misfit(spec: TensorSpec, wanted: Tensor, is_coded: bool) -> list[str]:
+    dtype = _DTYPES.get(spec.dtype)
+    is_scale = is_coded and wanted.dtype == torch.float32
+    fits = spec.shape == tuple(wanted.shape) or (is_scale and math.prod(spec.shape) == wanted.numel())
+    if dtype is None:
+        return [f"{spec.name}: is {spec.dtype}, which a plain tensor of a model can't be. Convert again."]
+    if not fits or (is_coded and not is_scale and dtype != wanted.dtype):
+        asked = f"{wanted.dtype} {list(wanted.shape)}"
+        return [f"{spec.name}: is {spec.dtype} {list(spec.shape)}, the model wants {asked}. Is it the right config?"]
+    return []
