@@ -60,6 +60,7 @@ def main() -> int:
     parser.add_argument("bf16", type=Path, help="the folder they were made from")
     parser.add_argument("--persona", choices=PERSONAS, default="h100", help="GPU to emulate (default: h100)")
     parser.add_argument("--tp", type=int, nargs="+", default=[1], help="numbers of ranks to emulate (default: 1)")
+    parser.add_argument("--component", default="transformer", help="its name in the pipeline (default: transformer)")
     parser.add_argument("--without-plugins", action="store_true", help="leave out the plug-ins that are installed")
     parser.add_argument("--quiet", action="store_true", help="print defects and the verdicts alone")
     arguments = parser.parse_args()
@@ -71,10 +72,11 @@ def main() -> int:
 
 def check(sglang: SGLang, folder: Path, arguments: argparse.Namespace, n_ranks: int) -> int:
     """Print the report for one folder and number of ranks; return 1 where anything is wrong."""
-    where = f"{folder.name}: {arguments.persona}, tp {n_ranks}, emulated"
+    component = arguments.component
+    where = f"{folder.name}: {component}, {arguments.persona}, tp {n_ranks}, emulated"
     config_bytes = (folder / "config.json").read_bytes()
     try:
-        ranks = [sglang.load(folder, rank, n_ranks) for rank in range(n_ranks)]
+        ranks = [sglang.load(folder, rank, n_ranks, component) for rank in range(n_ranks)]
     except Exception as error:
         import traceback
 

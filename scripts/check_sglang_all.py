@@ -39,6 +39,8 @@ MODEL_NAMES = tuple(name for name, case in MODELS.items() if case.preset != "den
 Z_IMAGE_NAMES = {"num_layers": "n_layers", "num_attention_heads": "n_heads", "out_channels": "in_channels"}
 # Heads are shared out whole, and the small Z-Image has six.
 MAX_RANKS = {"z-image": 2}
+# Wan 2.2 has two transformers.
+COMPONENTS = {"wan-2.2": ("transformer", "transformer_2")}
 VERDICTS = ("RIGHT", "WRONG", "REFUSED")
 
 
@@ -147,8 +149,11 @@ def check(python: Path, name: str, source: Path, session: Session) -> int:
     ranks = [n for n in session.ranks if n <= MAX_RANKS.get(name, n)]
     options = ["--quiet", "--persona", session.persona, "--tp", *map(str, ranks)]
     options += [] if session.plugins else ["--without-plugins"]
-    n_expected = len(outputs) * len(ranks)
-    return run(python, name, "check_sglang.py", [*map(str, outputs), str(source), *options], n_expected)
+    n_wrong = 0
+    for component in COMPONENTS.get(name, ("transformer",)):
+        command = [*map(str, outputs), str(source), *options, "--component", component]
+        n_wrong += run(python, name, "check_sglang.py", command, n_expected=len(outputs) * len(ranks))
+    return n_wrong
 
 
 def check_forward(python: Path, name: str, source: Path, variant: str) -> int:

@@ -90,7 +90,6 @@ class SGLang:
         self._arguments = server.ServerArgs(
             model_path=self._empty.name,
             pipeline_config=info.pipeline_config_cls(),
-            component_paths={"transformer": str(folder.resolve())},
             log_level="warning",
         )
         server.set_global_server_args(self._arguments)
@@ -113,15 +112,16 @@ class SGLang:
         fsdp_load.load_model_from_full_model_state_dict = observe
         apply_plugin_hooks()
 
-    def load(self, folder: Path, rank: int = 0, n_ranks: int = 1) -> Loaded:
-        """Return the model as this rank holds it. Raises what SGLang raises."""
+    def load(self, folder: Path, rank: int = 0, n_ranks: int = 1, component: str = "transformer") -> Loaded:
+        """Return the model as this rank holds it. Raises what SGLang raises. component: the pipeline's name for it."""
         from sglang.multimodal_gen.runtime.distributed import parallel_state
         from sglang.multimodal_gen.runtime.loader.component_loaders.component_loader import ComponentLoader
 
         group = parallel_state.get_tp_group()
         group.world_size, group.rank_in_group = n_ranks, rank
-        loader = ComponentLoader.for_component_type("transformer", "diffusers")
-        model = loader.load_customized(str(folder.resolve()), self._arguments, "transformer")
+        self._arguments.component_paths[component] = str(folder.resolve())
+        loader = ComponentLoader.for_component_type(component, "diffusers")
+        model = loader.load_customized(str(folder.resolve()), self._arguments, component)
         return _describe(model, **self._seen)
 
 
