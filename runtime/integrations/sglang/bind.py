@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -19,19 +19,16 @@ from torch import Tensor, nn
 from runtime.backends.backend import Machine, describe_machine
 from runtime.backends.table import Choice, choose_backend
 from runtime.contract.errors import CheckpointError, ProblemsError
-from runtime.contract.manifest import Layer, Manifest
+from runtime.contract.manifest import Manifest
 from runtime.integrations.sglang.config import CheckpointConfig, PendingLinearMethod
 from runtime.integrations.sglang.method import QuantizedLinearMethod
-from runtime.integrations.sglang.targets import Rename, Target, find_targets, rename_tensors, share
+from runtime.integrations.sglang.targets import Rename, Share, Target, cut_evenly, find_targets, rename_tensors
 from runtime.linear import STORED_DTYPES
-from runtime.slices import Part, concat_rows, slice_columns, slice_rows
 
 # Names one backend for all layers, as --backend does elsewhere: that one or an error.
 BACKEND_VARIABLE = "CONVERT_CKPT_BACKEND"
 
 logger = init_logger(__name__)
-
-Cut = Callable[[Sequence[Part]], Part]
 
 
 def find_config(model: nn.Module) -> CheckpointConfig | None:
@@ -89,13 +86,13 @@ def _linear(model: nn.Module, target: Target) -> LinearBase:
 
 def _install(linear: LinearBase, target: Target, machine: Machine) -> Choice:
     """Replace the placeholder by the parameters of this rank; return which backend will multiply."""
-    cut = _cut_of(linear)
-    layer, _ = cut([(member, {}) for member in target.layers])
+    share = _share_of(linear, target)
+    layer = share.layer()
     choice = choose_backend(layer, machine, os.environ.get(BACKEND_VARIABLE) or None)
     for role, spec in layer.specs().items():
         empty = torch.empty(spec.shape, dtype=STORED_DTYPES[spec.dtype], device="meta")
         parameter = nn.Parameter(empty, requires_grad=False)
-        parameter.weight_loader = partial(_load, target.layers, cut, role)  # type: ignore[attr-defined]
+        parameter.weight_loader = partial(_load, share, role)  # type: ignore[attr-defined]
         # A missing scale becomes 1.0 in SGLang unless the parameter says otherwise.
         parameter.missing_param_init = "error"  # type: ignore[attr-defined]
         parameter.checkpoint_mapping_unsafe = True  # type: ignore[attr-defined]
@@ -104,28 +101,19 @@ def _install(linear: LinearBase, target: Target, machine: Machine) -> Choice:
     return choice
 
 
-def _cut_of(linear: LinearBase) -> Cut:
-    """Return what makes a rank's layer of the checkpoint's layers that ``linear`` fuses."""
-    rows = columns = None
+def _share_of(linear: LinearBase, target: Target) -> Share:
     if isinstance(linear, RowParallelLinear):
-        columns = share(linear.input_sizes or [linear.input_size], linear.tp_rank, linear.tp_size)
-    elif isinstance(linear, ColumnParallelLinear):
+        sizes = linear.input_sizes or [linear.input_size]
+        return Share(target, columns=cut_evenly(sizes, linear.tp_rank, linear.tp_size))
+    if isinstance(linear, ColumnParallelLinear):
         sizes = getattr(linear, "output_sizes", [linear.output_size])
-        rows = share(sizes, linear.tp_rank, linear.tp_size)
-
-    def cut(parts: Sequence[Part]) -> Part:
-        part = concat_rows(parts)
-        part = slice_rows(part, *rows) if rows else part
-        return slice_columns(part, *columns) if columns else part
-
-    return cut
+        return Share(target, rows=cut_evenly(sizes, linear.tp_rank, linear.tp_size))
+    return Share(target)
 
 
-def _load(layers: Sequence[Layer], cut: Cut, role: str, parameter: Tensor, loaded: Tensor) -> None:
-    """SGLang's weight_loader: ``loaded`` holds the layers' tensors of one role, one below the other."""
-    sizes = [layer.specs()[role].shape[0] for layer in layers]
-    stored = [(layer, {role: tensor}) for layer, tensor in zip(layers, torch.split(loaded, sizes), strict=True)]
-    tensor = cut(stored)[1][role]
+def _load(share: Share, role: str, parameter: Tensor, loaded: Tensor) -> None:
+    """SGLang's weight_loader: ``loaded`` holds the tensors of all members, one below the other."""
+    tensor = share.take(role, loaded)
     assert parameter.shape == tensor.shape, (parameter.shape, tensor.shape)
     parameter.data.copy_(tensor)
 

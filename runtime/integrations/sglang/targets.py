@@ -1,11 +1,14 @@
-"""Which linear of a runtime's model holds which layers of a checkpoint, by the runtime's own names (pure)."""
+"""Which linear of a runtime's model holds which layers of a checkpoint, and which part of them a rank (pure)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from runtime.contract.errors import ProblemsError
 from runtime.contract.manifest import Layer, Manifest
-from runtime.slices import Range
+from runtime.slices import Part, Range, concat_rows, slice_columns, slice_rows
 
 # A checkpoint's tensor name -> the model's, its place among the tensors fused there, how many these are.
 # The name "" stands for a tensor that is left out. This is the form of SGLang's own map.
@@ -29,6 +32,32 @@ class Target:
     @property
     def K(self) -> int:
         return self.layers[0].K
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds of a target: ranges of its rows or columns, None for all."""
+
+    target: Target
+    rows: tuple[Range, ...] | None = None
+    columns: tuple[Range, ...] | None = None
+
+    def layer(self) -> Layer:
+        """Return the rank's layer. Raises SliceError where it can't be had exactly."""
+        return self._cut([(layer, {}) for layer in self.target.layers])[0]
+
+    def take(self, role: str, stored: Tensor) -> Tensor:
+        """Return the rank's tensor of one role from those of all members, as on disk, one below the other."""
+        sizes = [layer.specs()[role].shape[0] for layer in self.target.layers]
+        tensors = torch.split(stored, sizes)
+        return self._cut([(layer, {role: part}) for layer, part in zip(self.target.layers, tensors, strict=True)])[1][
+            role
+        ]
+
+    def _cut(self, parts: Sequence[Part]) -> Part:
+        whole = concat_rows(parts)
+        whole = slice_rows(whole, *self.rows) if self.rows else whole
+        return slice_columns(whole, *self.columns) if self.columns else whole
 
 
 def find_targets(manifest: Manifest, rename: Rename) -> dict[str, Target]:
@@ -68,7 +97,7 @@ def rename_tensors(manifest: Manifest, targets: Mapping[str, Target], rename: Re
     return lambda name: places[name] if name in places else rename(name)
 
 
-def share(sizes: Sequence[int], rank: int, n_ranks: int) -> tuple[Range, ...] | None:
+def cut_evenly(sizes: Sequence[int], rank: int, n_ranks: int) -> tuple[Range, ...] | None:
     """Return the ranges that one of ``n_ranks`` holds of an axis made of segments, each cut evenly.
 
     None where that is the whole axis.
