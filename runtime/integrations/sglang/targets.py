@@ -49,10 +49,9 @@ class Share:
     def take(self, role: str, stored: Tensor) -> Tensor:
         """Return the rank's tensor of one role from those of all members, as on disk, one below the other."""
         sizes = [layer.specs()[role].shape[0] for layer in self.target.layers]
-        tensors = torch.split(stored, sizes)
-        return self._cut([(layer, {role: part}) for layer, part in zip(self.target.layers, tensors, strict=True)])[1][
-            role
-        ]
+        members = zip(self.target.layers, torch.split(stored, sizes), strict=True)
+        _, tensors = self._cut([(layer, {role: part}) for layer, part in members])
+        return tensors[role]
 
     def _cut(self, parts: Sequence[Part]) -> Part:
         whole = concat_rows(parts)
