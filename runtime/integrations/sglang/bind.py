@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -47,15 +47,16 @@ def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:
     names = {name for name, _ in model.named_parameters()}
     targets = find_targets(manifest, _as_loaded(rename, names))
     machine = describe_machine(get_local_torch_device())
+    modules = dict(model.named_modules())
     problems, choices = [], []
     for target in targets.values():
         try:
-            choices.append(_install(_linear(model, target), target, machine))
+            choices.append(_install(_linear(modules, target), target, machine))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
         raise ProblemsError("SGLang can't hold the quantized layers of this checkpoint", problems)
-    for module in model.modules():
+    for module in modules.values():
         if isinstance(module, LinearBase) and isinstance(module.quant_method, PendingLinearMethod):
             module.quant_method = UnquantizedLinearMethod()
     logger.info("convert-ckpt: %s", _summarize(choices, machine))
@@ -67,8 +68,8 @@ def _as_loaded(rename: Rename, names: set[str]) -> Rename:
     return lambda name: (name, None, None) if name in names and rename(name)[0] not in names else rename(name)
 
 
-def _linear(model: nn.Module, target: Target) -> LinearBase:
-    module = dict(model.named_modules()).get(target.module)
+def _linear(modules: Mapping[str, nn.Module], target: Target) -> LinearBase:
+    module = modules.get(target.module)
     members = ", ".join(layer.module for layer in target.layers)
     if not isinstance(module, LinearBase) or not isinstance(module.quant_method, PendingLinearMethod):
         kind = "has no such module" if module is None else f"builds it as a plain {type(module).__name__}"
