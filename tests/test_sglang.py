@@ -30,7 +30,7 @@ import json, sys
 from pathlib import Path
 from sglang_on_cpu import SGLang
 
-SGLang(Path(sys.argv[1]), persona=None)
+sglang = SGLang(Path(sys.argv[1]), persona=None)
 from sglang.multimodal_gen.runtime.layers.quantization.fp8 import Fp8Config
 from sglang.multimodal_gen.runtime.layers.quantization.mxfp4 import Mxfp4Config
 from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
@@ -43,6 +43,8 @@ assert config.is_checkpoint_mxfp4_serialized
 ours = json.loads((Path(sys.argv[2]) / "config.json").read_text())
 assert type(get_quant_config(ours, sys.argv[2])) is Fp8Config
 assert get_quant_config({}, "nowhere") is None
+sglang.load(Path(sys.argv[1]))
+assert not [name for name in sys.modules if name.startswith("runtime.integrations.sglang.") and "plugin" not in name]
 """
 
 

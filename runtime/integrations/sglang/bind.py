@@ -20,7 +20,7 @@ from runtime.backends.backend import Machine, describe_machine
 from runtime.backends.table import Choice, choose_backend
 from runtime.contract.errors import CheckpointError, ProblemsError
 from runtime.contract.manifest import Manifest
-from runtime.integrations.sglang.config import CheckpointConfig, PendingLinearMethod
+from runtime.integrations.sglang.config import PendingLinearMethod
 from runtime.integrations.sglang.method import QuantizedLinearMethod
 from runtime.integrations.sglang.targets import Rename, Share, Target, cut_evenly, find_targets, rename_tensors
 from runtime.linear import STORED_DTYPES
@@ -29,12 +29,6 @@ from runtime.linear import STORED_DTYPES
 BACKEND_VARIABLE = "CONVERT_CKPT_BACKEND"
 
 logger = init_logger(__name__)
-
-
-def find_config(model: nn.Module) -> CheckpointConfig | None:
-    """Return our configuration if the model was built with it."""
-    configs = (module.quant_config for module in model.modules() if isinstance(module, LinearBase))
-    return next((config for config in configs if isinstance(config, CheckpointConfig)), None)
 
 
 def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:

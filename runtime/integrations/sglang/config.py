@@ -20,7 +20,7 @@ class CheckpointConfig(Mxfp4Config):  # type: ignore[misc]
 
     def __init__(self, manifest: Manifest):
         super().__init__(is_checkpoint_mxfp4_serialized=True)
-        self.manifest = manifest
+        self.convert_ckpt_manifest = manifest
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> "PendingLinearMethod | None":
         return PendingLinearMethod() if isinstance(layer, LinearBase) else None

@@ -1,4 +1,4 @@
-"""The entry point: two hooks into SGLang's loader, which do nothing for a checkpoint that is not ours."""
+"""The entry point: two hooks into SGLang's loader. For a checkpoint that is not ours they import and change nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +31,12 @@ def get_quant_config(original: Callable[..., Any], model_config: Any, folder: st
 
 def load_state(original: Callable[..., Any], model: Any, *args: Any, **options: Any) -> Any:
     """Load SGLang's way, after each linear of the new model was given what the manifest says of it."""
-    from runtime.integrations.sglang.bind import bind, find_config
+    configs = (getattr(module, "quant_config", None) for module in model.modules())
+    manifest = next(filter(None, (getattr(config, "convert_ckpt_manifest", None) for config in configs)), None)
+    if manifest is not None:
+        from runtime.integrations.sglang.bind import bind
 
-    config = find_config(model)
-    if config is not None:
-        rename = bind(model, config.manifest, options["param_names_mapping"])
-        options = {**options, "param_names_mapping": rename}
+        options = {**options, "param_names_mapping": bind(model, manifest, options["param_names_mapping"])}
     return original(model, *args, **options)
 
 
