@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 
 class TensorReader:
-    """The bytes of the tensors of ``folder``, read() into memory of our own (never mapped), from any thread.
+    """The bytes of the tensors of ``folder``: read() into memory of our own, from any thread, or mapped.
 
     A context manager: files are open from its start to its end.
     """
@@ -35,6 +36,7 @@ class TensorReader:
         self._folder = folder
         self._places = {tensor.spec.name: (shard, tensor) for shard, tensor in folder.tensors()}
         self._fds: dict[str, int] = {}
+        self._mapped: dict[str, Any] = {}
 
     def spec(self, name: str) -> TensorSpec | None:
         """Return the spec of a stored tensor, None where there is none of that name."""
@@ -59,6 +61,20 @@ class TensorReader:
                 raise CheckpointError(f"{shard.name}: ended at byte {offset} while it was read. Fetch it again.")
             view, offset = view[n_read:], offset + n_read
 
+    def map(self, name: str) -> Tensor:
+        """Return uint8 [nbytes]: the whole tensor, mapped from its file and read when it is used, as safetensors does.
+
+        It outlives this reader. Overwriting the file in place would change it; replacing the file does not.
+        """
+        shard, stored = self._places[name]
+        if shard.name not in self._mapped:
+            nbytes = shard.header.file_nbytes
+            storage = torch.UntypedStorage.from_file(str(shard.path), shared=False, nbytes=nbytes)
+            self._mapped[shard.name] = storage
+        storage = self._mapped[shard.name]
+        empty = torch.empty(0, dtype=torch.uint8)
+        return empty.set_(storage, stored.offset, (stored.spec.nbytes,))  # type: ignore[call-overload, no-any-return]
+
     def read_all(self, name: str) -> Tensor:
         """Return uint8 [nbytes]: the whole tensor. For scales of FP8 and other small ones."""
         return self.read(name, 0, self._places[name][1].spec.nbytes)
@@ -71,6 +87,7 @@ class TensorReader:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+        self._mapped.clear()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint -> the tensors of a model on the meta device, read straight to where they stay."""
+"""The tensors of a checkpoint -> those of a model on the meta device: read to a GPU, mapped for the CPU."""
 
 import math
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,23 +87,18 @@ def fill_places(
     dtypes: Mapping[str, torch.dtype],
     progress: Progress,
 ) -> None:
-    """Read every matched tensor to ``device``, a slab at a time, and put it in its place.
+    """Bring every matched tensor to ``device`` and put it in its place.
+
+    A GPU is filled a slab at a time through pinned memory. For the CPU the files are mapped: no copy is made.
 
     dtypes: what becomes of a tensor that is not left as it is stored. Raises CheckpointError where the
     two names of a tied tensor hold different numbers.
     """
-    specs = {name: spec for name in matched if (spec := reader.spec(name)) is not None}
-    tensors = {name: torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device) for name, spec in specs.items()}
-    slabs = [(name, start, count) for name, spec in specs.items() for start, count in cut_bytes(spec.nbytes)]
-    staging = _Staging(device)
-
-    def fill(slab: tuple[str, int, int]) -> None:
-        name, start, count = slab
-        staging.read(reader, name, start, tensors[name].reshape(-1).view(torch.uint8)[start : start + count])
-        progress.advance(count)
-
-    progress.start("load", sum(spec.nbytes for spec in specs.values()))
-    map_threads(fill, slabs)
+    specs = [spec for name in matched if (spec := reader.spec(name)) is not None]
+    if device.type == "cpu":
+        tensors = {spec.name: _map_tensor(reader, spec) for spec in specs}
+    else:
+        tensors = _read_tensors(reader, specs, device, progress)
     first: dict[int, str] = {}
     for name, place in matched.items():
         twin = first.setdefault(id(place), name)
@@ -116,23 +111,32 @@ def fill_places(
         place.put(tensor.to(dtypes.get(name, tensor.dtype)).reshape(place.wanted.shape))
 
 
-class _Staging:
-    """Reads into memory on any device; through a pinned buffer for each thread where that is not the CPU."""
+def _map_tensor(reader: TensorReader, spec: TensorSpec) -> Tensor:
+    raw, dtype = reader.map(spec.name), _DTYPES[spec.dtype]
+    # Files of other tools may not be aligned.
+    aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
+    return aligned.view(dtype).reshape(spec.shape)
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._buffers = threading.local()
 
-    def read(self, reader: TensorReader, name: str, start: int, target: Tensor) -> None:
-        if self._device.type == "cpu":
-            reader.read_into(name, start, target)
-            return
-        if not hasattr(self._buffers, "bytes"):
-            pin = self._device.type == "cuda"
-            self._buffers.bytes = torch.empty(COPY_NBYTES, dtype=torch.uint8, pin_memory=pin)
-        staged = self._buffers.bytes[: len(target)]
+def _read_tensors(
+    reader: TensorReader, specs: Sequence[TensorSpec], device: torch.device, progress: Progress
+) -> dict[str, Tensor]:
+    tensors = {spec.name: torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device) for spec in specs}
+    slabs = [(spec.name, start, count) for spec in specs for start, count in cut_bytes(spec.nbytes)]
+    buffers = threading.local()
+
+    def fill(slab: tuple[str, int, int]) -> None:
+        name, start, count = slab
+        if not hasattr(buffers, "staging"):
+            buffers.staging = torch.empty(COPY_NBYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        staged = buffers.staging[:count]
         reader.read_into(name, start, staged)
-        target.copy_(staged)
+        tensors[name].reshape(-1).view(torch.uint8)[start : start + count].copy_(staged)
+        progress.advance(count)
+
+    progress.start("load", sum(spec.nbytes for spec in specs))
+    map_threads(fill, slabs)
+    return tensors
 
 
 def _misfit(spec: TensorSpec, wanted: Tensor, is_coded: bool) -> list[str]:

@@ -37,7 +37,8 @@ def load_quantized(
     dtype: what floating tensors that are not quantized become (but those which the class keeps in
     float32); default: as stored. backend: one of runtime.backends.table, default: the first that runs.
 
-    Shards are read straight to ``device``; no weight that is quantized ever exists in another dtype.
+    Shards are read straight to a GPU, and mapped for the CPU as safetensors does: don't overwrite them
+    in place while the model lives. No weight that is quantized ever exists in another dtype.
     Nothing is filled in, cast or left out silently: raises CheckpointError (ProblemsError with every
     fault, ManifestError, BackendError), which names the tensor, the file and the remedy.
     """

@@ -1,7 +1,9 @@
 """How much memory a model takes, and how much the process took at its peak."""
 
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,5 +20,9 @@ def peak_nbytes(device: str | torch.device) -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss is in KiB on Linux, in bytes on macOS (getrusage(2)).
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Linux. Unlike ru_maxrss it does not start at the peak of the process that started this one.
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
+    # In bytes on macOS, elsewhere in KiB (getrusage(2)).
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

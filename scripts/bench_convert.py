@@ -115,7 +115,14 @@ def source_nbytes(source: Path) -> int:
 
 def convert(source: Path, output: Path, weight_format: str) -> tuple[float, int, int]:
     """Run the command; return seconds, bytes written and peak resident bytes."""
-    command = ["convert-ckpt", str(source), str(output), "--format", weight_format, "--quiet"]
+    command = [
+        str(Path(sys.executable).with_name("convert-ckpt")),
+        str(source),
+        str(output),
+        "--format",
+        weight_format,
+        "--quiet",
+    ]
     started = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,4 +1,4 @@
-"""The main job on a small trained checkpoint: convert, verify, dequantize, sample, compare."""
+"""The main job on a small trained checkpoint: convert, verify, load, sample, compare."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ def main() -> None:
     console.print()
     console.print(make_table(results, arguments.samples))
     console.print(
-        "All rows have BF16 activations; FP8 and MXFP4 have weights that went through the format, so this shows"
-        " what storing them costs. Read correctly: by an SVM fitted on scikit-learn's handwritten digits."
+        "All rows have BF16 activations; FP8 and MXFP4 run from their stored codes on the CPU's reference backend, so"
+        " this shows what storing them costs. Read correctly: by an SVM fitted on scikit-learn's handwritten digits."
         " Latent SNR: final latents against those of BF16 from the same noise and labels.",
         style="dim",
     )
@@ -88,14 +89,13 @@ def _n_samples(text: str) -> int:
 
 
 def convert_all(console: Console, variants: tuple[Variant, ...]) -> None:
-    """Convert, verify and dequantize every variant with the commands a user would type."""
+    """Convert and verify every variant with the commands a user would type."""
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
     (ROOT / OUTPUT).mkdir()
     for variant in variants:
         folder = OUTPUT / variant.name
         run(console, "convert-ckpt", SOURCE, folder, *variant.options)
         run(console, "run-ckpt", "verify", folder, "--source", SOURCE)
-        run(console, "run-ckpt", "dequantize", folder, _dequantized(variant))
 
 
 def run(console: Console, command: str, *arguments: str | Path) -> None:
@@ -109,27 +109,25 @@ def _shown(line: list[str]) -> list[str]:
     return [Path(line[0]).name, *line[1:]]
 
 
-def _dequantized(variant: Variant) -> Path:
-    return OUTPUT / f"{variant.name}-bf16"
-
-
 def sample_all(console: Console, variants: tuple[Variant, ...], n_samples: int) -> list[Result]:
-    """Sample from the source and from every dequantized variant, the same noise and labels for each."""
+    """Sample from the source and from every converted variant, the same noise and labels for each."""
     # Here, as torch, diffusers and scikit-learn take seconds, and the commands above need none of them.
     import digits
+
+    from runtime import load_quantized
 
     request = digits.make_request(n_samples)
     judge = digits.fit_judge()
 
-    def images_of(title: str, folder: Path) -> Any:
+    def images_of(title: str, load: Callable[[Path], Any], folder: Path) -> Any:
         with console.status(f"sampling {n_samples} digits with {title}"):
-            return digits.sample(digits.load_transformer(ROOT / folder), request)
+            return digits.sample(load(ROOT / folder), request)
 
-    reference = images_of("BF16", SOURCE)
+    reference = images_of("BF16", digits.load_transformer, SOURCE)
     share = digits.share_read_correctly(judge, reference, request.labels)
     results = [Result("BF16", weights_nbytes(SOURCE), "", None, share, None, reference)]
     for variant in variants:
-        images = images_of(variant.title, _dequantized(variant))
+        images = images_of(variant.title, load_quantized, OUTPUT / variant.name)
         share = digits.share_read_correctly(judge, images, request.labels)
         results.append(_result(variant, images, share, digits.snr_db(reference, images)))
     return results

@@ -25,7 +25,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "click": ("convert/cli.py", "runtime/cli.py", "runtime/cli_run.py"),
     "rich": ("convert/cli.py", "convert/progress.py", "runtime/cli.py", "runtime/tables.py"),
     "aiter": ("runtime/backends/",),
-    "triton": ("runtime/kernels/", "runtime/backends/"),
+    "petit_kernel": ("runtime/backends/",),
+    "triton": ("runtime/kernels/",),
     "huggingface_hub": ("convert/hub.py",),
     "diffusers": ("runtime/integrations/",),
     "transformers": ("runtime/integrations/",),
@@ -123,6 +124,11 @@ def test_a_plan_needs_no_kernels(tmp_path: Path) -> None:
     source = make_linear(tmp_path / "source", 256, 256)
     loaded = loaded_modules(_CONVERSION, str(source), "--format", "mxfp4", "--dry-run")
     assert not loaded & {"torch", "numba", "rich"}
+
+
+def test_the_table_of_backends_loads_none_of_their_packages() -> None:
+    code = "import json, sys, runtime.backends.table\nprint('MODULES', json.dumps(sorted(sys.modules)))"
+    assert not loaded_modules(code) & {"aiter", "petit_kernel", "triton", "numba", "convert"}
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -2,83 +2,41 @@
 
 import copy
 import pickle
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.contract.codec import dequantize_fp8, dequantize_mxfp4, fp8_scale, quantize_fp8, quantize_mxfp4
-from runtime.contract.dialects import Scheme, scale_shape, tensor_names
+from runtime.contract.codec import dequantize_fp8, dequantize_mxfp4, quantize_mxfp4
 from runtime.contract.errors import BackendError, ProblemsError, UsageError
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from runtime.linear import QuantizedLinear
 from runtime.replace import replace_linears
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
+from tests.layers import MODULE, SCHEMES, describe_layer, make_layer
 
 N, K = 288, 256
 CPU = torch.device("cpu")
-SCHEMES = {
-    "mxfp4-aiter": Scheme("mxfp4", "aiter", "group"),
-    "mxfp4-plain": Scheme("mxfp4", "plain", "group"),
-    "fp8-tensor": Scheme("fp8", "plain", "tensor"),
-    "fp8-channel": Scheme("fp8", "plain", "channel"),
-    "fp8-block": Scheme("fp8", "plain", "block"),
-}
 
 
-def make_layer(scheme: Scheme, module: str = "proj") -> Layer:
-    dialect = "mxfp4" if scheme.format == "mxfp4" else "fp8"
-    return Layer(
-        module=module,
-        format=scheme.format,
-        N=N,
-        K=K,
-        source_tensor=f"{module}.weight",
-        source_dtype="BF16",
-        layout=scheme.layout,
-        granularity=scheme.granularity,
-        scale_rule="even",
-        tensors=tensor_names(module, scheme, dialect, "diffusers"),
-        scale_shape=scale_shape(N, K, scheme, dialect),
-    )
-
-
-def make_tensors(scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the tensors as on disk, made with the contract's codec alone, and the float32 weight they stand for."""
+def decode(scheme: str) -> Tensor:
+    """Return the float32 weight that make_linear's layer stands for, by the contract's codec alone."""
     weight = random_weight(N, K)
-    if scheme.format == "mxfp4":
-        packed, scales = quantize_mxfp4(weight, "even")
-        decoded = dequantize_mxfp4(packed, scales)
-        if scheme.layout == "aiter":
-            packed, scales = AITER_WEIGHT.shuffle(packed), AITER_SCALE.shuffle(AITER_SCALE.pad_to_tile(scales))
-        return {WEIGHT: packed, WEIGHT_SCALE: scales}, decoded
-    amax = weight.float().abs()
-    if scheme.granularity == "tensor":
-        scale = fp8_scale(amax.max().reshape(1))
-    elif scheme.granularity == "channel":
-        scale = fp8_scale(amax.amax(1))
-    else:
-        blocks = F.pad(amax, (0, 0, 0, -N % 128)).reshape(-1, 128, K // 128, 128)
-        scale = fp8_scale(blocks.amax((1, 3)))
-    expanded = scale.reshape(-1, 1) if scheme.granularity != "block" else _expand(scale)
-    codes = quantize_fp8(weight, expanded)
-    return {WEIGHT: codes, WEIGHT_SCALE: scale}, dequantize_fp8(codes, scale)
+    if SCHEMES[scheme].format == "mxfp4":
+        return dequantize_mxfp4(*quantize_mxfp4(weight, "even"))
+    tensors = make_layer(scheme, weight)[1]
+    return dequantize_fp8(tensors[WEIGHT], tensors[WEIGHT_SCALE])
 
 
-def _expand(scale: Tensor) -> Tensor:
-    return scale.repeat_interleave(128, 0)[:N].repeat_interleave(128, 1)[:, :K]
-
-
-def make_linear(scheme: Scheme, *, bias: bool = True, backend: str | None = None) -> tuple[QuantizedLinear, Tensor]:
+def make_linear(scheme: str, *, bias: bool = True, backend: str | None = None) -> QuantizedLinear:
+    layer, tensors = make_layer(scheme, random_weight(N, K))
     parameter = nn.Parameter(torch.linspace(-1, 1, N).bfloat16(), requires_grad=False) if bias else None
-    linear = QuantizedLinear(make_layer(scheme), parameter, backend)
-    tensors, decoded = make_tensors(scheme)
+    linear = QuantizedLinear(layer, parameter, backend)
     linear.store(tensors)
-    return linear, decoded
+    return linear
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -87,9 +45,9 @@ def activations(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "dequantize"])
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_is_f_linear_of_the_decoded_weight(scheme: Scheme, backend: str, dtype: torch.dtype) -> None:
-    linear, decoded = make_linear(scheme, bias=False, backend=backend)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_is_f_linear_of_the_decoded_weight(scheme: str, backend: str, dtype: torch.dtype) -> None:
+    linear, decoded = make_linear(scheme, bias=False, backend=backend), decode(scheme)
     x = activations(2, 5, K, dtype=dtype)
     # One-off dequantization stores BF16, whatever the activations are.
     weight = decoded.bfloat16().to(dtype) if backend == "dequantize" else decoded.to(dtype)
@@ -98,34 +56,34 @@ def test_is_f_linear_of_the_decoded_weight(scheme: Scheme, backend: str, dtype: 
 
 @pytest.mark.parametrize("shape", [(K,), (1, K), (3, 4, 5, K), (0, K)], ids=str)
 def test_takes_any_leading_dimensions_and_adds_the_bias(shape: tuple[int, ...]) -> None:
-    linear, decoded = make_linear(SCHEMES["mxfp4-aiter"])
+    linear, decoded = make_linear("mxfp4-aiter"), decode("mxfp4-aiter")
     x = activations(*shape)
     assert_bits_equal(linear(x), F.linear(x, decoded.bfloat16(), linear.bias))
 
 
 def test_takes_strided_activations() -> None:
-    linear, decoded = make_linear(SCHEMES["fp8-tensor"], bias=False)
+    linear, decoded = make_linear("fp8-tensor", bias=False), decode("fp8-tensor")
     x = activations(K, 6).t()
     assert_bits_equal(linear(x), F.linear(x, decoded.bfloat16()))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_state_dict_holds_the_bytes_on_disk_before_and_after_prepare(scheme: Scheme) -> None:
-    linear, _ = make_linear(scheme)
-    tensors, _ = make_tensors(scheme)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_state_dict_holds_the_bytes_on_disk_before_and_after_prepare(scheme: str) -> None:
+    linear = make_linear(scheme)
+    tensors = make_layer(scheme, random_weight(N, K))[1]
     names = linear.layer.tensors
     for _ in range(2):
-        state = linear.state_dict(prefix="proj.")
-        assert set(state) == {"proj.bias", *names.values()}
+        state = linear.state_dict(prefix=f"{MODULE}.")
+        assert set(state) == {f"{MODULE}.bias", *names.values()}
         for role, tensor in tensors.items():
             assert_bits_equal(state[names[role]], tensor)
         linear.prepare(CPU)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_load_state_dict_replaces_a_prepared_weight(scheme: Scheme) -> None:
-    linear, _ = make_linear(scheme)
-    other, _ = make_linear(scheme)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_load_state_dict_replaces_a_prepared_weight(scheme: str) -> None:
+    linear = make_linear(scheme)
+    other = make_linear(scheme)
     x = activations(4, K)
     expected = linear(x)
     other.prepare(CPU)
@@ -137,9 +95,9 @@ def test_load_state_dict_replaces_a_prepared_weight(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.float(), lambda m: m.to(torch.float16)], ids="hft")
 @pytest.mark.parametrize("prepared", [False, True], ids=["stored", "prepared"])
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_casts_reach_the_bias_alone(scheme: Scheme, prepared: bool, cast: object) -> None:
-    linear, _ = make_linear(scheme)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_casts_reach_the_bias_alone(scheme: str, prepared: bool, cast: object) -> None:
+    linear = make_linear(scheme)
     if prepared:
         linear.prepare(CPU)
     before = linear.stored()
@@ -152,39 +110,44 @@ def test_casts_reach_the_bias_alone(scheme: Scheme, prepared: bool, cast: object
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_work_like_the_original(copied: object) -> None:
-    linear, _ = make_linear(SCHEMES["mxfp4-aiter"])
+    linear = make_linear("mxfp4-aiter")
     x = activations(2, K)
     expected = linear(x)
     assert_bits_equal(copied(linear)(x), expected)  # type: ignore[operator]
 
 
 def test_has_no_weight_that_could_be_taken_for_numbers() -> None:
-    linear, _ = make_linear(SCHEMES["mxfp4-aiter"])
+    linear = make_linear("mxfp4-aiter")
     linear.prepare(CPU)
     with pytest.raises(AttributeError, match="weight"):
         linear.weight  # noqa: B018
 
 
 def test_a_backend_that_used_the_tensors_up_can_not_be_saved() -> None:
-    linear, _ = make_linear(SCHEMES["mxfp4-aiter"], backend="dequantize")
+    linear = make_linear("mxfp4-aiter", backend="dequantize")
     linear.prepare(CPU)
-    with pytest.raises(BackendError, match=r"proj: backend dequantize keeps no copy.*copy its folder"):
+    with pytest.raises(BackendError, match=rf"{MODULE}: backend dequantize keeps no copy.*copy its folder"):
         linear.state_dict()
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones() -> None:
-    linear, _ = make_linear(SCHEMES["mxfp4-aiter"], backend="cutlass")
+    linear = make_linear("mxfp4-aiter", backend="cutlass")
     with pytest.raises(UsageError, match=r"no backend 'cutlass'.*reference"):
         linear.prepare(CPU)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_torch_compile_takes_it_whole(scheme: Scheme) -> None:
-    linear, _ = make_linear(scheme)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_torch_compile_takes_it_whole(scheme: str) -> None:
+    linear = make_linear(scheme)
     x = activations(4, K)
     expected = linear(x)
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     assert_bits_equal(compiled(x), expected)
+
+
+def named(module: str) -> Layer:
+    layer = describe_layer("mxfp4-aiter", N, K)
+    return replace(layer, module=module, tensors={role: f"{module}.{role}" for role in layer.tensors})
 
 
 class Pair(nn.Module):
@@ -198,7 +161,7 @@ class Pair(nn.Module):
 def test_replace_keeps_bias_and_neighbours() -> None:
     model = Pair()
     bias = model.first.bias
-    layers = {name: make_layer(SCHEMES["mxfp4-aiter"], name) for name in ("first", "blocks.0")}
+    layers = {name: named(name) for name in ("first", "blocks.0")}
     replaced = replace_linears(model, layers)
     assert model.first is replaced["first"]
     assert model.blocks[0] is replaced["blocks.0"]
@@ -211,13 +174,13 @@ def test_replace_names_all_that_does_not_fit_and_changes_nothing() -> None:
     model.blocks[0] = nn.Linear(K, N + 32, device="meta")
     names = ("first", "blocks.0", "norm", "gone")
     with pytest.raises(ProblemsError) as caught:
-        replace_linears(model, {name: make_layer(SCHEMES["mxfp4-aiter"], name) for name in names})
+        replace_linears(model, {name: named(name) for name in names})
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["blocks.0", "norm", "gone"]
     assert isinstance(model.first, nn.Linear)
 
 
-def test_a_prepared_layer_says_what_runs_it(tmp_path: Path) -> None:
-    linear, _ = make_linear(SCHEMES["fp8-block"])
+def test_a_prepared_layer_says_what_runs_it() -> None:
+    linear = make_linear("fp8-block")
     linear.prepare(CPU)
     assert (
         repr(linear)

@@ -47,6 +47,12 @@ class Backend:
     why_ask: Callable[[Machine], str | None] = lambda machine: None
 
 
+def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a kernel's BF16 product [M, N] in x's dtype, with the bias that the kernel could not take."""
+    product = product.to(x.dtype)
+    return product if bias is None else product + bias.to(x.dtype)
+
+
 def describe_machine(device: torch.device) -> Machine:
     """Return what a torch device is. Raises RuntimeError (torch's own) where there is no such GPU."""
     if device.type != "cuda":

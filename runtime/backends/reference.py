@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.backends.backend import Backend, Machine, Tensors
+from runtime.backends.operators import define_operator
 from runtime.checkpoint import cut_rows, scale_rows
 from runtime.contract.formats import MXFP4_BLOCK_SIZE
 from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
@@ -73,7 +74,18 @@ def _multiply_decoding(x: Tensor, operands: Tensors, bias: Tensor | None) -> Ten
         weight, scale = unshuffle(operands[_SHUFFLED_WEIGHT], operands[_SHUFFLED_SCALE])
     else:
         weight, scale = operands[WEIGHT], operands[WEIGHT_SCALE]
-    return F.linear(x, decode_weight(weight, scale, x.dtype), bias)
+    return F.linear(x, _decode_weight(weight, scale, x.dtype), bias)
+
+
+def _empty_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    K = weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+    return weight.new_empty(weight.shape[0], K, dtype=dtype)
+
+
+# torch.compile would make the decoding tables anew for each product.
+_decode_weight = define_operator(
+    "decode_weight(Tensor weight, Tensor scale, ScalarType dtype) -> Tensor", decode_weight, _empty_weight
+)
 
 
 def _dequantize(layer: Layer, tensors: Tensors) -> Tensors:

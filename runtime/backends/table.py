@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+from runtime.backends.aiter import AITER
 from runtime.backends.backend import Backend, Machine
+from runtime.backends.petit import PETIT
 from runtime.backends.reference import DEQUANTIZE, REFERENCE
+from runtime.backends.scaled_mm import SCALED_MM
+from runtime.backends.triton import TRITON
 from runtime.contract.errors import BackendError, UsageError
 from runtime.contract.manifest import Layer
 
-BACKENDS: tuple[Backend, ...] = (REFERENCE, DEQUANTIZE)
+BACKENDS: tuple[Backend, ...] = (AITER, SCALED_MM, PETIT, TRITON, REFERENCE, DEQUANTIZE)
 BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "quantization_manifest.json"
 _SEAL = "sha256_of_the_rest"
+_END = "\n}"
 
 WEIGHT = "weight"
 WEIGHT_SCALE = "weight_scale"
@@ -63,7 +64,8 @@ class Layer:
         return {role: TensorSpec(name, *by_role[role]) for role, name in self.tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), **_FORMAT_FACTS[self.format], **_LAYOUT_FACTS[self.layout, self.format]}
+        fields = {**vars(self), "scale_shape": list(self.scale_shape)}
+        return {**fields, **_FORMAT_FACTS[self.format], **_LAYOUT_FACTS[self.layout, self.format]}
 
 
 _FORMAT_FACTS: dict[str, dict[str, Any]] = {
@@ -136,7 +138,7 @@ class Manifest:
         return specs
 
     def to_json(self) -> str:
-        """Return the file's text: sorted keys, so that equal manifests are equal bytes."""
+        """Return the file's text: equal manifests are equal bytes."""
         document = {
             "schema_version": SCHEMA_VERSION,
             "tool": self.tool,
@@ -155,14 +157,20 @@ class Manifest:
 
 
 def seal_manifest(document: dict[str, Any]) -> str:
-    """Return the file's text for a manifest as JSON, with the SHA-256 of the text without that entry."""
+    """Return the file's text for a manifest as JSON: sorted, and last of all the SHA-256 of the text without it."""
     unsealed = {key: value for key, value in document.items() if key != _SEAL}
-    digest = hashlib.sha256(_dump(unsealed).encode()).hexdigest()
-    return _dump({**unsealed, _SEAL: digest})
+    text = json.dumps(unsealed, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.removesuffix(_END) + _seal(text)
 
 
-def _dump(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+def _seal(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f',\n "{_SEAL}": "{digest}"{_END}\n'
+
+
+def _is_sealed(text: str) -> bool:
+    body = text.rpartition(f',\n "{_SEAL}"')[0]
+    return text == body + _seal(body + _END)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -185,7 +193,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path}: schema version {version!r}; this version reads {SCHEMA_VERSION}."
                 " Use the tool version that the manifest names, or convert again."
             )
-        if text != seal_manifest(document):
+        if not _is_sealed(text):
             raise ManifestError(f"{path}: was changed after it was written. Fetch it again, or convert again.")
         return _from_json(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -214,7 +222,7 @@ def _layer_from_json(entry: dict[str, Any]) -> Layer:
     names = Layer.__dataclass_fields__
     fields = {name: entry[name] for name in names} | {"scale_shape": tuple(entry["scale_shape"])}
     layer = Layer(**fields)
-    expected = json.loads(json.dumps(layer.to_json()))
+    expected = layer.to_json()
     if expected != entry:
         wrong = sorted(key for key in expected.keys() | entry.keys() if expected.get(key) != entry.get(key))
         raise ManifestError(

@@ -1,0 +1,98 @@
+"""Triton: a tile of a quantized weight -> float32, rounded as runtime/decode.py and torch's casts round it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode_tile(
+    weight_ptr,
+    scale_ptr,
+    n,
+    first_k,
+    N,
+    K,
+    SCALES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return columns first_k.. of rows n as DTYPE [BLOCK_N, BLOCK_K], zero outside of [N, K].
+
+    n: int64 [BLOCK_N]. BLOCK_K: a multiple of 32 that divides 128, first_k a multiple of it.
+    SCALES: "group" (MXFP4: uint8 weight [N, K/2], scale [N, K/32]), "tensor", "channel" or "block"
+    (FP8: weight as uint8 [N, K], scale float32).
+    """
+    if SCALES == "group":
+        tile = _decode_mxfp4(weight_ptr, scale_ptr, n, first_k // 32, N, K // 32, BLOCK_N, BLOCK_K // 32)
+    else:
+        tile = _decode_fp8(weight_ptr, scale_ptr, n, first_k, N, K, SCALES, BLOCK_K)
+    # An MXFP4 value has two significant bits and a power of two that bfloat16 holds too.
+    return round_to(tile, DTYPE, SCALES == "group")
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+    """Return float32 x as DTYPE: the nearest value, ties to even. IS_BFLOAT16: each x is a bfloat16 already."""
+    if DTYPE == tl.bfloat16:
+        # In integers: the hardware's cast would do on a GPU, but Triton's interpreter truncates.
+        bits = x.to(tl.int32, bitcast=True)
+        if not IS_BFLOAT16:
+            # Adding to a NaN could carry into its sign.
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        y = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(DTYPE)
+    return y
+
+
+@triton.jit
+def _decode_mxfp4(weight_ptr, scale_ptr, n, first_block, N, n_blocks, BLOCK_N: tl.constexpr, N_BLOCKS: tl.constexpr):
+    block = first_block + tl.arange(0, N_BLOCKS)
+    is_inside = (n < N)[:, None] & (block < n_blocks)[None, :]
+    place = n[:, None] * n_blocks + block[None, :]
+    scale = _decode_e8m0(tl.load(scale_ptr + place, mask=is_inside, other=0))[:, :, None]
+    byte = place[:, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    packed = tl.load(weight_ptr + byte, mask=is_inside[:, :, None], other=0).to(tl.int32)
+    # [BLOCK_N, N_BLOCKS, 16, 2]: the low nibble is the even k
+    pairs = tl.join(_decode_e2m1(packed & 0xF) * scale, _decode_e2m1(packed >> 4) * scale)
+    return pairs.reshape(BLOCK_N, N_BLOCKS * 32)
+
+
+@triton.jit
+def _decode_fp8(weight_ptr, scale_ptr, n, first_k, N, K, SCALES: tl.constexpr, BLOCK_K: tl.constexpr):
+    k = first_k + tl.arange(0, BLOCK_K)
+    is_inside = (n < N)[:, None] & (k < K)[None, :]
+    codes = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=is_inside, other=0).to(tl.int32)
+    if SCALES == "tensor":
+        scale = tl.load(scale_ptr)
+    elif SCALES == "channel":
+        scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+    else:
+        place = (n // 128) * ((K + 127) // 128) + first_k // 128
+        scale = tl.load(scale_ptr + place, mask=n < N, other=0.0)[:, None]
+    return _decode_e4m3(codes) * scale
+
+
+@triton.jit
+def _decode_e2m1(code):
+    # Exponent and mantissa at their places in a float16 stand for 2^-14 of the value, with E2M1's
+    # subnormal 0.5 as float16's own; every GPU handles those.
+    bits = ((code & 7) << 9) | ((code & 8) << 12)
+    return (bits.to(tl.int16).to(tl.float16, bitcast=True) * 16384.0).to(tl.float32)
+
+
+@triton.jit
+def _decode_e4m3(code):
+    # As above: 2^-8 of the value. E4M3's NaN would be 480.
+    bits = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
+    value = (bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0).to(tl.float32)
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def _decode_e8m0(code):
+    # The code is a float32's exponent field, but for 0 (2^-127, a subnormal) and 255 (NaN).
+    exponent = code.to(tl.int32)
+    bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
+    return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)

@@ -1,0 +1,64 @@
+"""Quantized layers for tests of the backends: a weight -> its Layer and its tensors as on disk."""
+
+import torch
+from torch import Tensor
+
+from runtime.backends.backend import Tensors
+from runtime.backends.reference import from_plain
+from runtime.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
+from runtime.contract.dialects import Scheme, scale_shape
+from runtime.contract.formats import FP8_BLOCK_SIZE
+from runtime.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+
+MODULE = "blocks.0.proj"
+SCHEMES = {
+    "mxfp4-aiter": Scheme("mxfp4", "aiter", "group"),
+    "mxfp4-plain": Scheme("mxfp4", "plain", "group"),
+    "fp8-tensor": Scheme("fp8", "plain", "tensor"),
+    "fp8-channel": Scheme("fp8", "plain", "channel"),
+    "fp8-block": Scheme("fp8", "plain", "block"),
+}
+
+
+def describe_layer(scheme: str, N: int, K: int, *, is_static: bool = False) -> Layer:
+    """Return the Layer of an [N, K] weight, without its tensors."""
+    chosen = SCHEMES[scheme]
+    roles = [WEIGHT, WEIGHT_SCALE] + [INPUT_SCALE] * is_static
+    return Layer(
+        module=MODULE,
+        format=chosen.format,
+        N=N,
+        K=K,
+        source_tensor=f"{MODULE}.weight",
+        source_dtype="BF16",
+        layout=chosen.layout,
+        granularity=chosen.granularity,
+        scale_rule="even",
+        tensors={role: f"{MODULE}.{role}" for role in roles},
+        scale_shape=scale_shape(N, K, chosen, "mxfp4"),
+    )
+
+
+def make_layer(scheme: str, weight: Tensor, input_scale: float | None = None) -> tuple[Layer, Tensors]:
+    """Quantize ``weight`` [N, K] with the contract's codec, or take it as it is where every value has a code."""
+    layer = describe_layer(scheme, *weight.shape, is_static=input_scale is not None)
+    if layer.format == "mxfp4":
+        packed, codes = quantize_mxfp4(weight, "even")
+        return layer, from_plain(layer, {WEIGHT: packed, WEIGHT_SCALE: codes})
+    scale = fp8_scale(_amax(weight, layer.granularity))
+    tensors = {
+        WEIGHT: quantize_fp8(weight, expand_fp8_scale(scale, *weight.shape)),
+        WEIGHT_SCALE: scale.reshape(layer.scale_shape),
+    }
+    if input_scale is not None:
+        tensors[INPUT_SCALE] = torch.tensor([input_scale])
+    return layer, tensors
+
+
+def _amax(weight: Tensor, granularity: str) -> Tensor:
+    if granularity == "tensor":
+        return weight.abs().amax().reshape(1)
+    if granularity == "channel":
+        return weight.abs().amax(1)
+    bands = weight.abs().split(FP8_BLOCK_SIZE, dim=0)
+    return torch.stack([torch.stack([block.amax() for block in band.split(FP8_BLOCK_SIZE, 1)]) for band in bands])
