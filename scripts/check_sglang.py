@@ -6,80 +6,40 @@ process_weights_after_loading, decodes what the model then holds, and compares i
 linears are compared as SGLang fuses them. Prints one line per linear and a verdict; exit 1 on a defect.
 
     scripts/setup_sglang.sh DIR
-    DIR/bin/python scripts/check_sglang.py CONVERTED BF16 [--persona h100|mi300x]
+    DIR/bin/python scripts/check_sglang.py CONVERTED... BF16 [--persona h100|mi300x|mi355x] [--tp 1 2 4]
 
-The GPU is an EMULATION. ``--persona`` replaces the answers to "which GPU is this" where loading asks for them
-(see Persona) and the one FP8 cast that SGLang does in a GPU kernel. Model construction, loading and
-post-load processing are SGLang's own; no matrix is multiplied, so this says nothing about speed, kernels
-or activations. Two packages that do not load on a CPU are filled in: torchvision's operators, torchaudio.
+MXFP4 comes in by the plug-in, which SGLang finds by its entry point. What its linears hold is decoded and
+multiplied by the reference backend. ``--tp N`` loads every rank of N, one after the other, and joins their
+parts; there the layers that the plug-in does not hold are left out.
+
+GPU and ranks are EMULATIONS, see sglang_on_cpu.py: this says nothing about speed, GPU kernels or activations.
 
 SGLang reads Z-Image's sizes under names of its own. A Z-Image in other than the published size needs
 num_layers, num_attention_heads and out_channels beside n_layers, n_heads and in_channels in both config.json.
 """
 
 import argparse
-import importlib.machinery
 import json
-import os
 import sys
-import tempfile
-import types
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
+from sglang_on_cpu import PERSONAS, Loaded, SGLang, Tensors
 
-# A registered model of each class: SGLang takes the pipeline's configuration from its name.
-MODEL_IDS = {
-    "ZImageTransformer2DModel": "Z-Image-Turbo",
-    "FluxTransformer2DModel": "FLUX.1-dev",
-    "Flux2Transformer2DModel": "FLUX.2-dev",
-    "QwenImageTransformer2DModel": "Qwen-Image",
-    "WanTransformer3DModel": "Wan2.2-T2V-A14B-Diffusers",
-    "HunyuanVideoTransformer3DModel": "HunyuanVideo",
-    "LTX2VideoTransformer3DModel": "LTX-2",
-}
-WAN_IMAGE_TO_VIDEO = "Wan2.1-I2V-14B-480P-Diffusers"
+from runtime.contract.codec import dequantize_fp8, dequantize_mxfp4
+from runtime.contract.formats import MXFP4_BLOCK_SIZE
+from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, read_manifest
 
-# Rounding to e4m3 with one scale per tensor or block costs 0.026 of a matrix of normal numbers.
+# Rounding to e4m3 with one scale per tensor or block costs 0.026 of a matrix of normal numbers, to e2m1
+# with one scale for 32 values 0.112.
 MAX_QUANTIZATION_ERROR = 0.032
+MAX_MXFP4_ERROR = 0.13
 # What loading may add to that: MI300X requantizes fused linears through FP16.
 MAX_LOADING_ERROR = 1e-3
-
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Persona:
-    """What an emulated GPU answers while a checkpoint is loaded."""
-
-    is_cuda: bool
-    is_rocm: bool
-    has_cutlass_fp8: bool
-    is_fnuz: bool
-    capability: tuple[int, int]
-
-
-PERSONAS = {
-    "h100": Persona(is_cuda=True, is_rocm=False, has_cutlass_fp8=True, is_fnuz=False, capability=(9, 0)),
-    "mi300x": Persona(is_cuda=False, is_rocm=True, has_cutlass_fp8=False, is_fnuz=True, capability=(9, 4)),
-}
-
-
-@dataclass
-class Loaded:
-    """A model that SGLang loaded. ``expected`` are the names in its state before loading.
-
-    ``to_runtime`` maps a checkpoint to the model's names, fusing as SGLang fuses, ``to_name`` one name.
-    """
-
-    model: torch.nn.Module
-    expected: set[str]
-    to_runtime: Callable[[Tensors], Tensors]
-    to_name: Callable[[str], str]
 
 
 @dataclass
@@ -90,34 +50,51 @@ class Report:
     defects: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     worst: float = 0.0
+    n_plugin: int = 0
 
 
 def main() -> int:
     """Print the report; return 1 where SGLang holds something else than the source says."""
     parser = argparse.ArgumentParser(description="Compare what SGLang loads from CONVERTED with BF16.")
-    parser.add_argument("converted", type=Path, help="the converter's output, with config.json")
-    parser.add_argument("bf16", type=Path, help="the folder it was made from")
+    parser.add_argument("converted", type=Path, nargs="+", help="outputs of the converter for one model")
+    parser.add_argument("bf16", type=Path, help="the folder they were made from")
     parser.add_argument("--persona", choices=PERSONAS, default="h100", help="GPU to emulate (default: h100)")
-    parser.add_argument("--quiet", action="store_true", help="print defects and the verdict alone")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1], help="numbers of ranks to emulate (default: 1)")
+    parser.add_argument("--component", default="transformer", help="its name in the pipeline (default: transformer)")
+    parser.add_argument("--without-plugins", action="store_true", help="leave out the plug-ins that are installed")
+    parser.add_argument("--quiet", action="store_true", help="print defects and the verdicts alone")
     arguments = parser.parse_args()
-    config_bytes = (arguments.converted / "config.json").read_bytes()
+    sglang = SGLang(arguments.bf16, PERSONAS[arguments.persona], plugins=not arguments.without_plugins)
+    return max(
+        [check(sglang, folder, arguments, n_ranks) for folder in arguments.converted for n_ranks in arguments.tp]
+    )
+
+
+def check(sglang: SGLang, folder: Path, arguments: argparse.Namespace, n_ranks: int) -> int:
+    """Print the report for one folder and number of ranks; return 1 where anything is wrong."""
+    component = arguments.component
+    where = f"{folder.name}: {component}, {arguments.persona}, tp {n_ranks}, emulated"
+    config_bytes = (folder / "config.json").read_bytes()
     try:
-        loaded = load_in_sglang(arguments.converted, PERSONAS[arguments.persona])
+        ranks = [sglang.load(folder, rank, n_ranks, component) for rank in range(n_ranks)]
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        print(f"REFUSED ({arguments.persona}): {type(error).__name__}: {error}")
+        print(f"REFUSED ({where}): {type(error).__name__}: {error}")
         return 1
-    report = compare(loaded, read_tensors(arguments.converted), read_tensors(arguments.bf16))
-    if (arguments.converted / "config.json").read_bytes() != config_bytes:
+    report = compare(ranks, folder, read_tensors(arguments.bf16))
+    if (folder / "config.json").read_bytes() != config_bytes:
         report.defects.append("config.json: SGLang rewrote it in place")
     for line in [] if arguments.quiet else [*report.lines, *report.notes]:
         print(line)
     for defect in report.defects:
         print(f"DEFECT {defect}")
     verdict = f"WRONG, {len(report.defects)} defects" if report.defects else "RIGHT"
-    print(f"{verdict} ({arguments.persona}, emulated): {len(report.lines)} linears, worst error {report.worst:.4f}")
+    print(
+        f"{verdict} ({where}): {len(report.lines)} linears, {report.n_plugin} by the plug-in,"
+        f" worst error {report.worst:.4f}"
+    )
     return 1 if report.defects else 0
 
 
@@ -138,17 +115,24 @@ def read_tensors(folder: Path) -> Tensors:
 # Comparing
 
 
-def compare(loaded: Loaded, converted: Tensors, source: Tensors) -> Report:
-    """Compare every parameter that SGLang holds with the source, and FP8 ones with the converted file too."""
+def compare(ranks: list[Loaded], folder: Path, source: Tensors) -> Report:
+    """Compare every parameter that SGLang holds with the source, and quantized ones with the converted file too."""
     report = Report()
+    converted = read_tensors(folder)
+    loaded = ranks[0]
     held = loaded.to_runtime(converted)
     wanted = loaded.to_runtime(source)
-    stored = loaded.to_runtime(decode_stored(converted))
+    stored = loaded.to_runtime(decode_stored(folder, converted))
     _compare_keys(report, loaded, held, wanted)
-    seen = set()
+    by_plugin = _compare_plugin(report, ranks, wanted, stored)
+    if len(ranks) > 1:
+        return report
+    seen = {f"{name}.weight" for name in by_plugin}
     for module_name, module in loaded.model.named_modules():
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
             if name.rpartition(".")[2] in ("weight_scale", "weight_scale_inv"):
+                continue
+            if module_name in by_plugin and not name.endswith(".bias"):
                 continue
             if name.endswith(".input_scale"):
                 _compare_input_scale(report, name, parameter, converted, loaded)
@@ -167,18 +151,87 @@ def compare(loaded: Loaded, converted: Tensors, source: Tensors) -> Report:
     return report
 
 
-def decode_stored(converted: Tensors) -> Tensors:
-    """Return the converted file's tensors under the source's names, FP8 weights as float32."""
-    decoded = {}
-    for name, tensor in converted.items():
-        if tensor.dtype == torch.float8_e4m3fn:
-            module = name.removesuffix(".weight")
-            scale = converted.get(f"{module}.weight_scale", converted.get(f"{module}.weight_scale_inv"))
-            # Without a scale SGLang takes 1.0; the missing key is reported elsewhere.
-            decoded[name] = decode(tensor, torch.ones(1) if scale is None else scale)
-        elif not name.endswith(("_scale", "_scale_inv")):
-            decoded[name] = tensor
+def decode_stored(folder: Path, converted: Tensors) -> Tensors:
+    """Return the converted file's tensors under the source's names, quantized weights as float32."""
+    manifest = read_manifest(folder)
+    decoded = {name: converted[name] for name in manifest.kept}
+    for layer in manifest.layers.values():
+        decoded[layer.source_tensor] = decode_layer(
+            layer, converted[layer.tensors[WEIGHT]], converted[layer.tensors[WEIGHT_SCALE]]
+        )
     return decoded
+
+
+def decode_layer(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the float32 [N, K] of a layer, by the contract alone."""
+    if layer.format == "fp8":
+        return dequantize_fp8(weight, scale)
+    if layer.layout == "aiter":
+        weight = AITER_WEIGHT.unshuffle(weight)
+        scale = AITER_SCALE.unshuffle(scale)[: layer.N, : layer.K // MXFP4_BLOCK_SIZE]
+    return dequantize_mxfp4(weight, scale)
+
+
+def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored: Tensors) -> list[str]:
+    """Compare the linears that the plug-in holds, joined over the ranks; return their names."""
+    from runtime.integrations.sglang.method import QuantizedLinearMethod
+
+    modules = [dict(rank.model.named_modules()) for rank in ranks]
+    names = [
+        name
+        for name, module in modules[0].items()
+        if isinstance(getattr(module, "quant_method", None), QuantizedLinearMethod)
+    ]
+    for name in names:
+        linears = [rank[name] for rank in modules]
+        key = f"{name}.weight"
+        value = join_ranks(linears, [_decode_part(linear) for linear in linears])
+        error = relative_error(value, wanted[key])
+        layer, backend = linears[0].quant_method.layer, linears[0].quant_method.backend.name
+        layouts = "+".join(sorted({linear.quant_method.layer.layout for linear in linears}))
+        report.worst = max(report.worst, error)
+        report.n_plugin += 1
+        report.lines.append(
+            f"{key}  {layer.format} {layouts} {[layer.N, layer.K]} a rank, {backend}  error {error:.4f}"
+        )
+        if not torch.equal(value, stored[key]):
+            report.defects.append(f"{key}: is not what the converted file says")
+        if error > (MAX_MXFP4_ERROR if layer.format == "mxfp4" else MAX_QUANTIZATION_ERROR):
+            report.defects.append(f"{key}: off by {error:.4g} from the source")
+        if len(ranks) == 1:
+            _compare_product(report, key, linears[0], value)
+    return names
+
+
+def _decode_part(linear: torch.nn.Module) -> torch.Tensor:
+    """Return the float32 of what a rank holds, its operands put back into the order on disk first."""
+    method = linear.quant_method
+    tensors = method.backend.restore(method.layer, method.operands(linear))
+    return decode_layer(method.layer, tensors[WEIGHT], tensors[WEIGHT_SCALE])
+
+
+def join_ranks(linears: list[torch.nn.Module], parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return the whole weight of the ranks' parts, segment by segment, as SGLang shards this kind of linear."""
+    if len(parts) == 1 or not hasattr(linears[0], "tp_size"):
+        return parts[0]
+    is_row_parallel = type(linears[0]).__name__ == "RowParallelLinear"
+    axis = 1 if is_row_parallel else 0
+    sizes = getattr(linears[0], "input_sizes" if is_row_parallel else "output_sizes", None)
+    if sizes is None:
+        return torch.cat(parts, axis)
+    shares = [part.split([size // len(parts) for size in sizes], axis) for part in parts]
+    return torch.cat([torch.cat([share[i] for share in shares], axis) for i in range(len(sizes))], axis)
+
+
+def _compare_product(report: Report, key: str, linear: torch.nn.Module, weight: torch.Tensor) -> None:
+    """SGLang's own forward of the linear against F.linear with the decoded weight, both in BF16."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, weight.shape[1]).bfloat16()
+    bias = None if linear.skip_bias_add else linear.bias
+    with torch.no_grad():
+        product, _ = linear(x)
+    if not torch.equal(product, F.linear(x, weight.bfloat16(), bias)):
+        report.defects.append(f"{key}: multiplies to something else than its decoded weight does")
 
 
 def decode(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -254,128 +307,6 @@ def _compare_input_scale(report: Report, name: str, value: torch.Tensor, convert
     wanted = max(float(tensor.max()) for tensor in members) * (2 if is_fnuz else 1)
     if float(value) != wanted:
         report.defects.append(f"{name}: {float(value):.6g}, should be {wanted:.6g}")
-
-
-# Loading
-
-
-def load_in_sglang(folder: Path, persona: Persona) -> Loaded:
-    """Return the model as SGLang holds it, ready for its first request. Raises what SGLang raises."""
-    _fill_in_torchvision()
-    _fill_in_torchaudio()
-    os.environ["SGLANG_DIFFUSION_PLATFORM_OVERRIDE"] = "cpu"
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    from sglang.multimodal_gen.registry import _get_config_info
-    from sglang.multimodal_gen.runtime.distributed import parallel_state
-    from sglang.multimodal_gen.runtime.loader import fsdp_load
-    from sglang.multimodal_gen.runtime.loader.component_loaders.component_loader import ComponentLoader
-    from sglang.multimodal_gen.runtime.models.registry import ModelRegistry
-    from sglang.multimodal_gen.runtime.server_args import server_args as server
-
-    info = _get_config_info("unused", model_id=_model_id(folder))
-    with tempfile.TemporaryDirectory() as empty:
-        arguments = server.ServerArgs(
-            model_path=empty,
-            pipeline_config=info.pipeline_config_cls(),
-            component_paths={"transformer": str(folder.resolve())},
-            log_level="warning",
-        )
-        server.set_global_server_args(arguments)
-        parallel_state.maybe_init_distributed_environment_and_model_parallel(
-            1, 1, distributed_init_method=f"file://{empty}/rendezvous"
-        )
-        model_class = json.loads((folder / "config.json").read_text())["_class_name"]
-        ModelRegistry.resolve_model_cls(model_class)  # its imports must not meet the persona
-        _emulate(persona)
-
-        # Looks on: which names the new model has, and how SGLang maps a checkpoint's names to them.
-        seen: dict[str, Any] = {}
-        load_state = fsdp_load.load_model_from_full_model_state_dict
-
-        def observe(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            seen.update(expected=set(model.state_dict()), mapping=kwargs["param_names_mapping"])
-            return load_state(model, *args, **kwargs)
-
-        fsdp_load.load_model_from_full_model_state_dict = observe
-        loader = ComponentLoader.for_component_type("transformer", "diffusers")
-        model = loader.load_customized(str(folder.resolve()), arguments, "transformer")
-
-    def to_runtime(tensors: Tensors) -> Tensors:
-        items: Iterator[tuple[str, torch.Tensor]] = iter(tensors.items())
-        preprocess = getattr(model, "preprocess_loaded_state_dict", None)
-        if preprocess is not None:
-            items = preprocess(items)
-        return fsdp_load.hf_to_custom_state_dict(items, seen["mapping"], valid_target_names=seen["expected"])[0]
-
-    def to_name(name: str) -> str:
-        target = seen["mapping"](name)[0]
-        return name if target not in seen["expected"] and name in seen["expected"] else target
-
-    return Loaded(model, seen["expected"], to_runtime, to_name)
-
-
-def _model_id(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text())
-    class_name = config["_class_name"]
-    if class_name not in MODEL_IDS:
-        sys.exit(f"{class_name}: no model of this class is known here. Known: {', '.join(MODEL_IDS)}.")
-    if class_name == "WanTransformer3DModel" and config.get("image_dim"):
-        return WAN_IMAGE_TO_VIDEO
-    return MODEL_IDS[class_name]
-
-
-def _emulate(persona: Persona) -> None:
-    """Give the persona's answers wherever SGLang's loading asks which GPU this is (0.5.23)."""
-    from sglang.kernels.ops.quantization import fp8_kernel
-    from sglang.multimodal_gen.runtime.layers.quantization import fp8, modelopt_quant
-    from sglang.multimodal_gen.runtime.platforms import current_platform
-    from sglang.multimodal_gen.runtime.platforms.interface import DeviceCapability
-    from sglang.srt.layers.quantization import utils
-
-    platform = type(current_platform)
-    platform.is_cpu = classmethod(lambda cls: False)
-    platform.is_cuda = classmethod(lambda cls: persona.is_cuda)
-    platform.is_rocm = platform.is_hip = classmethod(lambda cls: persona.is_rocm)
-    platform.get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(*persona.capability))
-    fp8._is_cpu, fp8._is_cuda, fp8._is_hip = False, persona.is_cuda, persona.is_rocm
-    fp8._is_fp8_fnuz = persona.is_fnuz
-    fp8.can_auto_enable_marlin_fp8 = lambda: False  # only for GPUs older than FP8
-    fp8.cutlass_fp8_supported = modelopt_quant.cutlass_fp8_supported = lambda: persona.has_cutlass_fp8
-    fp8_kernel.is_fp8_fnuz = modelopt_quant.is_fp8_fnuz = lambda: persona.is_fnuz
-    fp8_dtype, fp8_max = (torch.float8_e4m3fnuz, 224.0) if persona.is_fnuz else (torch.float8_e4m3fn, 448.0)
-
-    def scaled_fp8_quant(tensor: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As fp8_kernel._native_static_quant_fp8; CUDA has a kernel for it."""
-        return torch.clamp(tensor.float() / scale, -fp8_max, fp8_max).to(fp8_dtype), scale
-
-    utils.scaled_fp8_quant = scaled_fp8_quant
-
-
-def _fill_in_torchvision() -> None:
-    """Declare the operators whose library does not load beside a CPU build of torch."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT_ALIVE.append(library)
-
-
-_KEPT_ALIVE: list[object] = []
-
-
-def _fill_in_torchaudio() -> None:
-    """Put an empty torchaudio in place: it is imported, and never used to load a transformer."""
-
-    class Stub(types.ModuleType):
-        __path__: list[str] = []  # noqa: RUF012
-
-        def __getattr__(self, name: str) -> object:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return Stub(f"{self.__name__}.{name}")
-
-    stub = Stub("torchaudio")
-    stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None, is_package=True)
-    sys.modules["torchaudio"] = stub
 
 
 if __name__ == "__main__":

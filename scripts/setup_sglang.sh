@@ -38,4 +38,6 @@ fi
     starlette==1.10.0 sympy==1.14.0 tokenizers==0.23.3 tqdm==4.70.1 traitlets==5.16.1 truststore==0.10.5 \
     typer==0.29.2 typing_extensions==4.16.0 typing-inspection==0.4.5 urllib3==2.8.0 uvicorn==0.54.0 \
     wcwidth==0.9.4 yarl==1.25.1
+# Our plug-in, as a user installs it: SGLang finds it by its entry point.
+"${install[@]}" --no-deps --no-build-isolation -e "$(dirname "$(dirname "$(realpath "$0")")")"
 echo "setup: ready. Use $dir/bin/python scripts/check_sglang.py CONVERTED BF16"

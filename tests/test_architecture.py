@@ -33,6 +33,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "fsspec": ("convert/url_store.py",),
     "diffusers": ("runtime/integrations/",),
     "transformers": ("runtime/integrations/",),
+    "sglang": ("runtime/integrations/sglang/",),
     "accelerate": ("runtime/integrations/",),
 }
 

@@ -39,6 +39,10 @@ class TransientError(FetchError):
         super().__init__(text)
 
 
+class SliceError(CheckpointError):
+    """Rows or columns of a quantized weight that can't be had without changing its values."""
+
+
 class BackendError(CheckpointError):
     """No backend, or not the one asked for, can run a layer on a machine."""
 

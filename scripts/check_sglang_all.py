@@ -1,0 +1,195 @@
+"""Convert the small models of tests/models.py in every way that SGLang reads, and check each in SGLang 0.5.23.
+
+    scripts/setup_sglang.sh DIR
+    .venv/bin/python scripts/check_sglang_all.py DIR/bin/python [--models flux1 wan-2.2] [--variants mxfp4]
+
+Each check is scripts/check_sglang.py in the Python that has SGLang: read there what is emulated and what is
+compared. Prints one line per model, variant and number of ranks; exit 1 on a defect. What SGLang reads by
+itself is loaded without plug-ins, FP8 a second time with ours, which must leave it alone. FLUX.1 also runs
+(scripts/forward_sglang.py).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from convert.options import Options  # noqa: E402
+from convert.pipeline import convert_checkpoint  # noqa: E402
+from convert.progress import Silent  # noqa: E402
+from runtime.contract.manifest import Layer, read_manifest  # noqa: E402
+from runtime.dequantize import dequantize  # noqa: E402
+from runtime.progress import Silent as SilentReading  # noqa: E402
+from tests.models import MODELS, save  # noqa: E402
+
+MODEL_NAMES = tuple(name for name, case in MODELS.items() if case.preset != "dense-llm")
+# SGLang's name -> diffusers' name, in Z-Image's config.json: in reduced sizes SGLang needs its own.
+Z_IMAGE_NAMES = {"num_layers": "n_layers", "num_attention_heads": "n_heads", "out_channels": "in_channels"}
+# Heads are shared out whole, and the small Z-Image has six.
+MAX_RANKS = {"z-image": 2}
+# Wan 2.2 has two transformers.
+COMPONENTS = {"wan-2.2": ("transformer", "transformer_2")}
+VERDICTS = ("RIGHT", "WRONG", "REFUSED")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to convert. ``prepare`` writes a file that an option names."""
+
+    options: dict[str, str]
+    prepare: Callable[[dict[str, Layer], Path], dict[str, Path]] | None = None
+
+
+def write_mixed_recipe(layers: dict[str, Layer], folder: Path) -> dict[str, Path]:
+    """A third of the fused groups FP8, a third BF16, the rest MXFP4."""
+    groups = sorted({layer.fused_group or layer.module for layer in layers.values()})
+    formats = {group: ("mxfp4", "fp8", "keep")[i % 3] for i, group in enumerate(groups)}
+    rules = [
+        f'[[rules]]\nmatch = "{layer.module}"\nformat = "{formats[layer.fused_group or layer.module]}"\n'
+        for layer in layers.values()
+    ]
+    path = folder / "mixed.toml"
+    path.write_text("".join(rules))
+    return {"recipe": path}
+
+
+def write_calibration(layers: dict[str, Layer], folder: Path) -> dict[str, Path]:
+    path = folder / "calibration.safetensors"
+    save_file({f"{module}.input_amax": torch.tensor([2.0 + i]) for i, module in enumerate(sorted(layers))}, path)
+    return {"calibration": path}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Variants that one SGLang process loads, name -> variant, with and without tensor parallelism."""
+
+    persona: str
+    plugins: bool
+    ranks: tuple[int, ...]
+    variants: dict[str, Variant]
+
+
+FP8 = Variant({"format": "fp8"})
+SESSIONS = (
+    Session(
+        "mi355x",
+        plugins=True,
+        ranks=(1, 2, 4),
+        variants={
+            "mxfp4": Variant({"format": "mxfp4"}),
+            "mxfp4-plain": Variant({"format": "mxfp4", "layout": "plain", "dialect": "mxfp4"}),
+            "mxfp4-mixed": Variant({"format": "mxfp4"}, write_mixed_recipe),
+            "quark": Variant({"format": "mxfp4", "layout": "plain"}),
+        },
+    ),
+    Session("mi355x", plugins=True, ranks=(1,), variants={"fp8-beside-plugin": FP8}),
+    Session(
+        "h100",
+        plugins=False,
+        ranks=(1,),
+        variants={
+            "fp8": FP8,
+            "fp8-block": Variant({"format": "fp8", "granularity": "block"}),
+            "fp8-static": Variant({"format": "fp8"}, write_calibration),
+        },
+    ),
+)
+
+FORWARD_VARIANTS = {"mxfp4", "mxfp4-mixed"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check what SGLang loads, for small models of every class.")
+    parser.add_argument("python", type=Path, help="the Python made by setup_sglang.sh")
+    parser.add_argument("--models", nargs="+", choices=MODEL_NAMES, default=MODEL_NAMES)
+    names = [name for session in SESSIONS for name in session.variants]
+    parser.add_argument("--variants", nargs="+", choices=names, default=names)
+    arguments = parser.parse_args()
+    n_wrong = 0
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            source = make_source(name, Path(folder))
+            for session in SESSIONS:
+                wanted = {key: variant for key, variant in session.variants.items() if key in arguments.variants}
+                if wanted:
+                    n_wrong += check(arguments.python, name, source, replace(session, variants=wanted))
+            for variant in FORWARD_VARIANTS & set(arguments.variants) if name == "flux1" else ():
+                n_wrong += check_forward(arguments.python, name, source, variant)
+    print(f"{n_wrong} wrong" if n_wrong else "all right")
+    return 1 if n_wrong else 0
+
+
+def make_source(name: str, folder: Path) -> Path:
+    """Save the BF16 model and return its folder."""
+    source = folder / "bf16"
+    save(MODELS[name], MODELS[name].build(), str(source))
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    if config["_class_name"] == "ZImageTransformer2DModel":
+        config |= {sglang: config[diffusers] for sglang, diffusers in Z_IMAGE_NAMES.items()}
+        path.write_text(json.dumps(config))
+    return source
+
+
+def check(python: Path, name: str, source: Path, session: Session) -> int:
+    """Convert, run check_sglang.py, print its verdicts; return how many are not RIGHT."""
+    outputs = [convert_variant(source, key, variant) for key, variant in session.variants.items()]
+    ranks = [n for n in session.ranks if n <= MAX_RANKS.get(name, n)]
+    options = ["--quiet", "--persona", session.persona, "--tp", *map(str, ranks)]
+    options += [] if session.plugins else ["--without-plugins"]
+    n_wrong = 0
+    for component in COMPONENTS.get(name, ("transformer",)):
+        command = [*map(str, outputs), str(source), *options, "--component", component]
+        n_wrong += run(python, name, "check_sglang.py", command, n_expected=len(outputs) * len(ranks))
+    return n_wrong
+
+
+def check_forward(python: Path, name: str, source: Path, variant: str) -> int:
+    converted, plain = source.parent / variant, source.parent / f"{variant}-dequantized"
+    dequantize(converted, plain, dtype="bfloat16", progress=SilentReading())
+    return run(python, name, "forward_sglang.py", [str(converted), str(plain), str(source)], 1)
+
+
+def run(python: Path, name: str, script: str, arguments: list[str], n_expected: int) -> int:
+    """Run a script in SGLang's Python, print its verdicts; return how many of the expected are not RIGHT."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [str(python), str(ROOT / "scripts" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    verdicts = [line for line in done.stdout.splitlines() if line.startswith(VERDICTS)]
+    for line in verdicts:
+        print(f"{name:14} {line}", flush=True)
+    n_wrong = n_expected - sum(line.startswith("RIGHT") for line in verdicts)
+    if n_wrong:
+        print("\n".join([*done.stdout.splitlines(), *done.stderr.splitlines()[-40:]]), flush=True)
+    return n_wrong
+
+
+def convert_variant(source: Path, name: str, variant: Variant) -> Path:
+    output = source.parent / name
+    files: dict[str, Path] = {}
+    if variant.prepare:
+        convert(source, source.parent / "first", variant.options)
+        files = variant.prepare(read_manifest(source.parent / "first").layers, source.parent)
+        shutil.rmtree(source.parent / "first")
+    convert(source, output, {**variant.options, **files})
+    return output
+
+
+def convert(source: Path, output: Path, options: dict[str, str | Path]) -> None:
+    convert_checkpoint(source, output, Options(**options), n_workers=2, restart=True, progress=Silent())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
