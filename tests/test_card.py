@@ -140,6 +140,7 @@ def test_every_dialect_has_commands_that_parse(scheme: str, make: Callable[..., 
 
 
 @pytest.mark.parametrize("scheme", ["fp8-channel-compressed-tensors", "mxfp4-compressed-tensors", "fp8-block"])
+@pytest.mark.usefixtures("own_tables")
 def test_the_transformers_block_runs_as_printed(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.models import MODELS, save
 
@@ -153,6 +154,7 @@ def test_the_transformers_block_runs_as_printed(scheme: str, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("scheme", ["mxfp4-aiter", "fp8-tensor"])
+@pytest.mark.usefixtures("own_tables")
 def test_the_diffusers_block_runs_as_printed(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(FLUX_DIGITS, tmp_path / "out", **SCHEMES[scheme])
     monkeypatch.chdir(tmp_path)

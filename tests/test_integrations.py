@@ -27,17 +27,10 @@ CASES = [(name, format_) for name in MODELS for format_ in FORMATS if format_ in
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register in copies of the libraries' tables, so that other tests meet the libraries as they are."""
-    import diffusers.quantizers.auto
-    import transformers.quantizers.auto
-
+def registered(own_tables: None) -> None:
     import runtime.integrations.diffusers
     import runtime.integrations.transformers
 
-    for auto in (diffusers.quantizers.auto, transformers.quantizers.auto):
-        for table in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-            monkeypatch.setattr(auto, table, dict(getattr(auto, table)))
     runtime.integrations.diffusers.register()
     runtime.integrations.transformers.register()
 
