@@ -1,11 +1,11 @@
 """A converted checkpoint to read: manifest and headers now, rows of its tensors on demand."""
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class TensorReader:
         self._folder = folder
         self._places = {tensor.spec.name: (shard, tensor) for shard, tensor in folder.tensors()}
         self._fds: dict[str, int] = {}
-        self._mapped: dict[str, Any] = {}
+        self._mapped: dict[str, Tensor] = {}
 
     def spec(self, name: str) -> TensorSpec | None:
         """Return the spec of a stored tensor, None where there is none of that name."""
@@ -68,12 +68,10 @@ class TensorReader:
         """
         shard, stored = self._places[name]
         if shard.name not in self._mapped:
-            nbytes = shard.header.file_nbytes
-            storage = torch.UntypedStorage.from_file(str(shard.path), shared=False, nbytes=nbytes)
-            self._mapped[shard.name] = storage
-        storage = self._mapped[shard.name]
-        empty = torch.empty(0, dtype=torch.uint8)
-        return empty.set_(storage, stored.offset, (stored.spec.nbytes,))  # type: ignore[call-overload, no-any-return]
+            access = mmap.PROT_READ | mmap.PROT_WRITE  # of pages that are our own as soon as they are written
+            mapped = mmap.mmap(self._fds[shard.name], shard.header.file_nbytes, flags=mmap.MAP_PRIVATE, prot=access)
+            self._mapped[shard.name] = torch.frombuffer(mapped, dtype=torch.uint8)
+        return self._mapped[shard.name][stored.offset : stored.end]
 
     def read_all(self, name: str) -> Tensor:
         """Return uint8 [nbytes]: the whole tensor. For scales of FP8 and other small ones."""

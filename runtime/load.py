@@ -112,5 +112,8 @@ def _finish(model: nn.Module, device: torch.device) -> None:
             f"{type(model).__name__}: {', '.join(empty)} are on the meta device and not stored in a checkpoint."
             " Build it under accelerate.init_empty_weights(include_buffers=False), which leaves such buffers real."
         )
-    nn.Module.to(model, device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
     model.requires_grad_(False).eval()

@@ -101,7 +101,7 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"{path.name}: not a usable index ({type(error).__name__}: {error}). Fetch it again.")
         return {}
-    unsafe = sorted({name for name in weight_map.values() if unsafe_file_name(name)})
+    unsafe = sorted(name for name in set(weight_map.values()) if unsafe_file_name(name))
     problems += [f"{path.name}: names {name!r}, which is not a file of this folder." for name in unsafe]
     return {tensor: name for tensor, name in weight_map.items() if name not in unsafe}
 
