@@ -36,7 +36,6 @@ class QuantizedLinear(nn.Module):
     def __init__(self, layer: Layer, bias: nn.Parameter | None = None, backend: str | None = None):
         super().__init__()
         self.layer = layer
-        self.in_features, self.out_features = layer.K, layer.N
         self.register_parameter("bias", bias)
         self.asked = backend
         self.store(
@@ -46,12 +45,20 @@ class QuantizedLinear(nn.Module):
             }
         )
 
+    @property
+    def in_features(self) -> int:
+        return self.layer.K
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.N
+
     def forward(self, x: Tensor) -> Tensor:
         if self.prepared_for != x.device.type:
             self.prepare(x.device)
-        flat = x.reshape(-1, self.in_features).contiguous()
+        flat = x.reshape(-1, self.layer.K).contiguous()
         product = self._matmul(flat, self._operands(), self.bias)
-        return product.reshape(*x.shape[:-1], self.out_features)
+        return product.reshape(*x.shape[:-1], self.layer.N)
 
     def prepare(self, device: torch.device) -> None:
         """Choose a backend for ``device``, where the tensors must lie already, and hand them over.

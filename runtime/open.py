@@ -9,12 +9,12 @@ from typing import Any
 from runtime.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from runtime.components import find_components
 from runtime.contract.dialects import PRIVATE_KEY
+from runtime.contract.durable import describe_file
 from runtime.contract.errors import CheckpointError, ManifestError, ProblemsError
 from runtime.contract.folder import CONFIG_NAME, SUFFIX, read_folder
 from runtime.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
 from runtime.declared import layers_in_headers
-from runtime.progress import Silent
-from runtime.verify_files import config_faults, file_faults
+from runtime.verify_files import config_faults
 
 
 @contextmanager
@@ -64,8 +64,11 @@ def _changed_files(checkpoint: Checkpoint) -> list[str]:
     """Return a fault for each file that matters here; hashing the shards is run-ckpt verify's work."""
     files = checkpoint.manifest.files
     index = checkpoint.folder.index_name
-    small = {name: entry for name, entry in files.items() if name in (CONFIG_NAME, index)}
-    faults = file_faults(checkpoint.path, small, "the manifest", Silent())
+    faults = [
+        f"{name}: missing, or not the file that the manifest describes. Fetch it again, or convert again."
+        for name in sorted(files.keys() & {CONFIG_NAME, index})
+        if not (checkpoint.path / name).is_file() or describe_file(checkpoint.path / name) != files[name]
+    ]
     faults += config_faults(checkpoint.path, checkpoint.manifest)
     for shard in checkpoint.folder.shards:
         listed = files.get(shard.name, {}).get("nbytes")
