@@ -139,6 +139,12 @@ def test_the_table_of_backends_loads_none_of_their_packages() -> None:
     assert not loaded_modules(code) & {"aiter", "petit_kernel", "triton", "numba", "convert"}
 
 
+def test_the_loader_needs_torch_alone() -> None:
+    code = "import json, sys, runtime\nruntime.load_quantized\nprint('MODULES', json.dumps(sorted(sys.modules)))"
+    unwanted = {package for package in HOMES if package != "llvmlite"} | {"convert", "safetensors", "scipy"}
+    assert not loaded_modules(code) & unwanted
+
+
 def test_help_imports_nothing_heavy() -> None:
     assert not loaded_modules(_HELP, "--help") & _HEAVY
 
