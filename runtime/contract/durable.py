@@ -22,7 +22,7 @@ def write_durably(path: Path, text: str) -> None:
 def hash_file(fd: int) -> str:
     """Return the SHA-256 of an open file."""
     digest = hashlib.sha256()
-    buffer = bytearray(_READ_NBYTES)
+    buffer = bytearray(min(_READ_NBYTES, os.fstat(fd).st_size + 1))
     offset = 0
     while n_read := os.preadv(fd, [buffer], offset):
         digest.update(memoryview(buffer)[:n_read])

@@ -182,7 +182,7 @@ def _load_json(file_name: str, text: bytes) -> dict[str, Any]:
 
 
 def _entry_fault(name: str, entry: Any) -> str | None:
-    if any("\ud800" <= character <= "\udfff" for character in name):
+    if not _is_encodable(name):
         return f"{name!r}: a name with half a surrogate pair, which UTF-8 can't hold"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return f"{name!r}: an entry must hold dtype, shape and data_offsets and nothing else"
@@ -216,6 +216,14 @@ def _placement_faults(placed: list[StoredTensor], start: int, file_nbytes: int) 
     elif end < file_nbytes:
         faults.append(f"{file_nbytes - end:,} bytes follow the last tensor")
     return faults
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_counts(value: Any) -> bool:
