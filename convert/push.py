@@ -1,6 +1,7 @@
 """`convert-ckpt --push-to-hub`: upload shards while later ones are converted, and the rest at the end."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from convert.pipeline import Summary
 from runtime.contract.errors import CheckpointError, PublishError
 from runtime.progress import Silent
 from runtime.publish.push import Pushed, ShardUploads, push_result
-from runtime.publish.repository import Target, open_repository
+from runtime.publish.repository import LocalFile, Target, open_repository
 
 
 def convert_and_push(
@@ -26,6 +27,7 @@ def convert_and_push(
     ``output`` complete: PublishError then says how to go on.
     """
     target = Target(**target_options)
+    early: list[LocalFile] = []
     if at_end:
         open_repository(target, show_bars=False)
         summary = convert()
@@ -35,8 +37,10 @@ def convert_and_push(
             summary = convert(taker=uploads)
         finally:
             uploads.stop()
+        early = uploads.sent
     try:
-        return summary, push_result(output, target, base_model=base_model, say=say, progress=Silent())
+        pushed = push_result(output, target, base_model=base_model, say=say, progress=Silent())
+        return summary, replace(pushed, sent=(*early, *pushed.sent))
     except (CheckpointError, KeyboardInterrupt) as error:
         reason = str(error) or "the push was stopped."
         raise PublishError(

@@ -320,7 +320,9 @@ def test_a_conversion_pushes_each_shard_when_it_is_finished(hub: Hub, source: Pa
     command = convert_ckpt(source, output, "--format", "mxfp4", "--push-to-hub", REPO, "--private", "--workers", 1)
     done = subprocess.run(command, env=command_environment(hub), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^Converted 4 .*\nPushed", done.stdout)
+    n_files = len(hub.files(REPO))
+    # What went up while converting is counted too.
+    assert re.search(rf"^Converted 4 .*\nPushed {n_files} of {n_files} files", done.stdout)
     assert folder_bytes(output).items() <= hub.files(REPO).items()
     assert seen_complete[-1]
     assert not seen_complete[0]  # the first shard was there before the result was

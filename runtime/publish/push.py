@@ -68,6 +68,7 @@ class ShardUploads:
         self._queue: SimpleQueue[LocalFile | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._stopped = False
+        self.sent: list[LocalFile] = []
 
     def start(self, names: Iterable[str]) -> None:
         """Begin, with the names of all shards to come. Raises PublishError if the repo holds something else.
@@ -101,6 +102,7 @@ class ShardUploads:
                 if file.name in self._repository.files:
                     raise _holds_something_else(self._repository, [file.name])
                 self._repository.commit([file], f"Add {file.name}")
+                self.sent.append(file)
                 self._say(f"pushed {file.name} ({format_nbytes(file.nbytes)})")
             except PublishError as error:
                 self._say(f"not pushed for now: {error}")
