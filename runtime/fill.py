@@ -38,7 +38,7 @@ class Place:
 
     def put(self, tensor: Tensor) -> None:
         """Make ``tensor`` what all owners hold."""
-        parameter = nn.Parameter(tensor, requires_grad=False)
+        parameter = nn.Parameter(tensor, requires_grad=False) if isinstance(self.wanted, nn.Parameter) else None
         for module, leaf in self.owners:
             if leaf in module._parameters:
                 module._parameters[leaf] = parameter

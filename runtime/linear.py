@@ -29,8 +29,8 @@ class QuantizedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
-    backend: str | None
-    prepared_for: str | None
+    backend: str | None = None
+    prepared_for: str | None = None
     _matmul: Callable[[Tensor, Tensors, Tensor | None], Tensor]
 
     def __init__(self, layer: Layer, bias: nn.Parameter | None = None, backend: str | None = None):
@@ -110,8 +110,8 @@ class QuantizedLinear(nn.Module):
     def _forget(self) -> None:
         self._buffers.clear()
         self._modules.clear()
-        self.backend = None
-        self.prepared_for = None
+        if self.backend is not None:
+            self.backend = self.prepared_for = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move codes and scales with the layer; as bytes, so that no cast reaches them."""

@@ -104,16 +104,17 @@ def _dtypes(
 
 
 def _finish(model: nn.Module, device: torch.device) -> None:
-    empty = [
-        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.device.type == "meta"
-    ]
+    empty = []
+    for path, module in model.named_modules():
+        for leaf, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and tensor.is_meta:
+                empty.append(f"{path}.{leaf}" if path else leaf)
+            elif leaf in module._buffers and tensor is not None and tensor.device != device:
+                # One that no checkpoint holds; the others are there.
+                module._buffers[leaf] = tensor.to(device)
     if empty:
         raise CheckpointError(
             f"{type(model).__name__}: {', '.join(empty)} are on the meta device and not stored in a checkpoint."
             " Build it under accelerate.init_empty_weights(include_buffers=False), which leaves such buffers real."
         )
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
     model.requires_grad_(False).eval()

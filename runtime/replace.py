@@ -23,7 +23,8 @@ def replace_linears(
     replaced = {}
     for name, layer in layers.items():
         linear = QuantizedLinear(layer, modules[name].bias, backend)
-        linear.train(modules[name].training)
+        if not modules[name].training:
+            linear.eval()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
         replaced[name] = linear
