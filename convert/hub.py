@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.location import HubLocation
-from convert.store import GIT_BLOB, SHA256, Patience, RemoteFile
+from convert.store import GIT_BLOB, SHA256, Patience, RemoteFile, first_line
 from runtime.contract.errors import FetchError, TransientError
 from runtime.version import VERSION
 
@@ -175,19 +175,19 @@ def _plain_errors(api: "HfApi", repo_id: str, revision: str | None, path: str | 
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             raise _status_error(cause, api, repo_id, revision, path) from error
-        raise TransientError(f"{what}: no full answer from {api.endpoint} ({_first_line(cause or error)}).") from error
+        raise TransientError(f"{what}: no full answer from {api.endpoint} ({first_line(cause or error)}).") from error
     except OfflineModeIsEnabled as error:
         raise FetchError(f"{what}: HF_HUB_OFFLINE is set. Unset it, or give a local folder.") from error
     except HFValidationError as error:
-        raise FetchError(f"{repo_id}: not a repo name ({_first_line(error)}).") from error
+        raise FetchError(f"{repo_id}: not a repo name ({first_line(error)}).") from error
     except (ValueError, KeyError, TypeError) as error:
         raise FetchError(f"{what}: {api.endpoint} does not answer as the Hub does. Is a proxy in between?") from error
     except HTTPError as error:
-        raise TransientError(f"{what}: no full answer from {api.endpoint} ({_first_line(error)}).") from error
+        raise TransientError(f"{what}: no full answer from {api.endpoint} ({first_line(error)}).") from error
     except OSError as error:
         if error.errno is not None:  # the disk's, not the network's
             raise
-        raise TransientError(f"{what}: {_first_line(error)}") from error
+        raise TransientError(f"{what}: {first_line(error)}") from error
 
 
 def _status_error(error: Any, api: "HfApi", repo_id: str, revision: str | None, path: str | None) -> FetchError:
@@ -215,7 +215,7 @@ def _status_error(error: Any, api: "HfApi", repo_id: str, revision: str | None, 
     if status in _TRANSIENT_STATUS:
         reason = "too many requests" if status == 429 else "not in order"
         return TransientError(f"{what}: {api.endpoint} says {reason} ({status}).", _wait_seconds(error.response))
-    return FetchError(f"{what}: {api.endpoint} answered {status}. {_first_line(error)}")
+    return FetchError(f"{what}: {api.endpoint} answered {status}. {first_line(error)}")
 
 
 def _wait_seconds(response: Any) -> float | None:
@@ -225,7 +225,3 @@ def _wait_seconds(response: Any) -> float | None:
         return float(response.headers["Retry-After"])
     limit = parse_ratelimit_headers(response.headers)
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -149,3 +149,8 @@ def checksum_fault(path: str, file: RemoteFile, digest: Any) -> str | None:
         f"{path}: the {kind} of what came is {digest.hexdigest()[:12]}..., the store says {expected[:12]}...:"
         " damaged there or on the way. Run the same command again; if it stays, tell the owner."
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

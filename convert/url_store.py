@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from convert.store import Patience, RemoteFile
+from convert.store import Patience, RemoteFile, first_line
 from runtime.contract.errors import FetchError, TransientError, UsageError
 
 # What file systems call the thing that changes with a file's content, the surest first.
@@ -102,10 +102,6 @@ def _plain_errors(what: str) -> Iterator[None]:
     except PermissionError as error:
         raise FetchError(f"{what}: no permission to read it. Check the store's credentials.") from error
     except (NotImplementedError, ValueError, TypeError) as error:
-        raise FetchError(f"{what}: can't be read ({type(error).__name__}: {_first_line(error)}).") from error
+        raise FetchError(f"{what}: can't be read ({type(error).__name__}: {first_line(error)}).") from error
     except Exception as error:  # each file system has errors of its own, most without a common base
-        raise TransientError(f"{what}: can't be read ({type(error).__name__}: {_first_line(error)}).") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise TransientError(f"{what}: can't be read ({type(error).__name__}: {first_line(error)}).") from error

@@ -9,6 +9,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from runtime.contract.dialects import PRIVATE_KEY
 from runtime.contract.errors import CheckpointError
 from runtime.integrations.declared_model import (
     OWN_METHOD,
@@ -75,7 +76,7 @@ class ConvertedQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._loaded: set[str] | None = None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        fused = set(self.quantization_config.config["convert_ckpt"].get("fused_scales", ()))
+        fused = set(self.quantization_config.config[PRIVATE_KEY].get("fused_scales", ()))
         self._loaded = set(loaded_keys) - fused
         return sorted(self._loaded)
 
