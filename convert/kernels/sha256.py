@@ -7,14 +7,13 @@ SHA instructions of x86 two streams fill the gaps; without them each stream is o
 import math
 from itertools import count, islice
 
-import numpy as np
 from llvmlite import ir
 from numba import types, uint64
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from convert.kernels.rows import compiled
-from convert.kernels.vectors import I32, I64, Code, Vector
+from convert.kernels.vectors import I32, Code, Vector
 
 BLOCK_NBYTES = 64
 _QUAD = ir.VectorType(I32, 4)

@@ -188,4 +188,3 @@ class Code:
             phi.add_incoming(again, end)
         builder.position_at_end(after)
         return [Vector(self, phi) for phi in carried]
-
