@@ -6,12 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convert.digest import choose_hasher
 from convert.fetch import LocalSupply, Supply
+from convert.finish import FileHashing
 from convert.plan import FilePlan, Plan, TensorPlan
 from convert.progress import Silent, SlowStartNote
 from convert.quantize import (
@@ -26,7 +29,17 @@ from convert.quantize import (
     weight_bits,
 )
 from convert.reader import ShardReader
-from convert.work import Slab, fused_places, list_fetches, list_slabs, scale_group, sqnr_db, still_finished
+from convert.work import (
+    Batch,
+    Slab,
+    fused_places,
+    list_batches,
+    list_fetches,
+    list_slabs,
+    scale_group,
+    sqnr_db,
+    still_finished,
+)
 from runtime.contract.errors import NonFiniteError
 from runtime.contract.folder import Shard
 from runtime.contract.manifest import INPUT_SCALE
@@ -34,8 +47,10 @@ from runtime.contract.writer import ShardWriter
 
 # All workers' slabs together; a slab is 2 MiB unless one tile of rows is larger.
 _IN_FLIGHT_NBYTES = 384 * 2**20
-# How many slabs ahead of the workers the disk is told what will be read.
+# How many batches ahead of the workers the disk is told what will be read.
 _READ_AHEAD = 32
+# Output shards that are made durable side by side.
+_FILES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -74,13 +89,16 @@ class Engine:
         self._files = {file.name: file for file in plan.files if file.name not in done}
         self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
         self._supply = supply or LocalSupply(shards)
-        self._slabs = list_slabs(plan, done, set(self._amax), one_at_a_time=self._supply.one_at_a_time)
-        self._sources = {shard.name: ShardReader(shard) for shard in shards}
+        self._hasher = choose_hasher(1 if self._supply.one_at_a_time else len(self._files))
+        n_at_once = 1 if self._supply.one_at_a_time else self._hasher.n_lanes * self._hasher.n_chains
+        self._slabs = list_slabs(plan, done, set(self._amax), n_at_once)
+        self._batches = list_batches(self._slabs, self._hasher.n_lanes)
+        self._sources = {shard.name: ShardReader(shard, self._hasher.open(shard.header.data)) for shard in shards}
         self._fused = {name: place for name, place in fused_places(plan).items() if place.file in self._files}
 
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._next_slab = 0
+        self._next_batch = 0
         self._next_turn: Counter[str] = Counter()
         self._failure: BaseException | None = None
         self._unscanned = Counter(_group(slab) for slab in self._slabs if slab.action == "scan")
@@ -97,16 +115,17 @@ class Engine:
 
     def run(self, n_workers: int) -> None:
         """Convert everything that is not finished. Raises the first error of any worker."""
-        largest = max((slab.nbytes for slab in self._slabs), default=1)
+        largest = max((sum(slab.nbytes for slab in batch) for batch in self._batches), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
         self._supply.start(list_fetches(self._slabs))
         try:
             # Leaving waits for whatever is still being finished, so that no file is closed under it.
             with (
-                ThreadPoolExecutor(4, thread_name_prefix="flush") as self._background,
-                ThreadPoolExecutor(2, thread_name_prefix="finish") as self._finisher,
+                ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="flush") as self._background,
+                FileHashing(self._hasher) as self._hashing,
+                ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="finish") as self._finisher,
             ):
-                self._announce(self._slabs[:_READ_AHEAD])
+                self._announce(self._batches[:_READ_AHEAD])
                 threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n_workers)]
                 for thread in threads:
                     thread.start()
@@ -134,25 +153,25 @@ class Engine:
 
     def _work(self) -> None:
         scratch = Scratch()
-        while (slab := self._take()) is not None:
+        while batch := self._take():
             try:
-                self._process(slab, scratch)
+                self._process(batch, scratch)
             except BaseException as error:
                 self._fail(error)
 
-    def _take(self) -> Slab | None:
+    def _take(self) -> Batch:
         with self._lock:
-            if self._failure or self._next_slab == len(self._slabs):
-                return None
-            self._next_slab += 1
-            position = self._next_slab - 1
-        self._announce(self._slabs[position + _READ_AHEAD : position + _READ_AHEAD + 1])
-        return self._slabs[position]
+            if self._failure or self._next_batch == len(self._batches):
+                return ()
+            self._next_batch += 1
+            position = self._next_batch - 1
+        self._announce(self._batches[position + _READ_AHEAD : position + _READ_AHEAD + 1])
+        return self._batches[position]
 
-    def _announce(self, slabs: list[Slab]) -> None:
-        for slab in slabs:
+    def _announce(self, batches: list[Batch]) -> None:
+        for slab in chain.from_iterable(batches):
             if self._supply.is_here(slab.tensor.shard):
-                self._open(slab.tensor.shard).announce(slab.tensor.stored.offset + slab.start, slab.nbytes)
+                self._open(slab.tensor.shard).announce(_start(slab), slab.nbytes)
 
     def _open(self, shard: str) -> ShardReader:
         """Return the reader of a shard, open; wait for the shard to come."""
@@ -171,25 +190,38 @@ class Engine:
             if self._failure:
                 raise self._failure
 
-    def _process(self, slab: Slab, scratch: Scratch) -> None:
-        source = self._open(slab.tensor.shard)
-        raw = scratch.take("source", slab.nbytes)
-        source.read(raw, slab.tensor.stored.offset + slab.start)
-        if slab.turn is not None:
-            self._wait_until(lambda: self._next_turn[slab.tensor.shard] == slab.turn)
-            source.digest.update(raw.data)
-            with self._changed:
-                self._next_turn[slab.tensor.shard] += 1
-                self._changed.notify_all()
-        if slab.action == "copy":
-            self._write(slab, slab.tensor.spec.name, slab.start, raw)
-        else:
-            with self._slow_start:
-                self._scan(slab, raw) if slab.action == "scan" else self._quantize(slab, raw, scratch)
-        self._progress.advance(_progress(slab))
-        self._count_read(slab.tensor.shard)
-        for name in slab.outputs:
-            self._count_down(name)
+    def _process(self, batch: Batch, scratch: Scratch) -> None:
+        raws = [
+            self._read(slab, scratch.take(f"source {i}", slab.nbytes, _start(slab))) for i, slab in enumerate(batch)
+        ]
+        with self._slow_start:
+            self._hash(batch, raws)
+            for slab, raw in zip(batch, raws, strict=True):
+                if slab.action == "copy":
+                    self._write(slab, slab.tensor.spec.name, slab.start, raw)
+                elif slab.action == "scan":
+                    self._scan(slab, raw)
+                else:
+                    self._quantize(slab, raw, scratch)
+        for slab in batch:
+            self._progress.advance(_progress(slab))
+            self._count_read(slab.tensor.shard)
+            for name in slab.outputs:
+                self._count_down(name)
+
+    def _read(self, slab: Slab, raw: np.ndarray) -> np.ndarray:
+        self._open(slab.tensor.shard).read(raw, _start(slab))
+        return raw
+
+    def _hash(self, batch: Batch, raws: list[np.ndarray]) -> None:
+        """Add the bytes of a first reading to the digests of their shards, in each shard's order."""
+        if batch[0].turn is None:
+            return
+        self._wait_until(lambda: all(self._next_turn[slab.tensor.shard] == slab.turn for slab in batch))
+        self._hasher.update([self._sources[slab.tensor.shard].digest for slab in batch], raws)
+        with self._changed:
+            self._next_turn.update(slab.tensor.shard for slab in batch)
+            self._changed.notify_all()
 
     def _count_read(self, shard: str) -> None:
         with self._lock:
@@ -263,7 +295,7 @@ class Engine:
     def _finish(self, file: FilePlan) -> None:
         """Close an output file whose slabs are all written, and report it."""
         try:
-            nbytes, digest = self._writer(file.name).finish()
+            nbytes, digest = self._writer(file.name).finish(self._hashing.hash_file)
             tensors = [t for t in self._plan.tensors if t.shard in file.source_shards and t.layer]
             record = FileRecord(
                 file={"nbytes": nbytes, "sha256": digest},
@@ -275,6 +307,11 @@ class Engine:
         except BaseException as error:
             self._fail(error)
             raise
+
+
+def _start(slab: Slab) -> int:
+    """Where the slab begins in its shard."""
+    return slab.tensor.stored.offset + slab.start
 
 
 def _group(slab: Slab) -> str:

@@ -7,6 +7,8 @@ import numpy as np
 from runtime.contract.formats import E4M3_MAX, FP8_BLOCK_SIZE, MXFP4_BLOCK_SIZE
 from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
+_PAGE_NBYTES = 4096
+_LINE_NBYTES = 64
 # float32 bits of infinity: magnitudes from here on are not finite.
 _INFINITY_BITS = 0x7F800000
 
@@ -35,11 +37,18 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray] = {}
 
-    def take(self, name: str, nbytes: int) -> np.ndarray:
-        """Return ``nbytes`` bytes, uint8, holding whatever was there before."""
-        if name not in self._buffers or self._buffers[name].nbytes < nbytes:
-            self._buffers[name] = np.empty(nbytes, np.uint8)
-        return self._buffers[name][:nbytes]
+    def take(self, name: str, nbytes: int, file_offset: int = 0) -> np.ndarray:
+        """Return ``nbytes`` bytes, uint8, holding whatever was there before; they begin a cache line.
+
+        file_offset: where in a file they will be read from. They then lie as far into a page as they do there,
+        or up to 63 bytes less: some processors (AMD Zen 3) copy at a fifth of their speed to a place a little further.
+        """
+        if name not in self._buffers or self._buffers[name].nbytes < nbytes + _PAGE_NBYTES:
+            self._buffers[name] = np.empty(nbytes + _PAGE_NBYTES, np.uint8)
+        buffer = self._buffers[name]
+        wanted = file_offset // _LINE_NBYTES * _LINE_NBYTES
+        start = (wanted - buffer.ctypes.data) % _PAGE_NBYTES
+        return buffer[start : start + nbytes]
 
 
 def weight_bits(raw: np.ndarray, dtype: str, K: int) -> np.ndarray:

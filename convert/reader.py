@@ -1,6 +1,5 @@
 """A source shard, read slab by slab into buffers that the caller reuses."""
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.digest import Digest
 from convert.quantize import weight_bits
 from runtime.contract.errors import CheckpointError
 from runtime.contract.folder import Shard
@@ -21,11 +21,11 @@ class ShardReader:
     ``digest`` holds the header; the owner adds every slab once, by rising offset.
     """
 
-    def __init__(self, shard: Shard):
+    def __init__(self, shard: Shard, digest: Digest):
         self._shard = shard
+        self.digest = digest
         self._fd: int | None = None
         self._opening = threading.Lock()
-        self.digest = hashlib.sha256(shard.header.data)
 
     def open(self, find: Callable[[str], Path]) -> None:
         """Open the file that ``find`` returns, read-only, unless it is open."""

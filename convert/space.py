@@ -26,9 +26,7 @@ def source_nbytes_here(origin: Origin, jobs: list[Job]) -> int:
     if origin.store is None or origin.keep_source:
         return 0
     return max(
-        largest_at_once(
-            list_fetches(list_slabs(job.plan, set(), set(), one_at_a_time=True)), _shard_nbytes(origin, job)
-        )
+        largest_at_once(list_fetches(list_slabs(job.plan, set(), set(), n_at_once=1)), _shard_nbytes(origin, job))
         for job in jobs
     )
 

@@ -12,10 +12,6 @@ from runtime.contract.header import DTYPE_BITS
 # Large enough to hide the cost of a call, small enough to stay in cache from reading to writing.
 SLAB_NBYTES = 2 * 2**20
 
-# A shard is hashed by one thread at a time (1.8 GB/s here), so two at once reach twice that; more would
-# leave more of them unfinished when a run is stopped.
-SHARDS_AT_ONCE = 2
-
 Action = Literal["copy", "quantize", "scan", "encode"]
 
 
@@ -36,6 +32,9 @@ class Slab:
     row: int
     turn: int | None
     outputs: tuple[str, ...]
+
+
+Batch = tuple[Slab, ...]
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,12 @@ def scale_group(tensor: TensorPlan) -> str | None:
     return layer.fused_group or layer.module
 
 
-def list_slabs(plan: Plan, finished: set[str], known_groups: set[str], *, one_at_a_time: bool = False) -> list[Slab]:
+def list_slabs(plan: Plan, finished: set[str], known_groups: set[str], n_at_once: int) -> list[Slab]:
     """Return the slabs of all output files that are not ``finished``, in reading order.
 
     Each shard's bytes pass by once and in order; the encoding of a scale group follows the scan of
     its last member, so that whoever waits for a scan waits for a slab that was taken before.
-    known_groups: groups whose amax is known from an earlier run. one_at_a_time: finish a shard before the next.
+    known_groups: groups whose amax is known from an earlier run. n_at_once: how many shards are read side by side.
     """
     output_of = {shard: file.name for file in plan.files for shard in file.source_shards}
     places = fused_places(plan)
@@ -124,7 +123,23 @@ def list_slabs(plan: Plan, finished: set[str], known_groups: set[str], *, one_at
         group: [Slab(*cut, None, outputs(t)) for t in tensors for cut in _cut("encode", t)]
         for group, tensors in unfinished.items()
     }
-    return _with_encodes(_interleave(list(by_shard.values()), 1 if one_at_a_time else SHARDS_AT_ONCE), encodes)
+    return _with_encodes(_interleave(list(by_shard.values()), n_at_once), encodes)
+
+
+def list_batches(slabs: list[Slab], n_lanes: int) -> list[Batch]:
+    """Return the slabs, in order, in batches of up to ``n_lanes`` that are hashed in one step.
+
+    Those are of different shards; what is not hashed is a batch of its own.
+    """
+    batches: list[list[Slab]] = []
+    for slab in slabs:
+        last = batches[-1] if batches else []
+        joins = 0 < len(last) < n_lanes and slab.turn is not None and last[0].turn is not None
+        if joins and slab.tensor.shard not in {other.tensor.shard for other in last}:
+            last.append(slab)
+        else:
+            batches.append([slab])
+    return [tuple(batch) for batch in batches]
 
 
 def list_fetches(slabs: list[Slab]) -> list[FetchStep]:

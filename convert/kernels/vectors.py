@@ -1,7 +1,7 @@
-"""Vector code for numba: Python's operators on LLVM vectors with a fixed number of lanes.
+"""Vector code in Python's operators: what is written here LLVM turns into the instructions of any processor.
 
-LLVM turns a vector into as many registers as the processor needs for it, and does what is written here in
-the order in which it is written: the results have the same bits on every machine.
+A vector takes as many registers as the processor needs for it. Every step is done in the order in which it is written
+and rounded by itself, so that results have the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -9,182 +9,208 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from llvmlite import ir
-from numba.core import cgutils
 
-I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, F64 = ir.FloatType(), ir.DoubleType()
 
 
-class Vector:
-    """Equal lanes of integers or floats. A number beside a Vector stands for as many lanes of it.
+class Value:
+    """An integer or a float, or a vector of equal ``lanes`` of them. A Python number beside it is one like it.
 
-    ``>>`` shifts zeros in; ``>`` and ``==`` compare signed integers, or floats that are not NaN.
+    ``>>`` shifts zeros in; ``<`` and ``>`` compare signed integers, or floats that are not NaN.
     """
 
     def __init__(self, code: Code, value: ir.Value):
         self._code = code
         self.value = value
-        self.element = value.type.element
-        self.lanes = value.type.count
+        self.lanes = value.type.count if isinstance(value.type, ir.VectorType) else 1
+        self.element = value.type.element if isinstance(value.type, ir.VectorType) else value.type
 
-    def __add__(self, other: Operand) -> Vector:
-        return self._binary("fadd" if self.element == F32 else "add", other)
+    def __add__(self, other: Operand) -> Value:
+        return self._arithmetic("add", other)
 
-    def __sub__(self, other: Operand) -> Vector:
-        return self._binary("fsub" if self.element == F32 else "sub", other)
+    def __sub__(self, other: Operand) -> Value:
+        return self._arithmetic("sub", other)
 
-    def __mul__(self, other: Operand) -> Vector:
-        return self._binary("fmul" if self.element == F32 else "mul", other)
+    def __mul__(self, other: Operand) -> Value:
+        return self._arithmetic("mul", other)
 
-    def __truediv__(self, other: Operand) -> Vector:
-        return self._binary("fdiv", other)
+    def __truediv__(self, other: Operand) -> Value:
+        return self._new(self._code.builder.fdiv(self.value, self.match(other)))
 
-    def __and__(self, other: Operand) -> Vector:
-        return self._binary("and_", other)
+    def __floordiv__(self, other: Operand) -> Value:
+        return self._new(self._code.builder.udiv(self.value, self.match(other)))
 
-    def __or__(self, other: Operand) -> Vector:
-        return self._binary("or_", other)
+    def __mod__(self, other: Operand) -> Value:
+        return self._new(self._code.builder.urem(self.value, self.match(other)))
 
-    def __xor__(self, other: Operand) -> Vector:
-        return self._binary("xor", other)
+    def __and__(self, other: Operand) -> Value:
+        return self._new(self._code.builder.and_(self.value, self.match(other)))
 
-    def __lshift__(self, other: Operand) -> Vector:
-        return self._binary("shl", other)
+    def __or__(self, other: Operand) -> Value:
+        return self._new(self._code.builder.or_(self.value, self.match(other)))
 
-    def __rshift__(self, other: Operand) -> Vector:
-        return self._binary("lshr", other)
+    def __xor__(self, other: Operand) -> Value:
+        return self._new(self._code.builder.xor(self.value, self.match(other)))
 
-    def __gt__(self, other: Operand) -> Vector:
-        return self._compare(">", other)
+    def __lshift__(self, other: Operand) -> Value:
+        return self._new(self._code.builder.shl(self.value, self.match(other)))
 
-    def __lt__(self, other: Operand) -> Vector:
+    def __rshift__(self, other: Operand) -> Value:
+        return self._new(self._code.builder.lshr(self.value, self.match(other)))
+
+    def __lt__(self, other: Operand) -> Value:
         return self._compare("<", other)
 
-    def equals(self, other: Operand) -> Vector:
+    def __gt__(self, other: Operand) -> Value:
+        return self._compare(">", other)
+
+    def equals(self, other: Operand) -> Value:
         """A mask of the lanes that are equal."""
         return self._compare("==", other)
 
-    def where(self, yes: Vector, no: Operand) -> Vector:
+    def where(self, yes: Value, no: Operand) -> Value:
         """Lanes of ``yes`` where this mask holds, else of ``no``."""
         return self._new(self._code.builder.select(self.value, yes.value, yes.match(no)))
 
-    def as_counts(self, element: ir.Type) -> Vector:
-        """A mask as 0 and -1."""
-        return self._new(self._code.builder.sext(self.value, ir.VectorType(element, self.lanes)))
-
-    def reinterpret(self, element: ir.Type, lanes: int | None = None) -> Vector:
+    def reinterpret(self, element: ir.Type, lanes: int | None = None) -> Value:
         """The same bits as other lanes."""
-        return self._new(self._code.builder.bitcast(self.value, ir.VectorType(element, lanes or self.lanes)))
+        return self._new(self._code.builder.bitcast(self.value, kind(element, lanes or self.lanes)))
 
-    def widen(self, element: ir.Type) -> Vector:
-        """Wider integers, zeros above."""
-        return self._new(self._code.builder.zext(self.value, ir.VectorType(element, self.lanes)))
+    def widen(self, element: ir.Type) -> Value:
+        """Wider integers, zeros above; wider floats."""
+        cast = self._code.builder.fpext if self.element == F32 else self._code.builder.zext
+        return self._new(cast(self.value, kind(element, self.lanes)))
 
-    def narrow(self, element: ir.Type) -> Vector:
+    def widen_mask(self, element: ir.Type) -> Value:
+        """A mask as 0 and -1."""
+        return self._new(self._code.builder.sext(self.value, kind(element, self.lanes)))
+
+    def narrow(self, element: ir.Type) -> Value:
         """The low bits."""
-        return self._new(self._code.builder.trunc(self.value, ir.VectorType(element, self.lanes)))
+        return self._new(self._code.builder.trunc(self.value, kind(element, self.lanes)))
 
-    def shuffle(self, other: Vector, picks: Sequence[int]) -> Vector:
+    def splat(self, lanes: int) -> Value:
+        """A vector whose lanes are all this scalar."""
+        first = self._code.builder.insert_element(
+            ir.Constant(kind(self.element, lanes), ir.Undefined), self.value, ir.Constant(I32, 0)
+        )
+        return self._new(first).pick([0] * lanes)
+
+    def lane(self, i: int) -> Value:
+        return self._new(self._code.builder.extract_element(self.value, ir.Constant(I32, i)))
+
+    def shuffle(self, other: Value, picks: Sequence[int]) -> Value:
         """Lane i is lane picks[i] of this vector, or of ``other`` counted on."""
-        mask = ir.Constant(ir.VectorType(I32, len(picks)), [ir.Constant(I32, pick) for pick in picks])
+        mask = ir.Constant(kind(I32, len(picks)), [ir.Constant(I32, pick) for pick in picks])
         return self._new(self._code.builder.shuffle_vector(self.value, other.value, mask))
 
-    def pick(self, picks: Sequence[int]) -> Vector:
+    def pick(self, picks: Sequence[int]) -> Value:
         """Lane i is lane picks[i]."""
         return self.shuffle(self, picks)
 
-    def halves(self) -> tuple[Vector, Vector]:
-        """The lower and the upper lanes."""
-        half = self.lanes // 2
-        return self.pick(range(half)), self.pick(range(half, self.lanes))
+    def fold(self, combine: Callable[[Value, Value], Value], lanes: int = 1) -> Value:
+        """Combine upper half and lower half until ``lanes`` are left; a scalar if that is one."""
+        folded = self
+        while folded.lanes > lanes:
+            half = folded.lanes // 2
+            folded = combine(folded.pick(range(half)), folded.pick(range(half, folded.lanes)))
+        return folded.lane(0) if lanes == 1 else folded
 
-    def like(self, number: int | float) -> Vector:
-        """A vector of this kind whose lanes are all ``number``."""
+    def like(self, number: int | float) -> Value:
+        """A constant of this kind, all lanes the same."""
+        if self.lanes == 1:
+            return self._new(ir.Constant(self.element, number))
         return self._code.constant(self.element, [number] * self.lanes)
 
     def match(self, other: Operand) -> ir.Value:
-        """``other`` as the IR value of a vector like this one."""
-        if isinstance(other, Vector):
-            return other.value
-        return self.like(other).value
+        """The IR value of ``other`` as an operand beside this one."""
+        return other.value if isinstance(other, Value) else self.like(other).value
 
-    def _binary(self, operation: str, other: Operand) -> Vector:
-        return self._new(getattr(self._code.builder, operation)(self.value, self.match(other)))
+    def _arithmetic(self, operation: str, other: Operand) -> Value:
+        prefix = "f" if self.element in (F32, F64) else ""
+        return self._new(getattr(self._code.builder, prefix + operation)(self.value, self.match(other)))
 
-    def _compare(self, operation: str, other: Operand) -> Vector:
-        compare = self._code.builder.fcmp_ordered if self.element == F32 else self._code.builder.icmp_signed
+    def _compare(self, operation: str, other: Operand) -> Value:
+        builder = self._code.builder
+        compare = builder.fcmp_ordered if self.element in (F32, F64) else builder.icmp_signed
         return self._new(compare(operation, self.value, self.match(other)))
 
-    def _new(self, value: ir.Value) -> Vector:
-        return Vector(self._code, value)
+    def _new(self, value: ir.Value) -> Value:
+        return Value(self._code, value)
 
 
-Operand = Vector | int | float
+Operand = Value | int | float
+
+
+def kind(element: ir.Type, lanes: int) -> ir.Type:
+    """A vector type, or the element itself for one lane."""
+    return ir.VectorType(element, lanes) if lanes > 1 else element
+
+
+def larger(x: Value, y: Value) -> Value:
+    """The larger one, lane by lane."""
+    return (x > y).where(x, y)
 
 
 class Code:
-    """The function that is being written: loads, stores, constants, calls and loops."""
+    """The function that is being written: loads, stores, constants, calls and loops. Addresses are I64."""
 
     def __init__(self, builder: ir.IRBuilder):
         self.builder = builder
 
-    def constant(self, element: ir.Type, lanes: Sequence[int | float]) -> Vector:
-        kind = ir.VectorType(element, len(lanes))
-        return Vector(self, ir.Constant(kind, [ir.Constant(element, lane) for lane in lanes]))
+    def constant(self, element: ir.Type, lanes: Sequence[int | float]) -> Value:
+        return Value(self, ir.Constant(kind(element, len(lanes)), [ir.Constant(element, lane) for lane in lanes]))
 
-    def splat(self, scalar: ir.Value, lanes: int) -> Vector:
-        """All lanes are ``scalar``."""
-        empty = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
-        first = self.builder.insert_element(empty, scalar, ir.Constant(I32, 0))
-        zeros = ir.Constant(ir.VectorType(I32, lanes), [ir.Constant(I32, 0)] * lanes)
-        return Vector(self, self.builder.shuffle_vector(first, empty, zeros))
+    def load(self, address: Value, element: ir.Type, lanes: int = 1) -> Value:
+        """Read from an address that need not be aligned."""
+        pointer = self.builder.inttoptr(address.value, kind(element, lanes).as_pointer())
+        return Value(self, self.builder.load(pointer, align=1))
 
-    def offset(self, address: ir.Value, index: ir.Value | int, nbytes: int | ir.Value = 1) -> ir.Value:
-        """address + index * nbytes."""
-        index, nbytes = (ir.Constant(I64, x) if isinstance(x, int) else x for x in (index, nbytes))
-        return self.builder.add(address, self.builder.mul(index, nbytes))
+    def store(self, value: Value, address: Value) -> None:
+        """Write to an address that need not be aligned."""
+        pointer = self.builder.inttoptr(address.value, value.value.type.as_pointer())
+        self.builder.store(value.value, pointer, align=1)
 
-    def load(self, address: ir.Value, element: ir.Type, lanes: int) -> Vector:
-        """Read a vector from an address that need not be aligned."""
-        pointer = self.builder.inttoptr(address, ir.VectorType(element, lanes).as_pointer())
-        return Vector(self, self.builder.load(pointer, align=1))
-
-    def store(self, vector: Vector, address: ir.Value) -> None:
-        """Write a vector to an address that need not be aligned."""
-        self.builder.store(vector.value, self.builder.inttoptr(address, vector.value.type.as_pointer()), align=1)
-
-    def load_scalar(self, address: ir.Value, kind: ir.Type) -> ir.Value:
-        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=1)
-
-    def call(self, name: str, result: ir.Type, *operands: Vector) -> Vector:
-        """Call an LLVM intrinsic, such as ``llvm.x86.sha256msg1``."""
-        kind = ir.FunctionType(result, [operand.value.type for operand in operands])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        return Vector(self, self.builder.call(function, [operand.value for operand in operands]))
+    def call(self, name: str, *operands: Value) -> Value:
+        """Call an LLVM intrinsic whose result is of the first operand's kind, such as ``llvm.x86.sha256msg1``."""
+        operand_kinds = [operand.value.type for operand in operands]
+        module = self.builder.module
+        function = module.globals.get(name)
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(operand_kinds[0], operand_kinds), name)
+        return Value(self, self.builder.call(function, [operand.value for operand in operands]))
 
     def loop(
-        self, count: ir.Value, start: Sequence[Vector], body: Callable[[ir.Value, list[Vector]], list[Vector]]
-    ) -> list[Vector]:
+        self, count: Value, start: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
+    ) -> list[Value]:
         """Return what ``body(i, carried)`` returned last, for i = 0 .. count - 1; ``start`` is carried first."""
         builder = self.builder
-        zero, one = ir.Constant(count.type, 0), ir.Constant(count.type, 1)
         before = builder.block
         head = builder.append_basic_block("head")
         inside = builder.append_basic_block("inside")
         after = builder.append_basic_block("after")
         builder.branch(head)
         builder.position_at_end(head)
-        index = builder.phi(count.type)
-        carried = [builder.phi(vector.value.type) for vector in start]
-        builder.cbranch(builder.icmp_unsigned("<", index, count), inside, after)
+        index, *carried = [builder.phi(value.value.type) for value in (count, *start)]
+        builder.cbranch(builder.icmp_unsigned("<", index, count.value), inside, after)
         builder.position_at_end(inside)
-        results = body(index, [Vector(self, phi) for phi in carried])
-        following = builder.add(index, one)
+        results = [Value(self, index) + 1, *body(Value(self, index), [Value(self, phi) for phi in carried])]
         end = builder.block
         builder.branch(head)
-        for phi, first, again in zip(
-            [index, *carried], [zero, *(v.value for v in start)], [following, *(v.value for v in results)], strict=True
-        ):
-            phi.add_incoming(first, before)
-            phi.add_incoming(again, end)
+        for phi, first, again in zip([index, *carried], [count.like(0), *start], results, strict=True):
+            phi.add_incoming(first.value, before)
+            phi.add_incoming(again.value, end)
         builder.position_at_end(after)
-        return [Vector(self, phi) for phi in carried]
+        return [Value(self, phi) for phi in carried]
+
+
+def write_function(name: str, n_arguments: int, write: Callable[..., None]) -> str:
+    """Return the IR of a module with the function ``name``; ``write(code, *arguments)`` writes its body."""
+    module = ir.Module(name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * n_arguments), name)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    code = Code(builder)
+    write(code, *[Value(code, argument) for argument in function.args])
+    builder.ret_void()
+    return str(module)

@@ -1,6 +1,7 @@
 """One output shard: planned header first, bytes at their offset, its final name when complete."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from threading import Lock
@@ -51,10 +52,13 @@ class ShardWriter:
             os.close(self._fd)
             self._fd = -1
 
-    def finish(self) -> tuple[int, str]:
-        """Make the file durable under its final name; return its size and SHA-256."""
+    def finish(self, hash_it: Callable[[int], str] = hash_file) -> tuple[int, str]:
+        """Make the file durable under its final name; return its size and SHA-256.
+
+        hash_it: returns the SHA-256 of an open file.
+        """
         synced = self._background.submit(os.fsync, self._fd)
-        digest = hash_file(self._fd)
+        digest = hash_it(self._fd)
         synced.result()
         self._flush.result()
         self.close()

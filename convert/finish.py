@@ -1,0 +1,73 @@
+"""The SHA-256 of output shards that are all written, as many side by side as the processor gains by."""
+
+import os
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+from convert.digest import Hasher
+from convert.quantize import Scratch
+
+_PIECE_NBYTES = 2 * 2**20
+
+
+class FileHashing(AbstractContextManager["FileHashing"]):
+    """Threads that hash files piece by piece; a file may join at any time. Leaving waits for them."""
+
+    def __init__(self, hasher: Hasher):
+        self._hasher = hasher
+        self._pool = ThreadPoolExecutor(hasher.n_chains, thread_name_prefix="hash")
+        self._waiting: deque[_File] = deque()
+        self._lock = threading.Lock()
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def hash_file(self, fd: int) -> str:
+        """Return the SHA-256 of an open file; may be called from any number of threads."""
+        file = _File(fd, self._hasher)
+        with self._lock:
+            self._waiting.append(file)
+        self._pool.submit(self._work)
+        return file.result.result()
+
+    def _work(self) -> None:
+        scratch = Scratch()
+        while files := self._take():
+            try:
+                pieces = [file.read(scratch.take(str(i), _PIECE_NBYTES)) for i, file in enumerate(files)]
+                self._hasher.update([file.digest for file in files], pieces)
+            except BaseException as error:
+                for file in files:
+                    file.result.set_exception(error)
+                continue
+            for file, piece in zip(files, pieces, strict=True):
+                if len(piece) < _PIECE_NBYTES:
+                    file.result.set_result(file.digest.hexdigest())
+            with self._lock:
+                self._waiting += [file for file in files if not file.result.done()]
+
+    def _take(self) -> "list[_File]":
+        with self._lock:
+            return [self._waiting.popleft() for _ in range(min(self._hasher.n_lanes, len(self._waiting)))]
+
+
+class _File:
+    """An open file, hashed up to ``offset``."""
+
+    def __init__(self, fd: int, hasher: Hasher):
+        self._fd = fd
+        self._offset = 0
+        self.digest = hasher.open()
+        self.result: Future[str] = Future()
+
+    def read(self, out: np.ndarray) -> np.ndarray:
+        """Return the next bytes, fewer than asked for at the end alone."""
+        n_read = 0
+        while n_read < len(out) and (n := os.preadv(self._fd, [out.data[n_read:]], self._offset + n_read)):
+            n_read += n
+        self._offset += n_read
+        return out[:n_read]
