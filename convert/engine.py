@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from convert.digest import choose_hasher
 from convert.fetch import LocalSupply, Supply
 from convert.finish import FileHashing
+from convert.gate import Gate
 from convert.plan import FilePlan, Plan, TensorPlan
 from convert.progress import Silent, SlowStartNote
 from convert.quantize import (
@@ -28,13 +28,12 @@ from convert.quantize import (
     quantize_mxfp4,
     weight_bits,
 )
-from convert.reader import ShardReader
+from convert.sources import Sources
 from convert.work import (
     Batch,
     Slab,
     fused_places,
     list_batches,
-    list_fetches,
     list_slabs,
     scale_group,
     sqnr_db,
@@ -80,6 +79,7 @@ class Engine:
         supply: Supply | None = None,
     ):
         shards = tuple(shards)
+        supply = supply or LocalSupply(shards)
         self._plan = plan
         self._folder = folder
         self._on_file = on_file
@@ -88,21 +88,17 @@ class Engine:
         done = still_finished(plan, set(finished))
         self._files = {file.name: file for file in plan.files if file.name not in done}
         self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
-        self._supply = supply or LocalSupply(shards)
-        self._hasher = choose_hasher(1 if self._supply.one_at_a_time else len(self._files))
-        n_at_once = 1 if self._supply.one_at_a_time else self._hasher.n_lanes * self._hasher.n_chains
+        self._hasher = choose_hasher(1 if supply.one_at_a_time else len(self._files))
+        n_at_once = 1 if supply.one_at_a_time else self._hasher.n_lanes * self._hasher.n_chains
         self._slabs = list_slabs(plan, done, set(self._amax), n_at_once)
         self._batches = list_batches(self._slabs, self._hasher.n_lanes)
-        self._sources = {shard.name: ShardReader(shard, self._hasher.open(shard.header.data)) for shard in shards}
         self._fused = {name: place for name, place in fused_places(plan).items() if place.file in self._files}
 
+        self._gate = Gate()
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._sources = Sources(shards, supply, self._hasher, self._slabs, self._gate)
         self._next_batch = 0
-        self._next_turn: Counter[str] = Counter()
-        self._failure: BaseException | None = None
         self._unscanned = Counter(_group(slab) for slab in self._slabs if slab.action == "scan")
-        self._unread = Counter(slab.tensor.shard for slab in self._slabs)
         self._unfinished = Counter(name for slab in self._slabs for name in slab.outputs)
         self._errors: defaultdict[str, list[Errors]] = defaultdict(list)
         self._writers: dict[str, ShardWriter] = {}
@@ -117,7 +113,7 @@ class Engine:
         """Convert everything that is not finished. Raises the first error of any worker."""
         largest = max((sum(slab.nbytes for slab in batch) for batch in self._batches), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
-        self._supply.start(list_fetches(self._slabs))
+        self._sources.start()
         try:
             # Leaving waits for whatever is still being finished, so that no file is closed under it.
             with (
@@ -125,19 +121,18 @@ class Engine:
                 FileHashing(self._hasher) as self._hashing,
                 ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="finish") as self._finisher,
             ):
-                self._announce(self._batches[:_READ_AHEAD])
+                for batch in self._batches[:_READ_AHEAD]:
+                    self._sources.announce(batch)
                 threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n_workers)]
                 for thread in threads:
                     thread.start()
                 self._wait(threads)
         finally:
-            self._supply.stop()
-            for source in self._sources.values():
-                source.close()
+            self._sources.close()
             for writer in self._writers.values():
                 writer.close()
-        if self._failure:
-            raise self._failure
+        if self._gate.failure:
+            raise self._gate.failure
 
     def _wait(self, threads: list[threading.Thread]) -> None:
         try:
@@ -160,42 +155,25 @@ class Engine:
                 self._fail(error)
 
     def _take(self) -> Batch:
-        with self._lock:
-            if self._failure or self._next_batch == len(self._batches):
+        with self._gate.changing():
+            if self._gate.failure or self._next_batch == len(self._batches):
                 return ()
             self._next_batch += 1
             position = self._next_batch - 1
-        self._announce(self._batches[position + _READ_AHEAD : position + _READ_AHEAD + 1])
+        for batch in self._batches[position + _READ_AHEAD : position + _READ_AHEAD + 1]:
+            self._sources.announce(batch)
         return self._batches[position]
 
-    def _announce(self, batches: list[Batch]) -> None:
-        for slab in chain.from_iterable(batches):
-            if self._supply.is_here(slab.tensor.shard):
-                self._open(slab.tensor.shard).announce(_start(slab), slab.nbytes)
-
-    def _open(self, shard: str) -> ShardReader:
-        """Return the reader of a shard, open; wait for the shard to come."""
-        self._sources[shard].open(self._supply.wait)
-        return self._sources[shard]
-
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._failure = self._failure or error
-            self._changed.notify_all()
-        self._supply.stop()
-
-    def _wait_until(self, condition: Callable[[], bool]) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or condition())
-            if self._failure:
-                raise self._failure
+        self._gate.fail(error)
+        self._sources.stop()
 
     def _process(self, batch: Batch, scratch: Scratch) -> None:
-        raws = [
-            self._read(slab, scratch.take(f"source {i}", slab.nbytes, _start(slab))) for i, slab in enumerate(batch)
-        ]
+        raws = [scratch.take(f"source {i}", slab.nbytes, slab.offset) for i, slab in enumerate(batch)]
+        for slab, raw in zip(batch, raws, strict=True):
+            self._sources.read(slab, raw)
         with self._slow_start:
-            self._hash(batch, raws)
+            self._sources.hash(batch, raws)
             for slab, raw in zip(batch, raws, strict=True):
                 if slab.action == "copy":
                     self._write(slab, slab.tensor.spec.name, slab.start, raw)
@@ -205,41 +183,18 @@ class Engine:
                     self._quantize(slab, raw, scratch)
         for slab in batch:
             self._progress.advance(_progress(slab))
-            self._count_read(slab.tensor.shard)
+            self._sources.count(slab)
             for name in slab.outputs:
                 self._count_down(name)
-
-    def _read(self, slab: Slab, raw: np.ndarray) -> np.ndarray:
-        self._open(slab.tensor.shard).read(raw, _start(slab))
-        return raw
-
-    def _hash(self, batch: Batch, raws: list[np.ndarray]) -> None:
-        """Add the bytes of a first reading to the digests of their shards, in each shard's order."""
-        if batch[0].turn is None:
-            return
-        self._wait_until(lambda: all(self._next_turn[slab.tensor.shard] == slab.turn for slab in batch))
-        self._hasher.update([self._sources[slab.tensor.shard].digest for slab in batch], raws)
-        with self._changed:
-            self._next_turn.update(slab.tensor.shard for slab in batch)
-            self._changed.notify_all()
-
-    def _count_read(self, shard: str) -> None:
-        with self._lock:
-            self._unread[shard] -= 1
-            done = self._unread[shard] == 0
-        if done:
-            self._sources[shard].close()
-            self._supply.release(shard)
 
     def _scan(self, slab: Slab, raw: np.ndarray) -> None:
         assert slab.tensor.layer is not None
         largest = largest_magnitude(weight_bits(raw, slab.tensor.spec.dtype, slab.tensor.layer.K))
         self._check_finite(slab.tensor, largest)
         group = _group(slab)
-        with self._changed:
+        with self._gate.changing():
             self._amax[group] = max(self._amax.get(group, 0), largest)
             self._unscanned[group] -= 1
-            self._changed.notify_all()
 
     def _quantize(self, slab: Slab, raw: np.ndarray, scratch: Scratch) -> None:
         layer = slab.tensor.layer
@@ -265,7 +220,7 @@ class Engine:
 
     def _tensor_scale(self, slab: Slab) -> np.ndarray:
         group = _group(slab)
-        self._wait_until(lambda: self._unscanned[group] == 0)
+        self._gate.wait_until(lambda: self._unscanned[group] == 0)
         return fp8_scales(np.array([self._amax[group]], np.uint32))
 
     def _write(self, slab: Slab, name: str, offset: int, data: np.ndarray) -> None:
@@ -284,7 +239,7 @@ class Engine:
 
     def _check_finite(self, tensor: TensorPlan, largest: int) -> None:
         if not is_finite(largest):
-            raise NonFiniteError(self._sources[tensor.shard].describe_nonfinite(tensor.stored))
+            raise NonFiniteError(self._sources.describe_nonfinite(tensor))
 
     def _count_down(self, name: str) -> None:
         with self._lock:
@@ -300,18 +255,13 @@ class Engine:
             record = FileRecord(
                 file={"nbytes": nbytes, "sha256": digest},
                 layers={t.layer.module: _measure(self._errors[t.layer.module]) for t in tensors if t.layer},
-                sources={name: self._sources[name].describe() for name in file.source_shards},
+                sources={name: self._sources.describe(name) for name in file.source_shards},
                 group_amax={group: self._amax[group] for t in tensors if (group := scale_group(t))},
             )
             self._on_file(file.name, record)
         except BaseException as error:
             self._fail(error)
             raise
-
-
-def _start(slab: Slab) -> int:
-    """Where the slab begins in its shard."""
-    return slab.tensor.stored.offset + slab.start
 
 
 def _group(slab: Slab) -> str:

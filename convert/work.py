@@ -33,6 +33,11 @@ class Slab:
     turn: int | None
     outputs: tuple[str, ...]
 
+    @property
+    def offset(self) -> int:
+        """Where the slab begins in its shard."""
+        return self.tensor.stored.offset + self.start
+
 
 Batch = tuple[Slab, ...]
 

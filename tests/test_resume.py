@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from convert.digest import Hasher
 from convert.engine import Engine
+from convert.quantize import Scratch
 from convert.staging import Staging
+from convert.work import Batch
 from runtime.contract.errors import CheckpointError, PartialRunError
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
@@ -61,7 +64,7 @@ def stop_after(n_files: int, source: Path, output: Path, monkeypatch: pytest.Mon
 def test_a_stopped_run_goes_on_with_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int, weight_format: str
 ) -> None:
-    monkeypatch.setattr("convert.work.SHARDS_AT_ONCE", 1)
+    monkeypatch.setattr("convert.engine.choose_hasher", lambda _: Hasher((1,), 1))
     convert(source, tmp_path / "whole", format=weight_format)
     stop_after(n_files, source, tmp_path / "out", monkeypatch, format=weight_format)
     summary = convert(source, tmp_path / "out", format=weight_format)
@@ -71,16 +74,16 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
 
 
 def test_finished_shards_are_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.work.SHARDS_AT_ONCE", 1)
+    monkeypatch.setattr("convert.engine.choose_hasher", lambda _: Hasher((1,), 1))
     stop_after(2, source, tmp_path / "out", monkeypatch, format="mxfp4")
     done = set(Staging(tmp_path / "out").read_records("root"))
     assert len(done) == 2
     read: set[str] = set()
     process = Engine._process
 
-    def spy(self: Engine, slab: object, scratch: object) -> None:
-        read.add(slab.tensor.shard)  # type: ignore[attr-defined]
-        process(self, slab, scratch)  # type: ignore[arg-type]
+    def spy(self: Engine, batch: Batch, scratch: Scratch) -> None:
+        read.update(slab.tensor.shard for slab in batch)
+        process(self, batch, scratch)
 
     monkeypatch.setattr(Engine, "_process", spy)
     convert(source, tmp_path / "out", format="mxfp4")
