@@ -20,7 +20,6 @@ from convert.progress import Silent, SlowStartNote
 from convert.quantize import (
     Errors,
     Piece,
-    Scratch,
     fp8_scales,
     is_finite,
     largest_magnitude,
@@ -28,6 +27,7 @@ from convert.quantize import (
     quantize_mxfp4,
     weight_bits,
 )
+from convert.scratch import Scratch
 from convert.sources import Sources
 from convert.work import (
     Batch,
@@ -41,7 +41,7 @@ from convert.work import (
 )
 from runtime.contract.errors import NonFiniteError
 from runtime.contract.folder import Shard
-from runtime.contract.manifest import INPUT_SCALE
+from runtime.contract.manifest import INPUT_SCALE, WEIGHT
 from runtime.contract.writer import ShardWriter
 
 # All workers' slabs together; a slab is 2 MiB unless one tile of rows is larger.
@@ -169,7 +169,7 @@ class Engine:
         self._sources.stop()
 
     def _process(self, batch: Batch, scratch: Scratch) -> None:
-        raws = [scratch.take(f"source {i}", slab.nbytes, slab.offset) for i, slab in enumerate(batch)]
+        raws = [scratch.take_to_read(f"source {i}", slab.nbytes, slab.offset) for i, slab in enumerate(batch)]
         for slab, raw in zip(batch, raws, strict=True):
             self._sources.read(slab, raw)
         with self._slow_start:
@@ -200,11 +200,12 @@ class Engine:
         layer = slab.tensor.layer
         assert layer is not None
         bits = weight_bits(raw, slab.tensor.spec.dtype, layer.K)
+        file_offset = self._writer(slab.outputs[0]).offset(layer.tensors[WEIGHT])
         if layer.format == "mxfp4":
-            pieces, errors, largest = quantize_mxfp4(bits, layer, slab.row, scratch)
+            pieces, errors, largest = quantize_mxfp4(bits, layer, slab.row, scratch, file_offset)
         else:
             scale = self._tensor_scale(slab) if slab.action == "encode" else None
-            pieces, errors, largest = quantize_fp8(bits, layer, slab.row, scratch, scale)
+            pieces, errors, largest = quantize_fp8(bits, layer, slab.row, scratch, file_offset, scale)
         self._check_finite(slab.tensor, largest)
         if not math.isfinite(errors.largest):
             raise NonFiniteError(

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from convert.digest import Hasher
-from convert.quantize import Scratch
+from convert.scratch import Scratch
 
 _PIECE_NBYTES = 2 * 2**20
 

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convert.scratch import Scratch
 from runtime.contract.formats import E4M3_MAX, FP8_BLOCK_SIZE, MXFP4_BLOCK_SIZE
 from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
-_PAGE_NBYTES = 4096
-_LINE_NBYTES = 64
 # float32 bits of infinity: magnitudes from here on are not finite.
 _INFINITY_BITS = 0x7F800000
 
@@ -29,26 +28,6 @@ class Errors:
     squared_error: float
     squared_signal: float
     largest: float
-
-
-class Scratch:
-    """Byte buffers that one worker reuses, grown to the largest request."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, np.ndarray] = {}
-
-    def take(self, name: str, nbytes: int, file_offset: int = 0) -> np.ndarray:
-        """Return ``nbytes`` bytes, uint8, holding whatever was there before; they begin a cache line.
-
-        file_offset: where in a file they will be read from. They then lie as far into a page as they do there,
-        or up to 63 bytes less: some processors (AMD Zen 3) copy at a fifth of their speed to a place a little further.
-        """
-        if name not in self._buffers or self._buffers[name].nbytes < nbytes + _PAGE_NBYTES:
-            self._buffers[name] = np.empty(nbytes + _PAGE_NBYTES, np.uint8)
-        buffer = self._buffers[name]
-        wanted = file_offset // _LINE_NBYTES * _LINE_NBYTES
-        start = (wanted - buffer.ctypes.data) % _PAGE_NBYTES
-        return buffer[start : start + nbytes]
 
 
 def weight_bits(raw: np.ndarray, dtype: str, K: int) -> np.ndarray:
@@ -90,13 +69,19 @@ def fp8_scales(amax_bits: np.ndarray) -> np.ndarray:
     return scales
 
 
-def quantize_mxfp4(bits: np.ndarray, layer: Layer, row: int, scratch: Scratch) -> tuple[list[Piece], Errors, int]:
-    """Return pieces, errors and the largest magnitude of rows ``row``.. of an MXFP4 layer."""
+def quantize_mxfp4(
+    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int
+) -> tuple[list[Piece], Errors, int]:
+    """Return pieces, errors and the largest magnitude of rows ``row``.. of an MXFP4 layer.
+
+    file_offset: where the layer's codes begin in their file.
+    """
     from convert.kernels.mxfp4 import RULE_IDS, make_tables, quantize_slab
 
     n_rows, K = bits.shape
     pitch = layer.scale_shape[1]
-    weight = scratch.take(WEIGHT, n_rows * K // 2)
+    offset = row * K // 2
+    weight = scratch.take_to_write(WEIGHT, n_rows * K // 2, file_offset + offset)
     scale = scratch.take(WEIGHT_SCALE, n_rows * pitch)
     scale[:] = 0
     measured = np.empty(3)
@@ -113,16 +98,16 @@ def quantize_mxfp4(bits: np.ndarray, layer: Layer, row: int, scratch: Scratch) -
         True,
         measured,
     )
-    pieces = [Piece(WEIGHT, row * K // 2, weight), Piece(WEIGHT_SCALE, row * pitch, scale)]
+    pieces = [Piece(WEIGHT, offset, weight), Piece(WEIGHT_SCALE, row * pitch, scale)]
     return pieces, Errors(*measured.tolist()), int(largest)
 
 
 def quantize_fp8(
-    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, tensor_scale: np.ndarray | None
+    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int, tensor_scale: np.ndarray | None
 ) -> tuple[list[Piece], Errors, int]:
     """Return pieces, errors and the largest magnitude of rows ``row``.. of an FP8 layer.
 
-    tensor_scale: float32 [1] for granularity ``tensor``, whose amax was taken before (the largest
+    file_offset: where the layer's codes begin in their file. tensor_scale: float32 [1] for granularity ``tensor``, whose amax was taken before (the largest
     magnitude is then returned as 0), else None.
     """
     from convert.kernels.fp8 import encode_slab, tile_maxima
@@ -137,7 +122,7 @@ def quantize_fp8(
         scales = fp8_scales(amax_bits)
     else:
         scales = tensor_scale.reshape(1, 1)
-    codes = scratch.take(WEIGHT, n_rows * K).reshape(n_rows, K)
+    codes = scratch.take_to_write(WEIGHT, n_rows * K, file_offset + row * K).reshape(n_rows, K)
     measured = np.empty(3)
     encode_slab(bits, scales, tile_rows, tile_cols, codes, measured)
     scale_offset = row // tile_rows * scales.shape[1] * scales.itemsize

@@ -14,7 +14,7 @@ import pytest
 
 from convert.digest import Hasher
 from convert.engine import Engine
-from convert.quantize import Scratch
+from convert.scratch import Scratch
 from convert.staging import Staging
 from convert.work import Batch
 from runtime.contract.errors import CheckpointError, PartialRunError

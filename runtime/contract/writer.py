@@ -34,10 +34,14 @@ class ShardWriter:
         os.ftruncate(self._fd, self._nbytes)
         _write_all(self._fd, memoryview(header.data), 0)
 
+    def offset(self, name: str) -> int:
+        """Return where tensor ``name`` begins in the file."""
+        return self._places[name].offset
+
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write ``data`` (contiguous) at byte ``offset`` of tensor ``name``."""
         view = memoryview(data).cast("B")
-        _write_all(self._fd, view, self._places[name].offset + offset)
+        _write_all(self._fd, view, self.offset(name) + offset)
         with self._lock:
             self._unflushed += len(view)
             if self._unflushed >= _FLUSH_NBYTES and self._flush.done():
