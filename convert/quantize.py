@@ -53,9 +53,7 @@ def largest_magnitude(bits: np.ndarray) -> int:
     """Return the float32 bits of the largest magnitude."""
     from convert.kernels.fp8 import tile_maxima
 
-    out = np.empty((1, 1), np.uint32)
-    tile_maxima(bits, *bits.shape, out)
-    return int(out[0, 0])
+    return int(tile_maxima(bits, *bits.shape)[0, 0])
 
 
 def is_finite(magnitude_bits: int) -> bool:
@@ -76,7 +74,7 @@ def quantize_mxfp4(
 
     file_offset: where the layer's codes begin in their file.
     """
-    from convert.kernels.mxfp4 import RULE_IDS, make_tables, quantize_slab
+    from convert.kernels.mxfp4 import quantize_slab
 
     n_rows, K = bits.shape
     pitch = layer.scale_shape[1]
@@ -84,22 +82,11 @@ def quantize_mxfp4(
     weight = scratch.take_to_write(WEIGHT, n_rows * K // 2, file_offset + offset)
     scale = scratch.take(WEIGHT_SCALE, n_rows * pitch)
     scale[:] = 0
-    measured = np.empty(3)
-    tables = make_tables(bits.dtype)
-    largest = quantize_slab(
-        bits,
-        tables.thresholds,
-        tables.decoded,
-        RULE_IDS[layer.scale_rule],
-        layer.layout == "aiter",
-        weight,
-        scale,
-        pitch,
-        True,
-        measured,
+    errors, largest = quantize_slab(
+        bits, layer.scale_rule, tiled=layer.layout == "aiter", weight_out=weight, scale_out=scale, scale_pitch=pitch
     )
     pieces = [Piece(WEIGHT, offset, weight), Piece(WEIGHT_SCALE, row * pitch, scale)]
-    return pieces, Errors(*measured.tolist()), int(largest)
+    return pieces, Errors(*errors.tolist()), largest
 
 
 def quantize_fp8(
@@ -107,8 +94,8 @@ def quantize_fp8(
 ) -> tuple[list[Piece], Errors, int]:
     """Return pieces, errors and the largest magnitude of rows ``row``.. of an FP8 layer.
 
-    file_offset: where the layer's codes begin in their file. tensor_scale: float32 [1] for granularity ``tensor``, whose amax was taken before (the largest
-    magnitude is then returned as 0), else None.
+    file_offset: where the layer's codes begin in their file. tensor_scale: float32 [1] for granularity ``tensor``,
+    whose amax was taken before (the largest magnitude is then returned as 0), else None.
     """
     from convert.kernels.fp8 import encode_slab, tile_maxima
 
@@ -116,20 +103,18 @@ def quantize_fp8(
     tile_rows, tile_cols = _fp8_tile(layer, n_rows)
     largest = 0
     if tensor_scale is None:
-        amax_bits = np.empty((-(-n_rows // tile_rows), -(-K // tile_cols)), np.uint32)
-        tile_maxima(bits, tile_rows, tile_cols, amax_bits)
+        amax_bits = tile_maxima(bits, tile_rows, tile_cols)
         largest = int(amax_bits.max())
         scales = fp8_scales(amax_bits)
     else:
         scales = tensor_scale.reshape(1, 1)
     codes = scratch.take_to_write(WEIGHT, n_rows * K, file_offset + row * K).reshape(n_rows, K)
-    measured = np.empty(3)
-    encode_slab(bits, scales, tile_rows, tile_cols, codes, measured)
+    errors = encode_slab(bits, scales, tile_rows, tile_cols, codes)
     scale_offset = row // tile_rows * scales.shape[1] * scales.itemsize
     pieces = [Piece(WEIGHT, row * K, codes)]
     if tensor_scale is None or row == 0:
         pieces.append(Piece(WEIGHT_SCALE, scale_offset, scales))
-    return pieces, Errors(*measured.tolist()), largest
+    return pieces, Errors(*errors.tolist()), largest
 
 
 def _fp8_tile(layer: Layer, n_rows: int) -> tuple[int, int]:

@@ -4,91 +4,124 @@ Twin of runtime.contract.codec.quantize_fp8. A tile is the reach of one scale: t
 or 128 x 128.
 """
 
-import numpy as np
-from numba import float32, uint8, uint32
+from functools import cache
 
-from convert.kernels.rows import (
-    add_errors,
-    as_bits,
-    as_float,
-    compiled,
+import numpy as np
+from llvmlite import ir
+
+from convert.kernels.arithmetic import (
+    STEP,
+    RowErrors,
+    element_of,
+    in_order,
     magnitudes,
+    no_errors,
+    round_to,
     row_maximum,
-    row_unit,
-    widen,
+    store_errors,
+    to_floats,
 )
+from convert.kernels.machine import Kernel, address
+from convert.kernels.vectors import F32, I8, I32, Code, Value, larger
 from runtime.contract.formats import E4M3_MAX
 
-# float32 bits of 2^-6, the smallest normal E4M3 value.
-_SMALLEST_NORMAL_BITS = 0x3C800000
-# Adding 2^14 to |x| < 2^-6 leaves it in steps of 2^-9, the subnormal step, rounded to nearest even.
-_SUBNORMAL_SHIFTER = float(2**14)
-# Of a float32's bits, 20 mantissa bits go and the exponent bias falls from 127 to 7.
-_DROPPED_BITS = 20
-_REBIAS = (127 - 7) << 3
 
+def tile_maxima(weight: np.ndarray, tile_rows: int, tile_cols: int) -> np.ndarray:
+    """Return the float32 bits of the largest magnitude of each tile, uint32 [ceil(n / rows), ceil(K / cols)].
 
-@compiled
-def tile_maxima(weight, tile_rows, tile_cols, out_bits):
-    """out_bits[i, j] = float32 bits of the largest magnitude of tile (i, j).
-
-    weight: int16 (BF16) or int32 (F32) bits [n, K]. out_bits: uint32 [ceil(n/rows), ceil(K/cols)].
+    weight: int16 (BF16) or int32 (F32) bits [n, K], K and tile_cols multiples of 16.
     """
     n_rows, K = weight.shape
-    magnitude = np.empty(K, weight.dtype)
-    scratch = np.empty(K, weight.dtype)
-    out_bits[:] = 0
-    for n in range(n_rows):
-        magnitudes(weight[n], magnitude)
-        for tile in range(out_bits.shape[1]):
-            part = magnitude[tile * tile_cols : min(K, (tile + 1) * tile_cols)]
-            bits = uint32(row_maximum(part, scratch)) << widen(magnitude)
-            out_bits[n // tile_rows, tile] = max(out_bits[n // tile_rows, tile], bits)
+    out = np.zeros((-(-n_rows // tile_rows), -(-K // tile_cols)), np.uint32)
+    _make_maxima(element_of(weight))(address(weight), address(out), n_rows, K, tile_rows, tile_cols, out.shape[1])
+    return out
 
 
-@compiled
-def _encode(magnitude, scale, codes, decoded):
-    """codes[k] = E4M3 code of magnitude / scale, at most 448; decoded[k] = float32 bits of its value."""
-    for k in range(magnitude.shape[0]):
-        quotient = as_float(uint32(magnitude[k]) << widen(magnitude)) / scale
-        quotient = min(quotient, float32(E4M3_MAX))
-        bits = as_bits(quotient)
-        is_normal = bits >= uint32(_SMALLEST_NORMAL_BITS)
-        # Casts keep numba from widening each step to 64 bits.
-        rounded = uint32(bits + uint32(0x7FFFF) + uint32((bits >> uint32(_DROPPED_BITS)) & uint32(1)))
-        normal_code = uint32((rounded >> uint32(_DROPPED_BITS)) - uint32(_REBIAS))
-        shifted = quotient + float32(_SUBNORMAL_SHIFTER)
-        codes[k] = uint8(normal_code) if is_normal else uint8(as_bits(shifted) & uint32(0xFF))
-        value = as_float(uint32(rounded & uint32(0xFFF00000)))
-        decoded[k] = as_bits((value if is_normal else shifted - float32(_SUBNORMAL_SHIFTER)) * scale)
+def encode_slab(weight: np.ndarray, scales: np.ndarray, tile_rows: int, tile_cols: int, out: np.ndarray) -> np.ndarray:
+    """Write the E4M3 codes of ``weight`` to ``out`` uint8 [n, K]; return the errors.
 
-
-@compiled
-def _add_signs(row, codes):
-    for k in range(row.shape[0]):
-        codes[k] |= uint8(0x80) if row[k] < 0 else uint8(0)
-
-
-@compiled
-def encode_slab(weight, scales, tile_rows, tile_cols, out, measured):
-    """Write the E4M3 codes of the rows of ``weight`` to ``out`` uint8 [n, K].
-
-    weight: int16 (BF16) or int32 (F32) bits [n, K], K a multiple of 16.
-    scales: float32 [ceil(n / tile_rows), ceil(K / tile_cols)].
-    measured: float64 [3], set to the sum of squared errors, of squares, and the largest |error|.
+    weight: int16 (BF16) or int32 (F32) bits [n, K], K and tile_cols multiples of 16.
+    scales: float32 [ceil(n / tile_rows), ceil(K / tile_cols)]. The errors are float64 [3]: the sum of squared
+    errors, of squares, and the largest |error|.
     """
-    n_rows, K = weight.shape
-    magnitude = np.empty(K, weight.dtype)
-    scratch = np.empty(K, weight.dtype)
-    decoded = np.empty(K, np.uint32)
-    values = np.empty(K, np.float32)
-    value_scratch = np.empty(K, np.float32)
-    measured[:] = 0
-    for n in range(n_rows):
-        magnitudes(weight[n], magnitude)
-        unit = row_unit(uint32(row_maximum(magnitude, scratch)) << widen(magnitude))
-        for tile in range(scales.shape[1]):
-            cols = slice(tile * tile_cols, min(K, (tile + 1) * tile_cols))
-            _encode(magnitude[cols], scales[n // tile_rows, tile], out[n, cols], decoded[cols])
-        add_errors(magnitude, decoded, unit, values, value_scratch, measured)
-        _add_signs(weight[n], out[n])
+    errors = np.empty(3)
+    arrays = (weight, scales, out, errors)
+    kernel = _make_encoder(element_of(weight))
+    kernel(*(address(array) for array in arrays), *weight.shape, tile_rows, tile_cols, scales.shape[1])
+    return errors
+
+
+@cache
+def _make_maxima(element: ir.IntType) -> Kernel:
+    def write(
+        code: Code,
+        weight: Value,
+        out: Value,
+        n_rows: Value,
+        K: Value,
+        tile_rows: Value,
+        tile_cols: Value,
+        n_tiles: Value,
+    ) -> None:
+        def look_at_row(n: Value, _: list[Value]) -> list[Value]:
+            def look_at_tile(tile: Value, _: list[Value]) -> list[Value]:
+                first = tile * tile_cols
+                start = weight + (n * K + first) * (element.width // 8)
+                largest = row_maximum(code, start, _tile_width(K, first, tile_cols), element)
+                place = out + (n // tile_rows * n_tiles + tile) * 4
+                code.store(larger(largest, code.load(place, I32)), place)
+                return []
+
+            code.loop(n_tiles, [], look_at_tile)
+            return []
+
+        code.loop(n_rows, [], look_at_row)
+
+    return Kernel(f"fp8_maxima_{element}", 7, write)
+
+
+@cache
+def _make_encoder(element: ir.IntType) -> Kernel:
+    def write(
+        code: Code,
+        weight: Value,
+        scales: Value,
+        out: Value,
+        errors: Value,
+        n_rows: Value,
+        K: Value,
+        tile_rows: Value,
+        tile_cols: Value,
+        n_tiles: Value,
+    ) -> None:
+        def encode_row(n: Value, total: list[Value]) -> list[Value]:
+            row, row_out = weight + n * K * (element.width // 8), out + n * K
+            row_scales = scales + n // tile_rows * n_tiles * 4
+            row_errors = RowErrors(code, row_maximum(code, row, K, element), STEP)
+
+            def encode_tile(tile: Value, sums: list[Value]) -> list[Value]:
+                scale = code.load(row_scales + tile * 4, F32).splat(STEP)
+                first = tile * tile_cols
+
+                def encode_step(i: Value, sums: list[Value]) -> list[Value]:
+                    k = first + i * STEP
+                    bits = code.load(row + k * (element.width // 8), element, STEP)
+                    x = to_floats(magnitudes(bits))
+                    codes, values = round_to(x / scale, mantissa_bits=3, smallest_normal=2.0**-6, largest=E4M3_MAX)
+                    signs = (bits >> (element.width - 8)) & 0x80
+                    code.store((in_order(codes, element) | signs).narrow(I8), row_out + k)
+                    return row_errors.add(sums, x, values * scale)
+
+                return code.loop(_tile_width(K, first, tile_cols) // STEP, sums, encode_step)
+
+            return row_errors.add_to(total, code.loop(n_tiles, row_errors.start, encode_tile))
+
+        store_errors(code, code.loop(n_rows, no_errors(code), encode_row), errors)
+
+    return Kernel(f"fp8_encode_{element}", 9, write)
+
+
+def _tile_width(K: Value, first: Value, tile_cols: Value) -> Value:
+    """Columns of the tile that begins at ``first``; the last one may be narrower."""
+    left = K - first
+    return (left < tile_cols).where(left, tile_cols)

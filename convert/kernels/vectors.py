@@ -97,11 +97,11 @@ class Value:
         )
         return self._new(first).pick([0] * lanes)
 
-    def lane(self, i: int) -> Value:
-        return self._new(self._code.builder.extract_element(self.value, ir.Constant(I32, i)))
-
     def shuffle(self, other: Value, picks: Sequence[int]) -> Value:
-        """Lane i is lane picks[i] of this vector, or of ``other`` counted on."""
+        """Lane i is lane picks[i] of this vector, or of ``other`` counted on; one lane is a scalar."""
+        if len(picks) == 1:
+            source = self if picks[0] < self.lanes else other
+            return self._new(self._code.builder.extract_element(source.value, ir.Constant(I32, picks[0] % self.lanes)))
         mask = ir.Constant(kind(I32, len(picks)), [ir.Constant(I32, pick) for pick in picks])
         return self._new(self._code.builder.shuffle_vector(self.value, other.value, mask))
 
@@ -109,18 +109,24 @@ class Value:
         """Lane i is lane picks[i]."""
         return self.shuffle(self, picks)
 
+    def join(self, other: Value) -> Value:
+        """The lanes of this vector, then those of ``other``."""
+        return self.shuffle(other, range(2 * self.lanes))
+
+    def halves(self) -> tuple[Value, Value]:
+        """The lower and the upper lanes."""
+        half = self.lanes // 2
+        return self.pick(range(half)), self.pick(range(half, self.lanes))
+
     def fold(self, combine: Callable[[Value, Value], Value], lanes: int = 1) -> Value:
-        """Combine upper half and lower half until ``lanes`` are left; a scalar if that is one."""
+        """Combine the lower half with the upper half until ``lanes`` are left."""
         folded = self
         while folded.lanes > lanes:
-            half = folded.lanes // 2
-            folded = combine(folded.pick(range(half)), folded.pick(range(half, folded.lanes)))
-        return folded.lane(0) if lanes == 1 else folded
+            folded = combine(*folded.halves())
+        return folded
 
     def like(self, number: int | float) -> Value:
         """A constant of this kind, all lanes the same."""
-        if self.lanes == 1:
-            return self._new(ir.Constant(self.element, number))
         return self._code.constant(self.element, [number] * self.lanes)
 
     def match(self, other: Operand) -> ir.Value:
@@ -160,7 +166,8 @@ class Code:
         self.builder = builder
 
     def constant(self, element: ir.Type, lanes: Sequence[int | float]) -> Value:
-        return Value(self, ir.Constant(kind(element, len(lanes)), [ir.Constant(element, lane) for lane in lanes]))
+        constants = [ir.Constant(element, lane) for lane in lanes]
+        return Value(self, ir.Constant(kind(element, len(lanes)), constants) if len(lanes) > 1 else constants[0])
 
     def load(self, address: Value, element: ir.Type, lanes: int = 1) -> Value:
         """Read from an address that need not be aligned."""
