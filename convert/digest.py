@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-BLOCK_NBYTES = 64
+BLOCK_NBYTES = hashlib.sha256().block_size
 # With fewer streams in a vector's lanes hashlib is faster.
 _FEWEST_IN_LANES = 4
 

@@ -16,7 +16,7 @@ from convert.fetch import LocalSupply, Supply
 from convert.finish import FileHashing
 from convert.gate import Gate
 from convert.plan import FilePlan, Plan, TensorPlan
-from convert.progress import Silent, SlowStartNote
+from convert.progress import Silent
 from convert.quantize import (
     Errors,
     Piece,
@@ -84,7 +84,6 @@ class Engine:
         self._folder = folder
         self._on_file = on_file
         self._progress = progress
-        self._slow_start = SlowStartNote(progress.log)
         done = still_finished(plan, set(finished))
         self._files = {file.name: file for file in plan.files if file.name not in done}
         self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
@@ -172,16 +171,14 @@ class Engine:
         raws = [scratch.take_to_read(f"source {i}", slab.nbytes, slab.offset) for i, slab in enumerate(batch)]
         for slab, raw in zip(batch, raws, strict=True):
             self._sources.read(slab, raw)
-        with self._slow_start:
-            self._sources.hash(batch, raws)
-            for slab, raw in zip(batch, raws, strict=True):
-                if slab.action == "copy":
-                    self._write(slab, slab.tensor.spec.name, slab.start, raw)
-                elif slab.action == "scan":
-                    self._scan(slab, raw)
-                else:
-                    self._quantize(slab, raw, scratch)
-        for slab in batch:
+        self._sources.hash(batch, raws)
+        for slab, raw in zip(batch, raws, strict=True):
+            if slab.action == "copy":
+                self._write(slab, slab.tensor.spec.name, slab.start, raw)
+            elif slab.action == "scan":
+                self._scan(slab, raw)
+            else:
+                self._quantize(slab, raw, scratch)
             self._progress.advance(_progress(slab))
             self._sources.count(slab)
             for name in slab.outputs:

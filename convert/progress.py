@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _PLAIN_INTERVAL_SECONDS = 10.0
-_SLOW_START_SECONDS = 2.0
 
 
 class Silent(AbstractContextManager["Silent"]):
@@ -133,27 +131,6 @@ class Bar(Silent):
 
     def log(self, line: str) -> None:
         self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-class SlowStartNote:
-    """Says so if the first use takes long: numba compiles a kernel once for each processor."""
-
-    def __init__(self, log: Callable[[str], None]):
-        self._timer = threading.Timer(
-            _SLOW_START_SECONDS, log, ["compiling the kernels for this processor, once; this takes some seconds"]
-        )
-        self._timer.daemon = True
-        self._lock = threading.Lock()
-        self._used = False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._used:
-                self._used = True
-                self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
 
 
 def choose_progress(*, quiet: bool) -> Silent:

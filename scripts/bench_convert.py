@@ -183,52 +183,45 @@ def warm_cache(source: Path) -> None:
 
 def bench_kernels() -> Table:
     """Return a table of kernel speeds in bytes of BF16 input, as shares of np.copyto."""
+    from convert.digest import choose_hasher
     from convert.kernels import fp8, mxfp4
 
     # As many bytes as the converter hands a kernel at a time.
     rows, K, n_threads = 256, 4096, os.cpu_count() or 1
     weights = [np.frombuffer(random_bf16(rows * K * 2), np.int16).reshape(rows, K) for _ in range(n_threads)]
-    tables = mxfp4.make_tables(np.dtype(np.int16))
     scales = np.full((1, 1), 1e-3, np.float32)
 
     def copy(weight: np.ndarray) -> Callable[[], object]:
         target = np.ones_like(weight)
         return lambda: np.copyto(target, weight)
 
-    def quantize(rule: str, tiled: bool, measure: bool) -> Callable[[np.ndarray], Callable[[], object]]:
+    def quantize(rule: str, tiled: bool) -> Callable[[np.ndarray], Callable[[], object]]:
         def bind(weight: np.ndarray) -> Callable[[], object]:
-            packed, codes, sums = np.ones(rows * K // 2, np.uint8), np.ones(rows * K // 32, np.uint8), np.zeros(3)
+            packed, codes = np.ones(rows * K // 2, np.uint8), np.ones(rows * K // 32, np.uint8)
             return lambda: mxfp4.quantize_slab(
-                weight,
-                tables.thresholds,
-                tables.decoded,
-                mxfp4.RULE_IDS[rule],
-                tiled,
-                packed,
-                codes,
-                K // 32,
-                measure,
-                sums,
+                weight, rule, tiled=tiled, weight_out=packed, scale_out=codes, scale_pitch=K // 32
             )
 
         return bind
 
-    def scan(weight: np.ndarray) -> Callable[[], object]:
-        out = np.ones((1, 1), np.uint32)
-        return lambda: fp8.tile_maxima(weight, rows, K, out)
-
     def encode(weight: np.ndarray) -> Callable[[], object]:
-        codes, sums = np.ones((rows, K), np.uint8), np.zeros(3)
-        return lambda: fp8.encode_slab(weight, scales, rows, K, codes, sums)
+        codes = np.ones((rows, K), np.uint8)
+        return lambda: fp8.encode_slab(weight, scales, rows, K, codes)
+
+    def hash_two(weight: np.ndarray) -> Callable[[], object]:
+        halves = np.split(weight.view(np.uint8).reshape(-1), 2)
+        hasher = choose_hasher(len(halves))
+        digests = [hasher.open() for _ in halves]
+        return lambda: hasher.update(digests, halves)
 
     kernels = {
         "np.copyto": copy,
-        "mxfp4 even, aiter: quantize, pack and shuffle": quantize("even", True, False),
-        "... and measure the error": quantize("even", True, True),
-        "mxfp4 even, plain, and measure": quantize("even", False, True),
-        "mxfp4 mse, aiter, and measure": quantize("mse", True, True),
-        "fp8 amax": scan,
-        "fp8 encode, and measure": encode,
+        "mxfp4 even, aiter": quantize("even", True),
+        "mxfp4 even, plain": quantize("even", False),
+        "mxfp4 mse, aiter": quantize("mse", True),
+        "fp8 amax": lambda weight: lambda: fp8.tile_maxima(weight, rows, K),
+        "fp8 encode": encode,
+        "SHA-256, two streams": hash_two,
     }
     table = Table(title=f"kernels, {n_threads} threads")
     table.add_column("kernel")

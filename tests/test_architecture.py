@@ -20,7 +20,6 @@ MAX_LINES = 300
 
 # Package -> the files (or folders, with a slash) that may import it.
 HOMES: dict[str, tuple[str, ...]] = {
-    "numba": ("convert/kernels/",),
     "llvmlite": ("convert/kernels/",),
     "click": ("convert/cli.py", "runtime/cli.py", "runtime/cli_publish.py", "runtime/cli_run.py"),
     "matplotlib": ("runtime/publish/heatmap.py",),
@@ -37,7 +36,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "accelerate": ("runtime/integrations/",),
 }
 
-_HEAVY = {"numpy", "numba", "torch", "rich", "huggingface_hub", "fsspec", "safetensors"}
+_HEAVY = {"numpy", "llvmlite", "torch", "rich", "huggingface_hub", "fsspec", "safetensors"}
 
 _CONVERSION = """
 import json, sys
@@ -131,17 +130,17 @@ def test_a_conversion_runs_without_torch(format_: str, tmp_path: Path) -> None:
 def test_a_plan_needs_no_kernels(tmp_path: Path) -> None:
     source = make_linear(tmp_path / "source", 256, 256)
     loaded = loaded_modules(_CONVERSION, str(source), "--format", "mxfp4", "--dry-run")
-    assert not loaded & {"torch", "numba", "rich", "huggingface_hub", "fsspec"}
+    assert not loaded & {"torch", "llvmlite", "rich", "huggingface_hub", "fsspec"}
 
 
 def test_the_table_of_backends_loads_none_of_their_packages() -> None:
     code = "import json, sys, runtime.backends.table\nprint('MODULES', json.dumps(sorted(sys.modules)))"
-    assert not loaded_modules(code) & {"aiter", "petit_kernel", "triton", "numba", "convert"}
+    assert not loaded_modules(code) & {"aiter", "petit_kernel", "triton", "llvmlite", "convert"}
 
 
 def test_the_loader_needs_torch_alone() -> None:
     code = "import json, sys, runtime\nruntime.load_quantized\nprint('MODULES', json.dumps(sorted(sys.modules)))"
-    unwanted = {package for package in HOMES if package != "llvmlite"} | {"convert", "safetensors", "scipy"}
+    unwanted = {*HOMES} | {"convert", "safetensors", "scipy"}
     assert not loaded_modules(code) & unwanted
 
 

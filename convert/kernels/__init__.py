@@ -1,1 +1,1 @@
-"""numba twins of the contract's codec: the same bytes at the speed of memory."""
+"""Twins of the contract's codec in vector code: the same bytes at the speed of memory; and SHA-256."""

@@ -20,7 +20,8 @@ def element_of(weight: np.ndarray) -> ir.IntType:
 
 def magnitudes(bits: Value) -> Value:
     """``bits`` without their signs."""
-    return bits & ((1 << (bits.element.width - 1)) - 1)
+    mask: int = (1 << (bits.element.width - 1)) - 1
+    return bits & mask
 
 
 def to_float_bits(magnitude: Value) -> Value:

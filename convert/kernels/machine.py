@@ -61,7 +61,8 @@ class Kernel:
         options = llvm.create_pipeline_tuning_options(speed_level=2)
         passes = llvm.create_pass_builder(machine, options)
         passes.getModulePassManager().run(module, passes)
-        return machine.emit_object(module)
+        machine_code: bytes = machine.emit_object(module)
+        return machine_code
 
 
 def address(array: np.ndarray) -> int:

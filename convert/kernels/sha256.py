@@ -19,7 +19,7 @@ def _first_primes(n: int) -> list[int]:
 
 
 def _integer_cube_root(x: int) -> int:
-    root = round(x ** (1 / 3))
+    root: int = round(x ** (1 / 3))
     while root**3 > x:
         root -= 1
     while (root + 1) ** 3 <= x:
