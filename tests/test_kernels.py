@@ -1,5 +1,7 @@
 """The converter's kernels give the bytes of the torch reference, slab by slab, on input chosen to break them."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -336,7 +338,7 @@ def test_mxfp4_error_sums_are_those_of_float64(source: str, scale_rule: str) -> 
     weight = ORDINARY[source]()
     errors = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule, slab_rows=32).errors
     expected = expected_errors(weight, codec.dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule)))
-    # Rows are summed in float32 by halves: some log2(K) roundings of 2^-24, mostly cancelling.
+    # Rows are summed in float32: some K / 8 roundings of 2^-24, mostly cancelling.
     assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
     assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
 
@@ -367,6 +369,44 @@ def test_fp8_largest_error_is_exact(source: str, granularity: str) -> None:
     weight, scheme = (ORDINARY | INPUTS)[source](), FP8_SCHEMES[granularity]
     largest = convert(weight, scheme).errors.largest
     assert largest == expected_errors(weight, codec.dequantize_fp8(*reference_fp8(weight, scheme))).largest
+
+
+@pytest.mark.parametrize(("scale_rule", "is_beyond"), [("even", True), ("floor", False), ("roundup", True)])
+def test_mxfp4_value_beyond_float32_is_an_infinite_error(scale_rule: str, is_beyond: bool) -> None:
+    weight = torch.full((32, 32), 1.875 * 2.0**127)
+    largest = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule).errors.largest
+    assert (largest == float("inf")) == is_beyond
+
+
+MEASURE = """
+import sys
+import numpy as np
+from convert.kernels import machine
+if sys.argv[1] == "narrow":
+    machine.processor = lambda: ("generic", "")
+from convert.kernels.fp8 import encode_slab
+from convert.kernels.mxfp4 import quantize_slab
+from runtime.contract.formats import SCALE_RULES
+
+values = np.random.default_rng(0).standard_normal((32, 1056), np.float32)
+for bits in (values.view(np.int32), np.ascontiguousarray(values.view(np.int16)[:, 1::2])):
+    for rule in SCALE_RULES:
+        codes, scale_codes = np.zeros(32 * 528, np.uint8), np.zeros(32 * 33, np.uint8)
+        errors, _ = quantize_slab(
+            bits, rule, tiled=False, weight_out=codes, scale_out=scale_codes, scale_pitch=33
+        )
+        print(errors.tobytes().hex())
+    scales = np.full((1, 9), 0.01, np.float32)
+    print(encode_slab(bits, scales, 128, 128, np.zeros((32, 1056), np.uint8)).tobytes().hex())
+"""
+
+
+def test_error_sums_have_the_same_bits_on_a_processor_without_wide_vectors() -> None:
+    wide, narrow = (
+        subprocess.run([sys.executable, "-c", MEASURE, width], check=True, capture_output=True).stdout
+        for width in ("wide", "narrow")
+    )
+    assert wide == narrow
 
 
 @pytest.mark.parametrize("scheme", [PLAIN_MXFP4, AITER_MXFP4, CHANNEL_FP8, BLOCK_FP8], ids=str)

@@ -11,6 +11,8 @@ from convert.kernels.vectors import F32, F64, I16, I32, Code, Value, larger
 
 # K is a multiple of this many elements.
 STEP = 16
+# Lanes in which a row's errors are added up.
+_SUM_LANES = 8
 _EXPONENT_MASK = 0x7F800000
 
 
@@ -66,8 +68,7 @@ def row_maximum(code: Code, row: Value, K: Value, element: ir.IntType) -> Value:
     """The largest magnitude of the K elements from the address ``row`` on, as float32 bits."""
 
     def look(i: Value, carried: list[Value]) -> list[Value]:
-        bits = code.load(row + i * (STEP * element.width // 8), element, STEP)
-        return [larger(carried[0], magnitudes(bits))]
+        return [larger(carried[0], magnitudes(code.load_nth(row, i, element, STEP)))]
 
     (largest,) = code.loop(K // STEP, [code.constant(element, [0] * STEP)], look)
     return to_float_bits(largest.fold(larger))
@@ -76,27 +77,26 @@ def row_maximum(code: Code, row: Value, K: Value, element: ir.IntType) -> Value:
 class RowErrors:
     """The squared errors, the squares and the largest |error| of one row.
 
-    They are kept for a fixed number of ``lanes``, added by halves in the end, so that they have the same bits on
-    every machine. Squares are in units of a power of two near the row's largest magnitude: they stay in range.
+    They are added up in a fixed number of lanes, and those by halves in the end, so that they have the same bits
+    on every machine. Squares are in units of a power of two near the row's largest magnitude: they stay in range.
     """
 
-    def __init__(self, code: Code, row_maximum: Value, lanes: int):
+    def __init__(self, code: Code, row_maximum: Value):
         exponent = row_maximum >> 23
         exponent = (exponent > 1).where(exponent, 1)
         self._unit = ((exponent < 253).where(exponent, 253) << 23).reinterpret(F32)
         self._per_unit = self._unit.like(1.0) / self._unit
-        self.start = [code.constant(F32, [0.0] * lanes)] * 3
+        self.start = [code.constant(F32, [0.0] * _SUM_LANES)] * 3
 
     def add(self, sums: list[Value], x: Value, decoded: Value) -> list[Value]:
         """``sums``, first ``start``, with those of float32 ``x`` and ``decoded`` added."""
-        lanes = sums[0].lanes
         per_unit = self._per_unit.splat(x.lanes)
         error = ((x - decoded).reinterpret(I32) & 0x7FFFFFFF).reinterpret(F32)
         scaled_error, scaled = error * per_unit, x * per_unit
         return [
-            sums[0] + (scaled_error * scaled_error).fold(Value.__add__, lanes),
-            sums[1] + (scaled * scaled).fold(Value.__add__, lanes),
-            larger(sums[2], error.fold(larger, lanes)),
+            sums[0] + (scaled_error * scaled_error).fold(Value.__add__, _SUM_LANES),
+            sums[1] + (scaled * scaled).fold(Value.__add__, _SUM_LANES),
+            larger(sums[2], error.fold(larger, _SUM_LANES)),
         ]
 
     def add_to(self, total: list[Value], sums: list[Value]) -> list[Value]:

@@ -97,7 +97,7 @@ def _make_encoder(element: ir.IntType) -> Kernel:
         def encode_row(n: Value, total: list[Value]) -> list[Value]:
             row, row_out = weight + n * K * (element.width // 8), out + n * K
             row_scales = scales + n // tile_rows * n_tiles * 4
-            row_errors = RowErrors(code, row_maximum(code, row, K, element), STEP)
+            row_errors = RowErrors(code, row_maximum(code, row, K, element))
 
             def encode_tile(tile: Value, sums: list[Value]) -> list[Value]:
                 scale = code.load(row_scales + tile * 4, F32).splat(STEP)

@@ -28,8 +28,6 @@ from runtime.contract.formats import E2M1_VALUES, E8M0_BIAS, MXFP4_BLOCK_SIZE
 
 BLOCK = MXFP4_BLOCK_SIZE
 _LARGEST_SCALE_CODE = 254
-# Lanes in which the errors are summed.
-_SUM_LANES = 8
 # float32 2^(code - 127), by scale code.
 _SCALES = np.ldexp(np.float32(1), np.arange(_LARGEST_SCALE_CODE + 1) - E8M0_BIAS)
 
@@ -67,21 +65,20 @@ def _make_kernel(element: ir.IntType, rule: str, tiled: bool) -> Kernel:
         def quantize_row(n: Value, carried: list[Value]) -> list[Value]:
             row = weight + n * K * (element.width // 8)
             row_largest = row_maximum(code, row, K, element)
-            row_errors = RowErrors(code, row_largest, _SUM_LANES)
+            row_errors = RowErrors(code, row_largest)
 
             def quantize_block(b: Value, sums: list[Value]) -> list[Value]:
-                block = row + b * (BLOCK * element.width // 8)
-                bits = code.load(block, element, BLOCK)
+                bits = code.load_nth(row, b, element, BLOCK)
                 maximum = to_float_bits(magnitudes(bits).fold(larger))
                 scale_code = _choose_scale(code, rule, bits, maximum, scales)
                 code.store(scale_code.narrow(I8), scale_out + _scale_place(n, b, scale_pitch, tiled))
                 scale = _scale(code, scales, scale_code).splat(STEP)
                 codes = []
-                for part in range(BLOCK // STEP):
-                    bits = code.load(block + part * STEP * element.width // 8, element, STEP)
-                    x = to_floats(magnitudes(bits))
+                # Halves, as a whole block needs more registers than there are.
+                for half in bits.halves():
+                    x = to_floats(magnitudes(half))
                     magnitude_codes, values = _encode(code, x, scales, scale_code)
-                    codes.append(in_order(magnitude_codes, element) | ((bits >> (element.width - 4)) & 8))
+                    codes.append(in_order(magnitude_codes, element) | ((half >> (element.width - 4)) & 8))
                     sums = row_errors.add(sums, x, values * scale)
                 code.store(_pack(codes[0].join(codes[1])), weight_out + _weight_place(n, b, K, tiled))
                 return sums
@@ -131,7 +128,7 @@ def _choose_scale(code: Code, rule: str, bits: Value, maximum: Value, scales: Va
 
 
 def _squared_error(code: Code, element: ir.IntType, x: Value, scales: Value, scale_code: Value) -> Value:
-    """The float64 sum of a block's squared errors, added by halves in the order of the elements."""
+    """The float64 sum of a block's squared errors, added by halves in the order of the elements as the rule has it."""
     _, values = _encode(code, x, scales, scale_code)
     error = x.widen(F64) - values.widen(F64) * _scale(code, scales, scale_code).widen(F64).splat(BLOCK)
     squares = error * error
@@ -147,7 +144,7 @@ def _scale(code: Code, scales: Value, scale_code: Value) -> Value:
 
 def _encode(code: Code, x: Value, scales: Value, scale_code: Value) -> tuple[Value, Value]:
     """The E2M1 codes of float32 magnitudes under a scale, as int32, and their values under scale 1."""
-    # 2^(127 - c), exact, is 2^(d - 127) for d = 254 - c.
+    # 1 / 2^(c - 127), exact, is 2^(d - 127) for d = 254 - c.
     inverse = _scale(code, scales, scale_code.like(2 * E8M0_BIAS) - scale_code)
     return round_to(x * inverse.splat(x.lanes), mantissa_bits=1, smallest_normal=1.0, largest=E2M1_VALUES[-1])
 

@@ -65,10 +65,6 @@ class Value:
     def __gt__(self, other: Operand) -> Value:
         return self._compare(">", other)
 
-    def equals(self, other: Operand) -> Value:
-        """A mask of the lanes that are equal."""
-        return self._compare("==", other)
-
     def where(self, yes: Value, no: Operand) -> Value:
         """Lanes of ``yes`` where this mask holds, else of ``no``."""
         return self._new(self._code.builder.select(self.value, yes.value, yes.match(no)))
@@ -81,10 +77,6 @@ class Value:
         """Wider integers, zeros above; wider floats."""
         cast = self._code.builder.fpext if self.element == F32 else self._code.builder.zext
         return self._new(cast(self.value, kind(element, self.lanes)))
-
-    def widen_mask(self, element: ir.Type) -> Value:
-        """A mask as 0 and -1."""
-        return self._new(self._code.builder.sext(self.value, kind(element, self.lanes)))
 
     def narrow(self, element: ir.Type) -> Value:
         """The low bits."""
@@ -173,6 +165,10 @@ class Code:
         """Read from an address that need not be aligned."""
         pointer = self.builder.inttoptr(address.value, kind(element, lanes).as_pointer())
         return Value(self, self.builder.load(pointer, align=1))
+
+    def load_nth(self, address: Value, i: Value, element: ir.Type, lanes: int) -> Value:
+        """Read vector i of those that lie one after the other from ``address`` on."""
+        return self.load(address + i * (lanes * element.width // 8), element, lanes)
 
     def store(self, value: Value, address: Value) -> None:
         """Write to an address that need not be aligned."""
