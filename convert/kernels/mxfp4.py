@@ -1,7 +1,7 @@
 """BF16 or F32 rows -> packed E2M1 codes and E8M0 scales, tiled or row-major, and their errors.
 
 Twin of runtime.contract.codec.quantize_mxfp4 followed by runtime.contract.layouts. A row is read twice: for
-its largest magnitude, and to encode it; the second time it is still in the cache.
+its scales, and to encode it; the second time it is still in the cache.
 """
 
 from functools import cache
@@ -17,7 +17,6 @@ from convert.kernels.arithmetic import (
     magnitudes,
     no_errors,
     round_to,
-    row_maximum,
     store_errors,
     to_float_bits,
     to_floats,
@@ -64,18 +63,24 @@ def _make_kernel(element: ir.IntType, rule: str, tiled: bool) -> Kernel:
     ) -> None:
         def quantize_row(n: Value, carried: list[Value]) -> list[Value]:
             row = weight + n * K * (element.width // 8)
-            row_largest = row_maximum(code, row, K, element)
+
+            def scale_block(b: Value, carried: list[Value]) -> list[Value]:
+                magnitude = magnitudes(code.load_nth(row, b, element, BLOCK))
+                largest = magnitude.fold(larger, STEP)
+                scale_code = _choose_scale(code, rule, magnitude, to_float_bits(largest.fold(larger)), scales)
+                code.store(scale_code.narrow(I8), scale_out + _scale_place(n, b, scale_pitch, tiled))
+                return [larger(carried[0], largest)]
+
+            (row_lanes,) = code.loop(K // BLOCK, [code.constant(element, [0] * STEP)], scale_block)
+            row_largest = to_float_bits(row_lanes.fold(larger))
             row_errors = RowErrors(code, row_largest)
 
-            def quantize_block(b: Value, sums: list[Value]) -> list[Value]:
-                bits = code.load_nth(row, b, element, BLOCK)
-                maximum = to_float_bits(magnitudes(bits).fold(larger))
-                scale_code = _choose_scale(code, rule, bits, maximum, scales)
-                code.store(scale_code.narrow(I8), scale_out + _scale_place(n, b, scale_pitch, tiled))
+            def encode_block(b: Value, sums: list[Value]) -> list[Value]:
+                scale_code = code.load(scale_out + _scale_place(n, b, scale_pitch, tiled), I8).widen(I64)
                 scale = _scale(code, scales, scale_code).splat(STEP)
                 codes = []
                 # Halves, as a whole block needs more registers than there are.
-                for half in bits.halves():
+                for half in code.load_nth(row, b, element, BLOCK).halves():
                     x = to_floats(magnitudes(half))
                     magnitude_codes, values = _encode(code, x, scales, scale_code)
                     codes.append(in_order(magnitude_codes, element) | ((half >> (element.width - 4)) & 8))
@@ -83,7 +88,7 @@ def _make_kernel(element: ir.IntType, rule: str, tiled: bool) -> Kernel:
                 code.store(_pack(codes[0].join(codes[1])), weight_out + _weight_place(n, b, K, tiled))
                 return sums
 
-            sums = code.loop(K // BLOCK, row_errors.start, quantize_block)
+            sums = code.loop(K // BLOCK, row_errors.start, encode_block)
             return [larger(carried[0], row_largest), *row_errors.add_to(carried[1:], sums)]
 
         end = code.loop(n_rows, [code.constant(I32, [0]), *no_errors(code)], quantize_row)
@@ -107,8 +112,8 @@ def _scale_place(n: Value, b: Value, pitch: Value, tiled: bool) -> Value:
     return n * pitch + b
 
 
-def _choose_scale(code: Code, rule: str, bits: Value, maximum: Value, scales: Value) -> Value:
-    """The scale code, int32, of a block with these bits and the largest magnitude ``maximum``, float32 bits.
+def _choose_scale(code: Code, rule: str, magnitude: Value, maximum: Value, scales: Value) -> Value:
+    """The scale code, int32, of a block whose largest magnitude has the float32 bits ``maximum``.
 
     See runtime/contract/scales.py.
     """
@@ -122,8 +127,9 @@ def _choose_scale(code: Code, rule: str, bits: Value, maximum: Value, scales: Va
     if rule != "mse":
         return scale_code
     next_code = (scale_code < _LARGEST_SCALE_CODE).where(scale_code + 1, _LARGEST_SCALE_CODE)
-    x = to_floats(magnitudes(bits))
-    squared_errors = [_squared_error(code, bits.element, x, scales, choice) for choice in (next_code, scale_code)]
+    x = to_floats(magnitude)
+    choices = [choice.widen(I64) for choice in (next_code, scale_code)]
+    squared_errors = [_squared_error(code, magnitude.element, x, scales, choice) for choice in choices]
     return (squared_errors[0] < squared_errors[1]).where(next_code, scale_code)
 
 
@@ -139,7 +145,7 @@ def _squared_error(code: Code, element: ir.IntType, x: Value, scales: Value, sca
 
 
 def _scale(code: Code, scales: Value, scale_code: Value) -> Value:
-    return code.load(scales + scale_code.widen(I64) * 4, F32)
+    return code.load(scales + scale_code * 4, F32)
 
 
 def _encode(code: Code, x: Value, scales: Value, scale_code: Value) -> tuple[Value, Value]:
