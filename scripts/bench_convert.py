@@ -12,6 +12,7 @@ the same bytes.
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -137,7 +138,8 @@ def convert(source: Path, output: Path, weight_format: str) -> tuple[float, int,
 def plain_copy(source: Path, target: Path, nbytes_out: int) -> float:
     """Read every byte of the shards and write ``nbytes_out`` of them; return seconds."""
     share = nbytes_out / source_nbytes(source)
-    buffer = bytearray(CHUNK_NBYTES)
+    # On a page of its own: a bytearray's place is one that some processors copy to at a fifth of their speed.
+    buffer = mmap.mmap(-1, CHUNK_NBYTES)
     started = time.perf_counter()
     with open(target, "wb", buffering=0) as out:
         for path in sorted(source.glob("*.safetensors")):

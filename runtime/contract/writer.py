@@ -41,8 +41,8 @@ class ShardWriter:
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write ``data`` (contiguous) at byte ``offset`` of tensor ``name``."""
         view = memoryview(data).cast("B")
-        _write_all(self._fd, view, self.offset(name) + offset)
-        with self._lock:
+        with self._lock:  # the kernel lets one thread at a time write to a file, and the others spin
+            _write_all(self._fd, view, self.offset(name) + offset)
             self._unflushed += len(view)
             if self._unflushed >= _FLUSH_NBYTES and self._flush.done():
                 self._flush.result()  # the kernel reports a failed write once, so look at every answer
