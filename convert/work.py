@@ -1,8 +1,10 @@
 """The work of a plan as an ordered list of slabs: what to read, and what to do with it."""
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from convert.plan import Plan, TensorPlan
@@ -11,6 +13,8 @@ from runtime.contract.header import DTYPE_BITS
 
 # Large enough to hide the cost of a call, small enough to stay in cache from reading to writing.
 SLAB_NBYTES = 2 * 2**20
+# More than one, so that what waits to be encoded becomes less.
+_ENCODES_PER_SCAN = 2
 
 Action = Literal["copy", "quantize", "scan", "encode"]
 
@@ -37,6 +41,16 @@ class Slab:
     def offset(self) -> int:
         """Where the slab begins in its shard."""
         return self.tensor.stored.offset + self.start
+
+    @property
+    def is_last_reading(self) -> bool:
+        """Whether no other slab reads these bytes after it."""
+        return self.action != "scan" or not self.outputs
+
+    @property
+    def n_before(self) -> int:
+        """How many bytes of the same tensor lie right before it, up to as many as a slab has."""
+        return min(self.start, SLAB_NBYTES)
 
 
 Batch = tuple[Slab, ...]
@@ -128,7 +142,7 @@ def list_slabs(plan: Plan, finished: set[str], known_groups: set[str], n_at_once
         group: [Slab(*cut, None, outputs(t)) for t in tensors for cut in _cut("encode", t)]
         for group, tensors in unfinished.items()
     }
-    return _with_encodes(_interleave(list(by_shard.values()), n_at_once), encodes)
+    return _with_encodes(_interleave(list(by_shard.values()), n_at_once), encodes, n_at_once)
 
 
 def list_batches(slabs: list[Slab], n_lanes: int) -> list[Batch]:
@@ -187,16 +201,31 @@ def _interleave(lists: list[list[Slab]], n_at_once: int) -> list[Slab]:
     return merged
 
 
-def _with_encodes(slabs: list[Slab], encodes: dict[str, list[Slab]]) -> list[Slab]:
-    """Insert the encoding slabs of each group right after its last scan."""
+def _with_encodes(slabs: list[Slab], encodes: dict[str, list[Slab]], n_at_once: int) -> list[Slab]:
+    """Insert the encoding slabs of each group after its last scan, a few after each round of ``n_at_once`` slabs.
+
+    So there is something to encode and to write while a shard's next bytes are hashed. Groups take turns, as they
+    often write to different files.
+    """
     last_scan = {scale_group(slab.tensor): i for i, slab in enumerate(slabs) if slab.action == "scan"}
+    waiting: deque[Iterator[Slab]] = deque()
+
+    def take_turns() -> Iterator[Slab]:
+        while waiting:
+            group = waiting.popleft()
+            for slab in islice(group, 1):
+                waiting.append(group)
+                yield slab
+
     merged = []
     for i, slab in enumerate(slabs):
         merged.append(slab)
         group = scale_group(slab.tensor)
         if group and last_scan.get(group) == i:
-            merged += encodes[group]
-    return merged
+            waiting.append(iter(encodes[group]))
+        if (i + 1) % n_at_once == 0:
+            merged += islice(take_turns(), _ENCODES_PER_SCAN * n_at_once)
+    return [*merged, *take_turns()]
 
 
 def _cut(action: Action, tensor: TensorPlan) -> Iterator[tuple[Action, TensorPlan, int, int, int]]:
