@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ class TensorPlan:
     @property
     def spec(self) -> TensorSpec:
         return self.stored.spec
+
+    @cached_property
+    def output_nbytes(self) -> int:
+        """Bytes of what it becomes."""
+        return sum(spec.nbytes for spec in self.layer.specs().values()) if self.layer else self.spec.nbytes
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,14 @@ class ShardReader:
         assert self._fd is not None
         os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
-    def drop(self, offset: int, nbytes: int) -> None:
-        """Let the kernel take these bytes out of its page cache, so that their memory is there for what is written.
+    def drop(self, span: range) -> None:
+        """Take these bytes out of the kernel's page cache, so that their memory is there for what is written.
 
-        Without it a conversion would push everything else out of the cache; and where memory that is long free
-        goes back to a hypervisor, each new page would have to be fetched from there.
+        Without it a conversion would push other files out of the cache; and where memory that is free goes back to
+        a hypervisor, each new page would have to be fetched from there.
         """
         assert self._fd is not None
-        os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self._fd, span.start, len(span), os.POSIX_FADV_DONTNEED)
 
     def read(self, out: np.ndarray, offset: int) -> None:
         """Fill ``out`` from byte ``offset`` of the file."""

@@ -53,9 +53,8 @@ class Sources:
     def count(self, slab: Slab) -> None:
         """Note that a slab is done with; after its last one a shard is given up."""
         shard = slab.tensor.shard
-        if slab.is_last_reading:
-            # From before it, as the kernel keeps what only half of is to be dropped.
-            self._readers[shard].drop(slab.offset - slab.n_before, slab.n_before + slab.nbytes)
+        if slab.replaced:
+            self._readers[shard].drop(slab.replaced)
         with self._gate.changing():
             self._unread[shard] -= 1
             done = self._unread[shard] == 0

@@ -43,14 +43,16 @@ class Slab:
         return self.tensor.stored.offset + self.start
 
     @property
-    def is_last_reading(self) -> bool:
-        """Whether no other slab reads these bytes after it."""
-        return self.action != "scan" or not self.outputs
+    def replaced(self) -> range:
+        """The bytes of its shard that may leave the page cache once it is done: as many as its tensor becomes.
 
-    @property
-    def n_before(self) -> int:
-        """How many bytes of the same tensor lie right before it, up to as many as a slab has."""
-        return min(self.start, SLAB_NBYTES)
+        They begin before the slab, as the kernel keeps a group of pages of which it is told to drop a part.
+        """
+        if self.action == "scan":
+            return range(0)
+        first = self.tensor.stored.offset
+        stop = min(self.start + self.nbytes, self.tensor.output_nbytes)
+        return range(first + max(0, self.start - SLAB_NBYTES), first + stop) if stop > self.start else range(0)
 
 
 Batch = tuple[Slab, ...]
@@ -126,22 +128,18 @@ def list_slabs(plan: Plan, finished: set[str], known_groups: set[str], n_at_once
         if group not in known_groups and any(output_of[tensor.shard] not in finished for tensor in tensors)
     }
     by_shard: dict[str, list[Slab]] = {}
+    encodes: dict[str, list[Slab]] = {group: [] for group in members}
     for tensor in plan.tensors:
         slabs = by_shard.setdefault(tensor.shard, [])
         group = scale_group(tensor)
         if output_of[tensor.shard] not in finished:
+            files = outputs(tensor)
             action: Action = "copy" if tensor.layer is None else "scan" if group else "quantize"
-            slabs += [Slab(*cut, len(slabs) + i, outputs(tensor)) for i, cut in enumerate(_cut(action, tensor))]
+            slabs += [Slab(*cut, turn, files) for turn, cut in enumerate(_cut(action, tensor), len(slabs))]
+            if group:
+                encodes[group] += [Slab(*cut, None, files) for cut in _cut("encode", tensor)]
         elif group in rescanned:
             slabs += [Slab(*cut, None, ()) for cut in _cut("scan", tensor)]
-    unfinished = {
-        group: [tensor for tensor in tensors if output_of[tensor.shard] not in finished]
-        for group, tensors in members.items()
-    }
-    encodes = {
-        group: [Slab(*cut, None, outputs(t)) for t in tensors for cut in _cut("encode", t)]
-        for group, tensors in unfinished.items()
-    }
     return _with_encodes(_interleave(list(by_shard.values()), n_at_once), encodes, n_at_once)
 
 

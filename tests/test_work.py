@@ -55,7 +55,8 @@ def test_every_byte_is_read_in_order_and_every_weight_encoded_once(plan: Plan, n
             assert all(start + nbytes == next_start for (start, nbytes), (next_start, _) in pairwise(parts))
             assert sum(parts[-1]) == tensor.spec.nbytes
         assert set(readings) == ({"scan", "encode"} if tensor.layer else {"copy"})
-        assert sum(s.nbytes for s in slabs if s.tensor is tensor and s.is_last_reading) == tensor.spec.nbytes
+        spans = [set(slab.replaced) for slab in slabs if slab.tensor is tensor]
+        assert set().union(*spans) == set(range(tensor.stored.offset, tensor.stored.offset + tensor.output_nbytes))
     for shard in {tensor.shard for tensor in plan.tensors}:
         turns = [slab.turn for slab in slabs if slab.tensor.shard == shard and slab.turn is not None]
         assert turns == list(range(len(turns)))
@@ -102,7 +103,7 @@ def n_cached_pages(path: Path) -> int:
 
 
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
-def test_what_was_read_makes_room_in_the_page_cache(tmp_path: Path, weight_format: str) -> None:
+def test_what_is_written_replaces_as_much_in_the_page_cache(tmp_path: Path, weight_format: str) -> None:
     weights = {f"blocks.{i}.proj.weight": random_weight(4096, 1024) for i in range(4)}
     source = save_checkpoint(tmp_path / "in", [weights], {}) / "model.safetensors"
     with open(source, "rb") as file:
@@ -113,4 +114,6 @@ def test_what_was_read_makes_room_in_the_page_cache(tmp_path: Path, weight_forma
         file.read()
     n_cached = n_cached_pages(source)
     convert(source, tmp_path / "out", format=weight_format)
-    assert n_cached_pages(source) < n_cached / 2
+    n_written = (tmp_path / "out" / "model.safetensors").stat().st_size // mmap.PAGESIZE
+    # Groups of pages at the ends stay.
+    assert n_cached - 1.1 * n_written < n_cached_pages(source) < n_cached - 0.7 * n_written
