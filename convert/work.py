@@ -12,7 +12,7 @@ from convert.quantize import slab_row_multiple
 from runtime.contract.header import DTYPE_BITS
 
 # Large enough to hide the cost of a call, small enough to stay in cache from reading to writing.
-SLAB_NBYTES = 2 * 2**20
+SLAB_NBYTES = 8 * 2**20
 # More than one, so that what waits to be encoded becomes less.
 _ENCODES_PER_SCAN = 2
 
