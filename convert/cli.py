@@ -206,6 +206,8 @@ def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command. Exit 0: done; 1: the conversion can't be done; 2: wrong usage; 130: stopped."""
+    # numpy's BLAS, which is not used here, would start a thread for each core as numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

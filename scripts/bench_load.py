@@ -6,7 +6,7 @@ warm page cache and without imports:
 - load_file: safetensors' own load of the converted shards;
 - load_quantized: ours, up to a model that can run; both map the files, and both times include one read of
   every page;
-- online: load_file of the BF16 shards and quantizing each weight with our numba kernels, which is what a
+- online: load_file of the BF16 shards and quantizing each weight with our own kernels, which is what a
   server without an offline checkpoint does, only with faster kernels than any that ship for a CPU.
 
     python scripts/bench_load.py [--gib 2] [--folder DIR] [--repeats 5]
@@ -189,20 +189,15 @@ def quantize_online(_folder: Path, shards: list[Path], weight_format: str) -> Ca
 
     from convert.kernels import fp8, mxfp4
 
-    tables = mxfp4.make_tables(np.dtype(np.int16))
-    sums = np.zeros(3)
-
     def to_mxfp4(bits: Any) -> Any:
         packed, codes = np.empty(bits.size // 2, np.uint8), np.empty(bits.size // 32, np.uint8)
-        rule = mxfp4.RULE_IDS["even"]
-        mxfp4.quantize_slab(bits, tables.thresholds, tables.decoded, rule, True, packed, codes, K // 32, False, sums)
+        mxfp4.quantize_slab(bits, "even", tiled=True, weight_out=packed, scale_out=codes, scale_pitch=K // 32)
         return packed, codes
 
     def to_fp8(bits: Any) -> Any:
-        amax, codes = np.empty((1, 1), np.uint32), np.empty(bits.shape, np.uint8)
-        fp8.tile_maxima(bits, *bits.shape, amax)
-        scale = amax.view(np.float32) / np.float32(448)
-        fp8.encode_slab(bits, scale, *bits.shape, codes, np.zeros(3))
+        codes = np.empty(bits.shape, np.uint8)
+        scale = fp8.tile_maxima(bits, *bits.shape).view(np.float32) / np.float32(448)
+        fp8.encode_slab(bits, scale, *bits.shape, codes)
         return codes, scale
 
     encode = to_mxfp4 if weight_format == "mxfp4" else to_fp8
