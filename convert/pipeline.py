@@ -95,7 +95,7 @@ def convert_checkpoint(
     started = time.monotonic()
     n_resumed = 0
     staging = Staging(output)
-    if not staging.is_published():
+    if restart or not staging.is_published():
         check_output(location, output)
     with staging:
         pinned_revision = None if restart else staging.pinned_revision(str(location))

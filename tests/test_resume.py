@@ -17,7 +17,7 @@ from convert.engine import Engine
 from convert.scratch import Scratch
 from convert.staging import Staging
 from convert.work import Batch
-from runtime.contract.errors import CheckpointError, PartialRunError
+from runtime.contract.errors import CheckpointError, PartialRunError, ProblemsError
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
 COMMAND = "import sys; from convert.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
@@ -144,6 +144,8 @@ def test_a_run_killed_between_publishing_and_cleaning_up_is_finished_by_the_same
         patch.setattr("convert.staging.shutil.rmtree", die)
         convert(source, tmp_path / "out", format="mxfp4")
     assert (tmp_path / "out").exists()
+    with pytest.raises(ProblemsError, match="is not empty"):  # it would be thrown away
+        convert(source, tmp_path / "out", restart=True, format="mxfp4")
     convert(source, tmp_path / "out", format="mxfp4")
     assert not (tmp_path / "out.partial").exists()
 
