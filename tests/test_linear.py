@@ -64,7 +64,8 @@ def test_takes_any_leading_dimensions_and_adds_the_bias(shape: tuple[int, ...]) 
 def test_takes_strided_activations() -> None:
     linear, decoded = make_linear("fp8-tensor", bias=False), decode("fp8-tensor")
     x = activations(K, 6).t()
-    assert_bits_equal(linear(x), F.linear(x, decoded.bfloat16()))
+    # On some CPUs torch's own sums depend on the strides, so it gets the same numbers row by row.
+    assert_bits_equal(linear(x), F.linear(x.contiguous(), decoded.bfloat16()))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
