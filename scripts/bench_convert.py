@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -187,9 +188,10 @@ def bench_kernels() -> Table:
     """Return a table of kernel speeds in bytes of BF16 input, as shares of np.copyto."""
     from convert.digest import choose_hasher
     from convert.kernels import fp8, mxfp4
+    from convert.work import SLAB_NBYTES
 
     # As many bytes as the converter hands a kernel at a time.
-    rows, K, n_threads = 256, 4096, os.cpu_count() or 1
+    rows, K, n_threads = SLAB_NBYTES // 2 // 4096, 4096, os.cpu_count() or 1
     weights = [np.frombuffer(random_bf16(rows * K * 2), np.int16).reshape(rows, K) for _ in range(n_threads)]
     scales = np.full((1, 1), 1e-3, np.float32)
 
@@ -237,12 +239,19 @@ def bench_kernels() -> Table:
     return table
 
 
-def best_speed(calls: list[Callable[[], object]], nbytes: int, n_rounds: int = 100) -> float:
-    """Return bytes per second of all calls run side by side, the best of ``n_rounds``."""
-    best = 0.0
-    for _ in range(n_rounds):
-        best = max(best, nbytes * len(calls) / run_together(calls))
-    return best
+def best_speed(calls: list[Callable[[], object]], nbytes: int, n_rounds: int = 20) -> float:
+    """Return bytes per second of all calls run side by side, the best of ``n_rounds``.
+
+    Each thread repeats its call, as starting one takes about as long as a call.
+    """
+    n_calls = 16
+
+    def repeat(call: Callable[[], object]) -> None:
+        for _ in range(n_calls):
+            call()
+
+    seconds = min(run_together([partial(repeat, call) for call in calls]) for _ in range(n_rounds))
+    return n_calls * nbytes * len(calls) / seconds
 
 
 def run_together(calls: list[Callable[[], object]]) -> float:
