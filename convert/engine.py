@@ -44,10 +44,10 @@ from runtime.contract.folder import Shard
 from runtime.contract.manifest import INPUT_SCALE, WEIGHT
 from runtime.contract.writer import ShardWriter
 
-# All workers' slabs together; a slab is 2 MiB unless one tile of rows is larger.
+# All workers' slabs together.
 _IN_FLIGHT_NBYTES = 384 * 2**20
 # How many batches ahead of the workers the disk is told what will be read.
-_READ_AHEAD = 32
+_READ_AHEAD = 16
 # Output shards that are made durable side by side.
 _FILES_AT_ONCE = 8
 

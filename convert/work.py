@@ -11,7 +11,7 @@ from convert.plan import Plan, TensorPlan
 from convert.quantize import slab_row_multiple
 from runtime.contract.header import DTYPE_BITS
 
-# Large enough to hide the cost of a call, small enough to stay in cache from reading to writing.
+# Unless one tile of rows is larger: large enough to hide the cost of a call, small enough for the caches.
 SLAB_NBYTES = 8 * 2**20
 # More than one, so that what waits to be encoded becomes less.
 _ENCODES_PER_SCAN = 2
