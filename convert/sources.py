@@ -53,8 +53,8 @@ class Sources:
     def count(self, slab: Slab) -> None:
         """Note that a slab is done with; after its last one a shard is given up."""
         shard = slab.tensor.shard
-        if slab.replaced:
-            self._readers[shard].drop(slab.replaced)
+        if replaced := slab.replaced:
+            self._readers[shard].drop(replaced)
         with self._gate.changing():
             self._unread[shard] -= 1
             done = self._unread[shard] == 0

@@ -4,7 +4,7 @@ Builds a synthetic BF16 checkpoint, then times, for each format and for a cold a
 cache, (a) a loop that reads the input and writes as many bytes as the conversion does, with fsync, and
 (b) the real `convert-ckpt` command, start-up included. Prints both, their ratio and the peak memory;
 and, since the manifest holds the SHA-256 of every source and output file, how long it takes all cores
-to hash that many bytes and do nothing else. A second table compares the kernels with np.copyto of
+to hash that many bytes with hashlib and do nothing else. A second table compares the kernels with np.copyto of
 the same bytes.
 
     python scripts/bench_convert.py [--gib 4] [--folder DIR] [--repeats 3]
@@ -154,7 +154,7 @@ def plain_copy(source: Path, target: Path, nbytes_out: int) -> float:
 
 
 def hash_alone(nbytes: int) -> float:
-    """Hash that many bytes from memory on all cores; return seconds."""
+    """Hash that many bytes from memory with hashlib on all cores; return seconds."""
     n_threads = os.cpu_count() or 1
     noise = random_bf16(CHUNK_NBYTES)
 

@@ -188,6 +188,7 @@ def quantize_online(_folder: Path, shards: list[Path], weight_format: str) -> Ca
     from safetensors.torch import load_file
 
     from convert.kernels import fp8, mxfp4
+    from convert.quantize import fp8_scales
 
     def to_mxfp4(bits: Any) -> Any:
         packed, codes = np.empty(bits.size // 2, np.uint8), np.empty(bits.size // 32, np.uint8)
@@ -196,7 +197,7 @@ def quantize_online(_folder: Path, shards: list[Path], weight_format: str) -> Ca
 
     def to_fp8(bits: Any) -> Any:
         codes = np.empty(bits.shape, np.uint8)
-        scale = fp8.tile_maxima(bits, *bits.shape).view(np.float32) / np.float32(448)
+        scale = fp8_scales(fp8.tile_maxima(bits, *bits.shape))
         fp8.encode_slab(bits, scale, *bits.shape, codes)
         return codes, scale
 

@@ -3,7 +3,7 @@
 import ctypes
 import mmap
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,13 +48,13 @@ def positions(slabs: list[Slab], action: str) -> dict[str, list[int]]:
 def test_every_byte_is_read_in_order_and_every_weight_encoded_once(plan: Plan, n_at_once: int) -> None:
     slabs = list_slabs(plan, set(), set(), n_at_once)
     for tensor in plan.tensors:
-        readings = Counter(slab.action for slab in slabs if slab.tensor is tensor)
+        readings = {slab.action for slab in slabs if slab.tensor is tensor}
         for action in readings:
             parts = sorted((s.start, s.nbytes) for s in slabs if s.tensor is tensor and s.action == action)
             assert parts[0][0] == 0
             assert all(start + nbytes == next_start for (start, nbytes), (next_start, _) in pairwise(parts))
             assert sum(parts[-1]) == tensor.spec.nbytes
-        assert set(readings) == ({"scan", "encode"} if tensor.layer else {"copy"})
+        assert readings == ({"scan", "encode"} if tensor.layer else {"copy"})
         spans = [set(slab.replaced) for slab in slabs if slab.tensor is tensor]
         assert set().union(*spans) == set(range(tensor.stored.offset, tensor.stored.offset + tensor.output_nbytes))
     for shard in {tensor.shard for tensor in plan.tensors}:

@@ -18,6 +18,8 @@ import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 
+from convert.kernels.vectors import write_function
+
 _HERE = Path(__file__).parent
 _DIGEST_NBYTES = 32
 
@@ -54,8 +56,6 @@ class Kernel:
         return ctypes.CFUNCTYPE(None, *[ctypes.c_uint64] * self._n_arguments)(address)
 
     def _compile(self) -> bytes:
-        from convert.kernels.vectors import write_function
-
         module = llvm.parse_assembly(write_function(self._name, self._n_arguments, self._write))
         machine = _target_machine()
         options = llvm.create_pipeline_tuning_options(speed_level=2)
