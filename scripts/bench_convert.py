@@ -30,7 +30,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from runtime.contract.header import TensorSpec, build_header
+from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.storage.header import build_header
 
 CHUNK_NBYTES = 8 * 2**20
 GIB = 2**30
@@ -186,9 +187,9 @@ def warm_cache(source: Path) -> None:
 
 def bench_kernels() -> Table:
     """Return a table of kernel speeds in bytes of BF16 input, as shares of np.copyto."""
-    from convert.digest import choose_hasher
-    from convert.kernels import fp8, mxfp4
-    from convert.work import SLAB_NBYTES
+    from convert_ckpt.kernels import fp8, mxfp4
+    from convert_ckpt.run.digest import choose_hasher
+    from convert_ckpt.run.schedule import SLAB_NBYTES
 
     # As many bytes as the converter hands a kernel at a time.
     rows, K, n_threads = SLAB_NBYTES // 2 // 4096, 4096, os.cpu_count() or 1

@@ -134,7 +134,7 @@ def measure_here(way: str, weight_format: str, work: Path) -> dict[str, float]:
     work_once = {"load_file": load_files, "load_quantized": load_ours, "online": quantize_online}[way](
         folder, shards, weight_format
     )
-    from runtime.memory import peak_nbytes
+    from run_ckpt.tools.memory import peak_nbytes
 
     before = peak_nbytes("cpu")
     started = time.perf_counter()
@@ -171,7 +171,7 @@ def load_ours(folder: Path, _shards: list[Path], _format: str) -> Callable[[], i
     import torch
     from torch import nn
 
-    from runtime.load import load_quantized
+    from run_ckpt.loading.load import load_quantized
 
     n_layers = len(json.loads((folder / "quantization_manifest.json").read_text())["layers"])
     with torch.device("meta"):
@@ -187,8 +187,8 @@ def quantize_online(_folder: Path, shards: list[Path], weight_format: str) -> Ca
     import torch
     from safetensors.torch import load_file
 
-    from convert.kernels import fp8, mxfp4
-    from convert.quantize import fp8_scales
+    from convert_ckpt.kernels import fp8, mxfp4
+    from convert_ckpt.run.slab import fp8_scales
 
     def to_mxfp4(bits: Any) -> Any:
         packed, codes = np.empty(bits.size // 2, np.uint8), np.empty(bits.size // 32, np.uint8)

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from sglang_on_cpu import PERSONAS, Loaded, SGLang, Tensors
 
-from runtime.contract.codec import dequantize_fp8, dequantize_mxfp4
-from runtime.contract.formats import MXFP4_BLOCK_SIZE
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, read_manifest
+from run_ckpt.contract.codec import dequantize_fp8, dequantize_mxfp4
+from run_ckpt.contract.formats import MXFP4_BLOCK_SIZE
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, read_manifest
 
 # Rounding to e4m3 with one scale per tensor or block costs 0.026 of a matrix of normal numbers, to e2m1
 # with one scale for 32 values 0.112.
@@ -174,7 +174,7 @@ def decode_layer(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> tor
 
 def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored: Tensors) -> list[str]:
     """Compare the linears that the plug-in holds, joined over the ranks; return their names."""
-    from runtime.integrations.sglang.method import QuantizedLinearMethod
+    from run_ckpt.integrations.sglang.method import QuantizedLinearMethod
 
     modules = [dict(rank.model.named_modules()) for rank in ranks]
     names = [

@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from convert.options import Options  # noqa: E402
-from convert.pipeline import convert_checkpoint  # noqa: E402
-from convert.progress import Silent  # noqa: E402
-from runtime.contract.manifest import Layer, read_manifest  # noqa: E402
-from runtime.dequantize import dequantize  # noqa: E402
-from runtime.progress import Silent as SilentReading  # noqa: E402
+from convert_ckpt.options import Options  # noqa: E402
+from convert_ckpt.pipeline import convert_checkpoint  # noqa: E402
+from convert_ckpt.progress import Silent  # noqa: E402
+from run_ckpt.contract.manifest import Layer, read_manifest  # noqa: E402
+from run_ckpt.progress import Silent as SilentReading  # noqa: E402
+from run_ckpt.tools.rewrite.dequantize import dequantize  # noqa: E402
 from tests.models import MODELS, save  # noqa: E402
 
 MODEL_NAMES = tuple(name for name, case in MODELS.items() if case.preset != "dense-llm")

@@ -114,7 +114,7 @@ def sample_all(console: Console, variants: tuple[Variant, ...], n_samples: int) 
     # Here, as torch, diffusers and scikit-learn take seconds, and the commands above need none of them.
     import digits
 
-    from runtime import load_quantized
+    from run_ckpt import load_quantized
 
     request = digits.make_request(n_samples)
     judge = digits.fit_judge()

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convert.options import Options
-from convert.pipeline import Summary, convert_checkpoint
-from convert.progress import Silent
+from convert_ckpt.options import Options
+from convert_ckpt.pipeline import Summary, convert_checkpoint
+from convert_ckpt.progress import Silent
 
 FLUX_DIGITS = Path(__file__).parents[1] / "examples" / "flux-digits"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from runtime.contract.durable import hash_path
-from runtime.contract.folder import read_folder
-from runtime.contract.manifest import MANIFEST_NAME, seal_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, seal_manifest
+from run_ckpt.storage.atomic import hash_path
+from run_ckpt.storage.shards import read_folder
 from tests import checkpoints
 
 FLUX_DIGITS = checkpoints.FLUX_DIGITS

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from convert.location import parse_location
-from convert.options import Options
-from convert.origin import Wanted
-from convert.pipeline import Summary, convert_checkpoint
-from convert.progress import Silent
-from runtime.contract.manifest import MANIFEST_NAME
+from convert_ckpt.options import Options
+from convert_ckpt.pipeline import Summary, convert_checkpoint
+from convert_ckpt.progress import Silent
+from convert_ckpt.source.opened import Wanted
+from convert_ckpt.source.reference import parse_location
+from run_ckpt.contract.manifest import MANIFEST_NAME
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.hub_server import HubServer, serve_hub
 
@@ -28,8 +28,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr("convert.store._FIRST_WAIT_SECONDS", 0.005)
-        monkeypatch.setattr("convert.store._TRIES", 4)
+        monkeypatch.setattr("convert_ckpt.source.store._FIRST_WAIT_SECONDS", 0.005)
+        monkeypatch.setattr("convert_ckpt.source.store._TRIES", 4)
         yield server
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends import packages
+from run_ckpt.backends import packages
 
 _PROBES = (packages.why_no_aiter, packages.why_no_petit, packages.why_no_triton)
 

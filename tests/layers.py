@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from runtime.backends.backend import Tensors
-from runtime.backends.reference import from_plain
-from runtime.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
-from runtime.contract.dialects import Scheme, scale_shape
-from runtime.contract.formats import FP8_BLOCK_SIZE
-from runtime.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.backends.backend import Tensors
+from run_ckpt.backends.reference import from_plain
+from run_ckpt.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.dialects import Scheme, scale_shape
+from run_ckpt.contract.formats import FP8_BLOCK_SIZE
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 
 MODULE = "blocks.0.proj"
 SCHEMES = {

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from runtime.backends import fp8
-from runtime.backends.aiter import AITER
-from runtime.backends.backend import Machine
-from runtime.contract.errors import BackendError
-from runtime.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
+from run_ckpt.backends import fp8
+from run_ckpt.backends.aiter import AITER
+from run_ckpt.backends.backend import Machine
+from run_ckpt.contract.errors import BackendError
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from tests import aiter_stand_in
 from tests.aiter_stand_in import Refused
 from tests.bits import assert_bits_equal

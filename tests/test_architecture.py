@@ -13,27 +13,46 @@ from tests.converted import make_linear
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
-    path.relative_to(ROOT).as_posix() for top in ("convert", "runtime") for path in (ROOT / top).rglob("*.py")
+    path.relative_to(ROOT / top).as_posix() for top in ("convert", "runtime") for path in (ROOT / top).rglob("*.py")
 )
-CONTRACT = [module for module in MODULES if module.startswith("runtime/contract/")]
+CONTRACT = [module for module in MODULES if module.startswith("run_ckpt/contract/")]
 MAX_LINES = 300
 
 # Package -> the files (or folders, with a slash) that may import it.
 HOMES: dict[str, tuple[str, ...]] = {
-    "llvmlite": ("convert/kernels/",),
-    "click": ("convert/cli.py", "runtime/cli.py", "runtime/cli_publish.py", "runtime/cli_run.py"),
-    "matplotlib": ("runtime/publish/heatmap.py",),
-    "rich": ("convert/cli.py", "convert/progress.py", "runtime/cli.py", "runtime/tables.py"),
-    "aiter": ("runtime/backends/",),
-    "petit_kernel": ("runtime/backends/",),
-    "triton": ("runtime/kernels/",),
-    "huggingface_hub": ("convert/hub.py", "runtime/publish/repository.py"),
-    "yaml": ("convert/source_card.py", "runtime/publish/card_metadata.py"),
-    "fsspec": ("convert/url_store.py",),
-    "diffusers": ("runtime/integrations/",),
-    "transformers": ("runtime/integrations/",),
-    "sglang": ("runtime/integrations/sglang/",),
-    "accelerate": ("runtime/integrations/",),
+    "llvmlite": ("convert_ckpt/kernels/",),
+    "click": ("convert_ckpt/cli.py", "run_ckpt/cli/"),
+    "matplotlib": ("run_ckpt/tools/publish/heatmap.py",),
+    "rich": ("convert_ckpt/cli.py", "convert_ckpt/progress.py", "run_ckpt/cli/"),
+    "aiter": ("run_ckpt/backends/",),
+    "petit_kernel": ("run_ckpt/backends/",),
+    "triton": ("run_ckpt/backends/triton/",),
+    "huggingface_hub": ("convert_ckpt/source/hub.py", "run_ckpt/tools/publish/repository.py"),
+    "yaml": ("convert_ckpt/source/source_card.py", "run_ckpt/tools/publish/metadata.py"),
+    "fsspec": ("convert_ckpt/source/url.py",),
+    "diffusers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/generate.py"),
+    "transformers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py"),
+    "sglang": ("run_ckpt/integrations/sglang/",),
+    "accelerate": ("run_ckpt/integrations/", "run_ckpt/loading/build.py"),
+}
+# Room -> the rooms whose modules it may import, itself aside. What stands in no room (cli, pipeline, push) is free.
+ROOMS: dict[str, set[str]] = {
+    "run_ckpt/contract": set(),
+    "run_ckpt/storage": {"run_ckpt/contract"},
+    "run_ckpt/backends": {"run_ckpt/contract", "run_ckpt/storage"},
+    "run_ckpt/loading": {"run_ckpt/contract", "run_ckpt/storage", "run_ckpt/backends"},
+    "run_ckpt/integrations": {"run_ckpt/contract", "run_ckpt/storage", "run_ckpt/backends", "run_ckpt/loading"},
+    "run_ckpt/tools": {"run_ckpt/contract", "run_ckpt/storage", "run_ckpt/backends", "run_ckpt/loading"},
+    "convert_ckpt/kernels": {"run_ckpt/contract"},
+    "convert_ckpt/source": {"run_ckpt/contract", "run_ckpt/storage"},
+    "convert_ckpt/plan": {"run_ckpt/contract", "run_ckpt/storage", "convert_ckpt/source"},
+    "convert_ckpt/run": {
+        "run_ckpt/contract",
+        "run_ckpt/storage",
+        "convert_ckpt/source",
+        "convert_ckpt/plan",
+        "convert_ckpt/kernels",
+    },
 }
 
 _HEAVY = {"numpy", "llvmlite", "torch", "rich", "huggingface_hub", "fsspec", "safetensors"}
@@ -41,27 +60,31 @@ _HEAVY = {"numpy", "llvmlite", "torch", "rich", "huggingface_hub", "fsspec", "sa
 _CONVERSION = """
 import json, sys
 from pathlib import Path
-import convert.cli, convert.engine, convert.pipeline
+import convert_ckpt.cli, convert_ckpt.run.engine, convert_ckpt.pipeline
 sys.argv = ["convert-ckpt", *json.loads(sys.argv[1])]
 try:
-    convert.cli.main()
+    convert_ckpt.cli.main()
 except SystemExit as stop:
     assert not stop.code, stop.code
 print("MODULES", json.dumps(sorted(sys.modules)))
 """
-_HELP = _CONVERSION.replace(", convert.engine, convert.pipeline", "")
+_HELP = _CONVERSION.replace(", convert_ckpt.run.engine, convert_ckpt.pipeline", "")
+
+
+def source_of(module: str) -> Path:
+    return ROOT / {"convert_ckpt": "convert", "run_ckpt": "runtime"}[module.partition("/")[0]] / module
 
 
 def imports(module: str) -> Iterator[str]:
     """Yield the dotted name of each import that runs, wherever in the file; not those for type checkers."""
-    pending: list[ast.AST] = [ast.parse((ROOT / module).read_text(encoding="utf-8"))]
+    pending: list[ast.AST] = [ast.parse(source_of(module).read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            # `from convert import x` may name a module too.
+            # `from convert_ckpt import x` may name a module too.
             yield from (f"{node.module}.{name.name}" for name in node.names)
         elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             pending += node.orelse
@@ -82,30 +105,37 @@ def loaded_modules(code: str, *arguments: str) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("runtime/")])
-def test_runtime_never_imports_convert(module: str) -> None:
-    assert "convert" not in packages(module)
+def ours(module: str) -> set[str]:
+    """Return the rooms, or top-level modules, of ours that a module imports: "run_ckpt/contract"."""
+    parts = [name.split(".") for name in imports(module)]
+    return {"/".join(part[:2]) for part in parts if part[0] in ("convert_ckpt", "run_ckpt") and len(part) > 1}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("run_ckpt/")])
+def test_the_loader_never_imports_the_converter(module: str) -> None:
+    assert "convert_ckpt" not in packages(module)
 
 
 @pytest.mark.parametrize("module", CONTRACT)
 def test_contract_imports_torch_and_the_standard_library_alone(module: str) -> None:
-    foreign = packages(module) - sys.stdlib_module_names - {"torch", "runtime"}
-    assert not foreign
+    assert not packages(module) - sys.stdlib_module_names - {"torch", "run_ckpt"}
 
 
-@pytest.mark.parametrize("module", CONTRACT)
-def test_contract_imports_nothing_else_of_ours(module: str) -> None:
-    ours = {name for name in imports(module) if name.startswith("runtime.")}
-    assert all(name.startswith("runtime.contract.") for name in ours)
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_the_rooms_below_it(room: str) -> None:
+    rooms = {*ROOMS, "run_ckpt/cli"}
+    for module in MODULES:
+        if module.startswith(f"{room}/"):
+            assert ours(module) & rooms - {room} <= ROOMS[room], module
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("convert/")])
-def test_convert_takes_from_runtime_the_contract_and_the_version_alone(module: str) -> None:
-    taken = {name for name in imports(module) if name.startswith("runtime")}
-    shared = ("runtime.contract.", "runtime.version.")
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("convert_ckpt/")])
+def test_the_converter_takes_from_the_loader_only_contract_and_storage(module: str) -> None:
     # --push-to-hub is run-ckpt push, begun while shards are still being made.
-    push = ("runtime.publish.", "runtime.progress.") if module == "convert/push.py" else ()
-    assert all(name.startswith(shared + push) for name in taken)
+    shared = {"run_ckpt/contract", "run_ckpt/storage", "run_ckpt/version", "run_ckpt/progress"}
+    if module == "convert_ckpt/push.py":
+        shared.add("run_ckpt/tools")
+    assert {name for name in ours(module) if name.startswith("run_ckpt/")} <= shared
 
 
 @pytest.mark.parametrize("package", HOMES)
@@ -114,7 +144,7 @@ def test_package_is_imported_only_where_it_is_at_home(package: str) -> None:
     assert [user for user in users if not user.startswith(HOMES[package])] == []
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("convert/")])
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("convert_ckpt/")])
 def test_convert_never_imports_torch_itself(module: str) -> None:
     assert "torch" not in packages(module)
 
@@ -134,13 +164,13 @@ def test_a_plan_needs_no_kernels(tmp_path: Path) -> None:
 
 
 def test_the_table_of_backends_loads_none_of_their_packages() -> None:
-    code = "import json, sys, runtime.backends.table\nprint('MODULES', json.dumps(sorted(sys.modules)))"
-    assert not loaded_modules(code) & {"aiter", "petit_kernel", "triton", "llvmlite", "convert"}
+    code = "import json, sys, run_ckpt.backends.select\nprint('MODULES', json.dumps(sorted(sys.modules)))"
+    assert not loaded_modules(code) & {"aiter", "petit_kernel", "triton", "llvmlite", "convert_ckpt"}
 
 
 def test_the_loader_needs_torch_alone() -> None:
-    code = "import json, sys, runtime\nruntime.load_quantized\nprint('MODULES', json.dumps(sorted(sys.modules)))"
-    unwanted = {*HOMES} | {"convert", "safetensors", "scipy"}
+    code = "import json, sys, run_ckpt\nrun_ckpt.load_quantized\nprint('MODULES', json.dumps(sorted(sys.modules)))"
+    unwanted = {*HOMES} | {"convert_ckpt", "safetensors", "scipy"}
     assert not loaded_modules(code) & unwanted
 
 
@@ -150,9 +180,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_is_at_most_300_lines(module: str) -> None:
-    assert len((ROOT / module).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    assert len(source_of(module).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_says_its_job_in_a_docstring(module: str) -> None:
-    assert ast.get_docstring(ast.parse((ROOT / module).read_text(encoding="utf-8")))
+    assert ast.get_docstring(ast.parse(source_of(module).read_text(encoding="utf-8")))

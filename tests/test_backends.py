@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.backends.backend import Backend, Machine, describe_machine
-from runtime.backends.packages import why_no_aiter, why_no_petit
-from runtime.backends.reference import DEQUANTIZE, REFERENCE, decode_weight, from_plain, to_plain
-from runtime.backends.table import BACKEND_NAMES, choose_backend
-from runtime.contract.errors import BackendError, UsageError
-from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE
+from run_ckpt.backends.backend import Backend, Machine, describe_machine
+from run_ckpt.backends.packages import why_no_aiter, why_no_petit
+from run_ckpt.backends.reference import DEQUANTIZE, REFERENCE, decode_weight, from_plain, to_plain
+from run_ckpt.backends.select import BACKEND_NAMES, choose_backend
+from run_ckpt.contract.errors import BackendError, UsageError
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 from tests.installed import AITER_FILES, Installer, install_fixture  # noqa: F401

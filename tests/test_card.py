@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from convert.source_card import card_facts
-from runtime.publish.card import make_card
-from runtime.publish.result import read_result
+from convert_ckpt.source.source_card import card_facts
+from run_ckpt.tools.publish.card import make_card
+from run_ckpt.tools.publish.rows import read_result
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.converted import FLUX_DIGITS, SCHEMES, convert, edit_manifest, make_linear
 from tests.hub_upload_server import serve_hub
@@ -190,7 +190,7 @@ def rerun(command: str, folder: Path, *, snapshot: Path) -> None:
     subprocess.run(["bash", "-euc", script], cwd=folder, check=True, timeout=120)
 
 
-_CONVERT = "from convert.cli import main; main()"
+_CONVERT = "from convert_ckpt.cli import main; main()"
 
 
 def test_a_pipeline_has_one_card_that_tells_its_components_apart(tmp_path: Path) -> None:

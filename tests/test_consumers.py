@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.dequantize import dequantize
-from runtime.progress import Silent
+from run_ckpt.progress import Silent
+from run_ckpt.tools.rewrite.dequantize import dequantize
 from tests.checkpoints import convert
 from tests.models import MODELS, run, save
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runtime.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
-from runtime.contract.errors import NonFiniteError, ProblemsError, UsageError
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from runtime.contract.manifest import read_manifest
+from run_ckpt.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.errors import NonFiniteError, ProblemsError, UsageError
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.manifest import read_manifest
 from tests.bits import assert_bits_equal
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, load_all, random_weight, save_checkpoint
 
@@ -269,7 +269,7 @@ def test_slabs_smaller_than_a_tensor_write_the_same_tensors(
     llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(llm, tmp_path / "whole", format="fp8")
-    monkeypatch.setattr("convert.work.SLAB_NBYTES", 32 * 256 * 2)
+    monkeypatch.setattr("convert_ckpt.run.schedule.SLAB_NBYTES", 32 * 256 * 2)
     convert(llm, tmp_path / "slabs", format="fp8")
     whole, slabs = folder_bytes(tmp_path / "whole"), folder_bytes(tmp_path / "slabs")
     assert whole == slabs
@@ -428,8 +428,8 @@ def test_block_scales_are_refused_where_an_ignored_name_takes_quantized_layers_a
 
 def test_a_processor_without_wide_vectors_writes_the_same_bytes(tmp_path: Path) -> None:
     script = (
-        "import sys; from convert.cli import main; from convert.kernels import machine\n"
-        "machine.processor = lambda: ('generic', '')\n"
+        "import sys; from convert_ckpt.cli import main; from convert_ckpt.kernels import jit\n"
+        "jit.processor = lambda: ('generic', '')\n"
         "sys.argv[0] = 'convert-ckpt'; main()\n"
     )
     for weight_format in ("mxfp4", "fp8"):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import digest
-from convert.digest import Hasher, choose_hasher
-from convert.finish import FileHashing
-from convert.kernels import sha256
+from convert_ckpt.kernels import sha256
+from convert_ckpt.run import digest
+from convert_ckpt.run.digest import Hasher, choose_hasher
+from convert_ckpt.run.finish import FileHashing
 
 LANES = Hasher((8,), 1, sha256.hash_lanes)
 HASHERS = {"hashlib": Hasher((1,), 2), "lanes": LANES}
@@ -50,7 +50,7 @@ def test_pieces_of_any_lengths_add_up(hasher: Hasher, rounds: list[list[int]]) -
 
 @pytest.mark.parametrize("hasher", HASHERS.values(), ids=HASHERS)
 def test_files_are_hashed_side_by_side(hasher: Hasher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.finish._PIECE_NBYTES", 4096)
+    monkeypatch.setattr("convert_ckpt.run.finish._PIECE_NBYTES", 4096)
     lengths = [0, 1, 4095, 4096, 4097, 8192, 100_000, 50_001, 12_288, 3, 77_777]
     for i, nbytes in enumerate(lengths):
         (tmp_path / str(i)).write_bytes(random_bytes(nbytes, seed=i).tobytes())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.contract.codec import dequantize_fp8, expand_fp8_scale, fp8_scale, quantize_fp8
-from runtime.contract.elements import (
+from run_ckpt.contract.codec import dequantize_fp8, expand_fp8_scale, fp8_scale, quantize_fp8
+from run_ckpt.contract.elements import (
     decode_e2m1,
     decode_e8m0,
     encode_e2m1,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, ProblemsError
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runtime.contract.errors import ProblemsError
-from runtime.contract.folder import TensorFolder, read_folder, unsafe_file_name
+from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.file_names import unsafe_file_name
+from run_ckpt.storage.shards import TensorFolder, read_folder
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00002.safetensors"

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from runtime.contract.codec import dequantize_mxfp4, fp8_scale, quantize_fp8, quantize_mxfp4
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.codec import dequantize_mxfp4, fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from tests.bits import assert_bits_equal
 
 GOLDEN_FILE = Path(__file__).parent / "golden" / "aiter_golden.safetensors"

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from runtime.contract.errors import HeaderError
-from runtime.contract.header import DTYPE_BITS, Header, TensorSpec, build_header, parse_header, read_header
+from run_ckpt.contract.errors import HeaderError
+from run_ckpt.contract.tensors import DTYPE_BITS, TensorSpec
+from run_ckpt.storage.header import Header, build_header, parse_header, read_header
 
 FILE = "weights.safetensors"
 TORCH_DTYPES = {

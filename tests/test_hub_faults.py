@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.store import Patience
-from runtime.contract.errors import FetchError, TransientError
+from convert_ckpt.source.store import Patience
+from run_ckpt.contract.errors import FetchError, TransientError
 from tests.checkpoints import convert
 from tests.hub_fixtures import assert_same_but_for_the_source, convert_remote, hub, make_llm
 from tests.hub_server import TOKEN, Fault, HubServer, read_files
@@ -196,7 +196,7 @@ def test_a_host_that_ignores_ranges_serves_small_files_and_is_named_for_large_on
     convert_remote("me/llm", tmp_path / "small", format="mxfp4")
     convert(llm, tmp_path / "local", format="mxfp4")
     assert_same_but_for_the_source(tmp_path / "small", tmp_path / "local")
-    monkeypatch.setattr("convert.fetch._PART_NBYTES", 400_000)
+    monkeypatch.setattr("convert_ckpt.source.shards._PART_NBYTES", 400_000)
     with pytest.raises(FetchError, match=r"model-00001.*does not answer range requests"):
         convert_remote("me/llm", tmp_path / "large", format="mxfp4")
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert.staging import Staging
-from runtime.contract.errors import CheckpointError, FetchError
+from convert_ckpt.run.partial_output import Staging
+from run_ckpt.contract.errors import CheckpointError, FetchError
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 from tests.hub_fixtures import Lines, assert_same_but_for_the_source, convert_remote, hub, make_llm
 from tests.hub_server import TOKEN, Fault, HubServer, read_files
 
 __all__ = ["hub"]
-COMMAND = "import sys; from convert.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
+COMMAND = "import sys; from convert_ckpt.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
 SHARD = "model-0000{}-of-00005.safetensors"
 
 
@@ -123,7 +123,7 @@ def test_a_header_longer_than_the_first_request_is_read_to_its_end(hub: HubServe
 def test_cut_connections_cost_only_the_bytes_that_did_not_come(
     hub: HubServer, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert.fetch._PART_NBYTES", 400_000)  # several ranges a shard
+    monkeypatch.setattr("convert_ckpt.source.shards._PART_NBYTES", 400_000)  # several ranges a shard
     hub.add_repo("me/llm", read_files(llm))
     moments = random.Random(0)
     header_nbytes = 2**17
@@ -279,7 +279,7 @@ def test_one_file_of_a_repo_is_a_source(hub: HubServer, tmp_path: Path) -> None:
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run the command in this process and return its exit code."""
-    from convert.cli import main
+    from convert_ckpt.cli import main
 
     monkeypatch.setattr(sys, "argv", ["convert-ckpt", *arguments])
     try:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import load_quantized
-from runtime.contract.errors import CheckpointError, ProblemsError
-from runtime.linear import QuantizedLinear
+from run_ckpt import load_quantized
+from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.loading.linear import QuantizedLinear
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all
 from tests.converted import edit_json
@@ -28,11 +28,11 @@ CASES = [(name, format_) for name in MODELS for format_ in FORMATS if format_ in
 
 @pytest.fixture(autouse=True)
 def registered(own_tables: None) -> None:
-    import runtime.integrations.diffusers
-    import runtime.integrations.transformers
+    import run_ckpt.integrations.diffusers
+    import run_ckpt.integrations.transformers
 
-    runtime.integrations.diffusers.register()
-    runtime.integrations.transformers.register()
+    run_ckpt.integrations.diffusers.register()
+    run_ckpt.integrations.transformers.register()
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_config_that_does_not_fit_is_refused(flux: tuple[Path, Any], edit: Any
 
 
 def test_quantizing_online_is_refused(sources: dict[str, tuple[Path, Any]]) -> None:
-    from runtime.integrations.diffusers import ConvertedConfig
+    from run_ckpt.integrations.diffusers import ConvertedConfig
 
     source, model_class = sources["flux1"]
     with pytest.raises(CheckpointError, match="made offline: run convert-ckpt"):

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.quantize import Errors, fp8_scales, largest_magnitude, quantize_fp8, quantize_mxfp4, weight_bits
-from convert.scratch import Scratch
-from runtime.contract import codec
-from runtime.contract.dialects import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme, scale_shape
-from runtime.contract.formats import E2M1_MIDPOINTS, SCALE_RULES
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from convert_ckpt.run.buffers import Scratch
+from convert_ckpt.run.slab import Errors, fp8_scales, largest_magnitude, quantize_fp8, quantize_mxfp4, weight_bits
+from run_ckpt.contract import codec
+from run_ckpt.contract.dialects import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme, scale_shape
+from run_ckpt.contract.formats import E2M1_MIDPOINTS, SCALE_RULES
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from tests.bits import assert_bits_equal
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -381,12 +381,12 @@ def test_mxfp4_value_beyond_float32_is_an_infinite_error(scale_rule: str, is_bey
 MEASURE = """
 import sys
 import numpy as np
-from convert.kernels import machine
+from convert_ckpt.kernels import jit
 if sys.argv[1] == "narrow":
-    machine.processor = lambda: ("generic", "")
-from convert.kernels.fp8 import encode_slab
-from convert.kernels.mxfp4 import quantize_slab
-from runtime.contract.formats import SCALE_RULES
+    jit.processor = lambda: ("generic", "")
+from convert_ckpt.kernels.fp8 import encode_slab
+from convert_ckpt.kernels.mxfp4 import quantize_slab
+from run_ckpt.contract.formats import SCALE_RULES
 
 values = np.random.default_rng(0).standard_normal((32, 1056), np.float32)
 for bits in (values.view(np.int32), np.ascontiguousarray(values.view(np.int16)[:, 1::2])):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT, TileLayout, round_up
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT, TileLayout, round_up
 from tests.bits import assert_bits_equal
 
 Fill = Callable[[int, int], Tensor]

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.contract.codec import dequantize_fp8, dequantize_mxfp4, quantize_mxfp4
-from runtime.contract.errors import BackendError, ProblemsError, UsageError
-from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
-from runtime.linear import QuantizedLinear
-from runtime.replace import replace_linears
+from run_ckpt.contract.codec import dequantize_fp8, dequantize_mxfp4, quantize_mxfp4
+from run_ckpt.contract.errors import BackendError, ProblemsError, UsageError
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.loading.linear import QuantizedLinear
+from run_ckpt.loading.replace import replace_linears
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 from tests.layers import MODULE, SCHEMES, describe_layer, make_layer

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from runtime import load_quantized
-from runtime.contract.errors import CheckpointError, ManifestError, ProblemsError
-from runtime.contract.manifest import MANIFEST_NAME
-from runtime.linear import QuantizedLinear
+from run_ckpt import load_quantized
+from run_ckpt.contract.errors import CheckpointError, ManifestError, ProblemsError
+from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.loading.linear import QuantizedLinear
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint
 from tests.converted import FLUX_DIGITS, SCHEMES, edit_json, edit_manifest, reseal
@@ -95,7 +95,7 @@ def test_fills_a_model_of_the_users_own(tmp_path: Path, scheme: dict[str, str]) 
 
 
 def test_says_in_one_line_what_was_loaded(out: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="runtime"):
+    with caplog.at_level(logging.INFO, logger="run_ckpt"):
         load_quantized(out, model=meta())
     assert len(caplog.messages) == 1
     assert "2 mxfp4 layers on reference" in caplog.messages[0]
@@ -319,11 +319,11 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from runtime import load_quantized
+from run_ckpt import load_quantized
 with torch.device("meta"):
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8192, 16384, bias=False))])
-from runtime.memory import peak_nbytes
+from run_ckpt.tools.memory import peak_nbytes
 before = peak_nbytes("cpu")
 load_quantized(Path(sys.argv[1]), model=model)
 tensors = [tensor.clone() for tensor in model.buffers()]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.location import HubLocation, UrlLocation, parse_location
-from runtime.contract.errors import UsageError
+from convert_ckpt.source.reference import HubLocation, UrlLocation, parse_location
+from run_ckpt.contract.errors import UsageError
 
 
 @pytest.mark.parametrize(

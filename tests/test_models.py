@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from convert.preset import preset_names
-from runtime import load_quantized
-from runtime.contract.manifest import read_manifest
-from runtime.dequantize import dequantize
-from runtime.progress import Silent
-from runtime.verify import verify_output
+from convert_ckpt.plan.preset import preset_names
+from run_ckpt import load_quantized
+from run_ckpt.contract.manifest import read_manifest
+from run_ckpt.progress import Silent
+from run_ckpt.tools.rewrite.dequantize import dequantize
+from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all
 from tests.models import MODELS, ModelCase, run, save

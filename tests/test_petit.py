@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.backends.backend import Machine
-from runtime.backends.petit import PETIT
-from runtime.contract.errors import BackendError
-from runtime.contract.manifest import WEIGHT_SCALE
+from run_ckpt.backends.backend import Machine
+from run_ckpt.backends.petit import PETIT
+from run_ckpt.contract.errors import BackendError
+from run_ckpt.contract.manifest import WEIGHT_SCALE
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 from tests.installed import Installer, install_fixture  # noqa: F401

@@ -17,18 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from convert.options import Options
-from convert.pipeline import convert_checkpoint
-from convert.progress import Silent as NoProgress
-from convert.push import convert_and_push
-from runtime.contract.errors import CheckpointError, ProblemsError, PublishError, UsageError
-from runtime.contract.folder import CARD_NAME, HEATMAP_NAME
-from runtime.contract.manifest import MANIFEST_NAME
-from runtime.progress import Silent
-from runtime.publish.heatmap import draw_heatmap, make_grids
-from runtime.publish.push import Pushed, card_files, push_result
-from runtime.publish.repository import Target
-from runtime.publish.result import read_result
+from convert_ckpt.options import Options
+from convert_ckpt.pipeline import convert_checkpoint
+from convert_ckpt.progress import Silent as NoProgress
+from convert_ckpt.push import convert_and_push
+from run_ckpt.contract.errors import CheckpointError, ProblemsError, PublishError, UsageError
+from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME
+from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.progress import Silent
+from run_ckpt.tools.publish.heatmap import draw_heatmap, make_grids
+from run_ckpt.tools.publish.push import Pushed, card_files, push_result
+from run_ckpt.tools.publish.repository import Target
+from run_ckpt.tools.publish.rows import read_result
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.converted import convert, make_linear
 from tests.hub_upload_server import TOKEN, Hub, serve_hub
@@ -64,7 +64,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, picture: bytes | None) -> Iterator[Hub]
     """The stand-in, with the client pointed at it and logged in. The heat map is drawn once for all tests."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr("runtime.publish.push.draw_heatmap", lambda grids: picture)
+    monkeypatch.setattr("run_ckpt.tools.publish.push.draw_heatmap", lambda grids: picture)
 
     with serve_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -96,11 +96,11 @@ def command_environment(hub: Hub) -> dict[str, str]:
 
 
 def run_ckpt(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from runtime.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from run_ckpt.cli.main import main; main()", *map(str, arguments)]
 
 
 def convert_ckpt(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from convert.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from convert_ckpt.cli import main; main()", *map(str, arguments)]
 
 
 def test_the_repo_holds_the_result_and_its_card(hub: Hub, output: Path) -> None:
@@ -129,7 +129,7 @@ def test_pushing_twice_sends_nothing(hub: Hub, output: Path) -> None:
 
 
 def test_a_downloaded_repo_verifies(hub: Hub, source: Path, output: Path, tmp_path: Path) -> None:
-    from runtime.verify import verify_output
+    from run_ckpt.tools.verify.component import verify_output
 
     push(output)
     for name, data in {**hub.files(REPO), ".gitattributes": b""}.items():
@@ -237,7 +237,7 @@ def test_a_damaged_folder_is_not_pushed(hub: Hub, output: Path, tmp_path: Path) 
 def test_without_matplotlib_the_card_goes_without_picture_and_says_so(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.publish.heatmap.can_draw", lambda: False)
+    monkeypatch.setattr("run_ckpt.tools.publish.heatmap.can_draw", lambda: False)
     said: list[str] = []
     (card,) = card_files(read_result(output), REPO, None, said.append)
     assert card.name == CARD_NAME

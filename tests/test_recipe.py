@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.guards import guard, in_numbered_block, linear_module, reason_not_linear
-from convert.preset import FusedPattern, Preset, find_preset, load_preset, preset_names
-from convert.recipe import (
+from convert_ckpt.plan.preset import FusedPattern, Preset, find_preset, load_preset, preset_names
+from convert_ckpt.plan.recipe import (
     KEEP,
     Fate,
     FusedGroup,
@@ -20,10 +19,11 @@ from convert.recipe import (
     read_recipe,
     unmatched_rules,
 )
-from convert.sglang_names import overmatched, sglang_prefixes
-from runtime.contract.dialects import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
-from runtime.contract.errors import UsageError
-from runtime.contract.header import TensorSpec
+from convert_ckpt.plan.sglang_names import overmatched, sglang_prefixes
+from convert_ckpt.plan.shape_rules import guard, in_numbered_block, linear_module, reason_not_linear
+from run_ckpt.contract.dialects import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.tensors import TensorSpec
 
 QKV = FusedPattern(("*.to_q", "*.to_k", "*.to_v"))
 KV = FusedPattern(("*.to_k", "*.to_v"))

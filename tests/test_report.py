@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from runtime.cli import main
-from runtime.publish.heatmap import SMALLEST_SPAN_DB, color_ranges, draw_heatmap, make_grids
-from runtime.publish.report import make_report, report_data
-from runtime.publish.result import read_result, split_name
+from run_ckpt.cli.main import main
+from run_ckpt.tools.publish.heatmap import SMALLEST_SPAN_DB, color_ranges, draw_heatmap, make_grids
+from run_ckpt.tools.publish.report import make_report, report_data
+from run_ckpt.tools.publish.rows import read_result, split_name
 from tests.converted import FLUX_DIGITS, convert, edit_manifest
 
 HOSTILE = "</script><script>document.title = 'broken'</script><!-- \u2028 & <b>"

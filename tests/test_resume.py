@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from convert.digest import Hasher
-from convert.engine import Engine
-from convert.scratch import Scratch
-from convert.staging import Staging
-from convert.work import Batch
-from runtime.contract.errors import CheckpointError, PartialRunError, ProblemsError
+from convert_ckpt.run.buffers import Scratch
+from convert_ckpt.run.digest import Hasher
+from convert_ckpt.run.engine import Engine
+from convert_ckpt.run.partial_output import Staging
+from convert_ckpt.run.schedule import Batch
+from run_ckpt.contract.errors import CheckpointError, PartialRunError, ProblemsError
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
-COMMAND = "import sys; from convert.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
+COMMAND = "import sys; from convert_ckpt.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def stop_after(n_files: int, source: Path, output: Path, monkeypatch: pytest.Mon
 def test_a_stopped_run_goes_on_with_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int, weight_format: str
 ) -> None:
-    monkeypatch.setattr("convert.engine.choose_hasher", lambda _: Hasher((1,), 1))
+    monkeypatch.setattr("convert_ckpt.run.engine.choose_hasher", lambda _: Hasher((1,), 1))
     convert(source, tmp_path / "whole", format=weight_format)
     stop_after(n_files, source, tmp_path / "out", monkeypatch, format=weight_format)
     summary = convert(source, tmp_path / "out", format=weight_format)
@@ -74,7 +74,7 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
 
 
 def test_finished_shards_are_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.engine.choose_hasher", lambda _: Hasher((1,), 1))
+    monkeypatch.setattr("convert_ckpt.run.engine.choose_hasher", lambda _: Hasher((1,), 1))
     stop_after(2, source, tmp_path / "out", monkeypatch, format="mxfp4")
     done = set(Staging(tmp_path / "out").read_records("root"))
     assert len(done) == 2
@@ -141,7 +141,7 @@ def test_a_run_killed_between_publishing_and_cleaning_up_is_finished_by_the_same
         raise StoppedError
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr("convert.staging.shutil.rmtree", die)
+        patch.setattr("convert_ckpt.run.partial_output.shutil.rmtree", die)
         convert(source, tmp_path / "out", format="mxfp4")
     assert (tmp_path / "out").exists()
     with pytest.raises(ProblemsError, match="is not empty"):  # it would be thrown away

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.checkpoint import Checkpoint
-from runtime.contract.codec import dequantize_fp8, dequantize_mxfp4
-from runtime.contract.errors import CheckpointError, ProblemsError, UsageError
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from runtime.contract.manifest import MANIFEST_NAME, Layer, read_manifest
-from runtime.dequantize import dequantize
-from runtime.progress import Silent
-from runtime.relayout import relayout
-from runtime.rewrite import Rewrite, rewrite
-from runtime.verify import verify_output
+from run_ckpt.contract.codec import dequantize_fp8, dequantize_mxfp4
+from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, read_manifest
+from run_ckpt.progress import Silent
+from run_ckpt.storage.rows import Checkpoint
+from run_ckpt.tools.rewrite.dequantize import dequantize
+from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
+from run_ckpt.tools.rewrite.relayout import relayout
+from run_ckpt.tools.verify.component import verify_output
 from tests.converted import FLUX_DIGITS, LINEAR, SCHEMES, convert, edit_tensor, make_linear, reseal
 
 MXFP4_SCHEMES = [name for name in SCHEMES if name.startswith("mxfp4")]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli import main
-from runtime.version import VERSION
+from run_ckpt.cli.main import main
+from run_ckpt.version import VERSION
 from tests.converted import FLUX_DIGITS, convert, edit_manifest, make_linear
 
 
@@ -42,15 +42,15 @@ def test_version_is_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "unwanted"),
     [
-        (["--help"], ["torch", "numpy", "rich", "convert", "runtime.publish"]),
-        (["inspect"], ["torch", "numpy", "convert", "runtime.publish"]),
+        (["--help"], ["torch", "numpy", "rich", "convert", "run_ckpt.tools.publish"]),
+        (["inspect"], ["torch", "numpy", "convert", "run_ckpt.tools.publish"]),
         (["card"], ["torch", "numpy", "convert", "huggingface_hub", "matplotlib"]),
     ],
     ids=["help", "inspect", "card"],
 )
 def test_light_commands_do_not_import(output: Path, args: list[str], unwanted: list[str]) -> None:
     script = (
-        "import sys; from runtime.cli import main\n"
+        "import sys; from run_ckpt.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "print(*sys.modules, sep='\\n')"

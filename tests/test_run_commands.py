@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from runtime.bench import LayerTime
-from runtime.cli import run_ckpt
-from runtime.contract.errors import CheckpointError, UsageError
+from run_ckpt.cli.main import run_ckpt
+from run_ckpt.contract.errors import CheckpointError, UsageError
+from run_ckpt.tools.bench import LayerTime
 from tests.checkpoints import convert
 from tests.converted import FLUX_DIGITS
 from tests.models import MODELS

@@ -1,7 +1,7 @@
 """The bytes of a conversion stay what they were: every format, layout, dialect and granularity of flux-digits.
 
-``golden/flux_digits_sha256.json`` was made before the house was rebuilt. To make it anew after a change of bytes that is
-meant: ``python -m tests.test_same_bytes``.
+``golden/flux_digits_sha256.json`` was made before the house was rebuilt. To make it anew after a change of bytes that
+is meant: ``python -m tests.test_same_bytes``.
 """
 
 import hashlib
@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from convert.options import Options
-from runtime.contract.dialects import DIALECTS
-from runtime.contract.errors import UsageError
-from runtime.contract.folder import CONFIG_NAME
-from runtime.contract.formats import SCALE_RULES
-from runtime.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.dialects import DIALECTS
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.formats import SCALE_RULES
+from run_ckpt.contract.manifest import MANIFEST_NAME
 from tests import checkpoints
 
 GOLDEN = Path(__file__).parent / "golden" / "flux_digits_sha256.json"

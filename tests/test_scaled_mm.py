@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.backends import fp8
-from runtime.backends.backend import Machine
-from runtime.backends.scaled_mm import SCALED_MM
-from runtime.contract.codec import dequantize_fp8
-from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE
+from run_ckpt.backends import fp8
+from run_ckpt.backends.backend import Machine
+from run_ckpt.backends.scaled_mm import SCALED_MM
+from run_ckpt.contract.codec import dequantize_fp8
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 from tests.layers import describe_layer, make_layer

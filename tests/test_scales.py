@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.contract.scales import choose_scale_codes
+from run_ckpt.contract.scale_rules import choose_scale_codes
 from tests.bits import assert_bits_equal
 
 N_FINITE = 0x7F80  # 32640 bfloat16 patterns from +0 to the largest finite value

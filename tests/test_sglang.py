@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from runtime.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.manifest import MANIFEST_NAME
 from tests.converted import convert, edit_json, edit_manifest
 from tests.models import MODELS, save
 
@@ -44,7 +44,7 @@ ours = json.loads((Path(sys.argv[2]) / "config.json").read_text())
 assert type(get_quant_config(ours, sys.argv[2])) is Fp8Config
 assert get_quant_config({}, "nowhere") is None
 sglang.load(Path(sys.argv[1]))
-assert not [name for name in sys.modules if name.startswith("runtime.integrations.sglang.") and "plugin" not in name]
+assert not [name for name in sys.modules if name.startswith("run_ckpt.integrations.sglang.") and "plugin" not in name]
 """
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.contract.codec import quantize_mxfp4
-from runtime.contract.errors import ProblemsError, SliceError
-from runtime.contract.header import TensorSpec
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
-from runtime.integrations.sglang.targets import Place, Share, Target, cut_evenly, find_targets, rename_tensors
+from run_ckpt.contract.codec import quantize_mxfp4
+from run_ckpt.contract.errors import ProblemsError, SliceError
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
+from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.integrations.sglang.targets import Place, Share, Target, cut_evenly, find_targets, rename_tensors
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 
@@ -185,7 +185,7 @@ def test_a_rank_that_would_get_half_a_block_is_an_error_before_any_tensor_is_rea
 
 def test_the_entry_point_is_a_function_that_costs_nothing_to_import() -> None:
     """SGLang imports it in every process, also where no checkpoint of ours is served."""
-    module = "runtime.integrations.sglang.plugin"
+    module = "run_ckpt.integrations.sglang.plugin"
     declared = f'[project.entry-points."sglang.multimodal_gen.plugins"]\nconvert-ckpt = "{module}:register"\n'
     assert declared in (ROOT / "pyproject.toml").read_text()
     code = f"import sys, {module} as it; it.register; assert not {{'torch', 'numpy', 'sglang'}} & set(sys.modules)"

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.contract.codec import dequantize_mxfp4, fp8_scale, quantize_fp8, quantize_mxfp4
-from runtime.contract.errors import ProblemsError
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from runtime.contract.manifest import read_manifest
-from runtime.progress import Silent
-from runtime.verify import verify_output
+from run_ckpt.contract.codec import dequantize_mxfp4, fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.manifest import read_manifest
+from run_ckpt.progress import Silent
+from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from runtime.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
-from runtime.contract.errors import SliceError
-from runtime.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
-from runtime.slices import Part, Range, concat_rows, slice_columns, slice_rows
+from run_ckpt.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.errors import SliceError
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.loading.tensor_parallel import Part, Range, concat_rows, slice_columns, slice_rows
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.backends.backend import Machine
-from runtime.backends.triton import TRITON
+from run_ckpt.backends.backend import Machine
+from run_ckpt.backends.triton.backend import TRITON
 from tests.layers import describe_layer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux")
@@ -63,7 +63,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(target: str, scales: str, fr
 @pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_and_fits(target: str, scales: str, dtype: str, fresh_cache: None) -> None:
-    from runtime.kernels.matmul import _TILES
+    from run_ckpt.backends.triton.matmul import _TILES
 
     for index in range(len(_TILES)):
         assert compile_multiply(target, scales, dtype, index) <= TARGETS[target]
@@ -83,7 +83,7 @@ def compile_multiply(target: str, scales: str, dtype: str, tile_index: int) -> i
     """Compile multiply_kernel to the target's machine code and return its shared memory in bytes."""
     import triton.language as tl
 
-    from runtime.kernels.matmul import _TILES, multiply_kernel
+    from run_ckpt.backends.triton.matmul import _TILES, multiply_kernel
 
     tiles, constant = _TILES[tile_index], getattr(tl, POINTERS[dtype])
     constants = {
@@ -108,7 +108,7 @@ def compile_multiply(target: str, scales: str, dtype: str, tile_index: int) -> i
 def compile_dequantize(target: str, scales: str, dtype: str) -> int:
     import triton.language as tl
 
-    from runtime.kernels.matmul import dequantize_kernel
+    from run_ckpt.backends.triton.matmul import dequantize_kernel
 
     constants = {"SCALES": scales, "DTYPE": getattr(tl, POINTERS[dtype]), "BLOCK_N": 32, "BLOCK_K": 128}
     pointers = {"weight_ptr": "u8", "scale_ptr": "u8" if scales == "group" else "fp32", "out_ptr": dtype}

@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from runtime.contract.errors import CheckpointError, FetchError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FetchError, UsageError
 from tests.checkpoints import convert, folder_bytes
 from tests.hub_fixtures import assert_same_but_for_the_source, convert_remote, make_llm
 
@@ -35,8 +35,8 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.Abs
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "stand-in")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stand-in")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr("convert.store._FIRST_WAIT_SECONDS", 0.005)
-    monkeypatch.setattr("convert.store._TRIES", 2)
+    monkeypatch.setattr("convert_ckpt.source.store._FIRST_WAIT_SECONDS", 0.005)
+    monkeypatch.setattr("convert_ckpt.source.store._TRIES", 2)
     filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
     filesystem.mkdir("bucket")
     yield filesystem
@@ -48,7 +48,7 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.Abs
 def test_a_bucket_gives_the_bytes_of_the_local_copy(
     s3: fsspec.AbstractFileSystem, llm: Path, tmp_path: Path, weight_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert.fetch._PART_NBYTES", 400_000)
+    monkeypatch.setattr("convert_ckpt.source.shards._PART_NBYTES", 400_000)
     s3.put(str(llm), "bucket/models/llm", recursive=True)
     convert_remote("s3://bucket/models/llm/", tmp_path / "out", format=weight_format)
     convert(llm, tmp_path / "local", format=weight_format)
@@ -88,7 +88,7 @@ def test_an_object_that_changes_during_the_run_is_noticed(
         s3.pipe(f"bucket/llm/{shard.name}", bytes(data))
         start(self, steps)
 
-    from convert.fetch import Fetcher
+    from convert_ckpt.source.shards import Fetcher
 
     start = Fetcher.start
     with monkeypatch.context() as patch:

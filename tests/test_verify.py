@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime.contract.codec import dequantize_mxfp4
-from runtime.contract.manifest import read_manifest
-from runtime.progress import Silent
-from runtime.verify import ComponentReport, verdict, verify_output
+from run_ckpt.contract.codec import dequantize_mxfp4
+from run_ckpt.contract.manifest import read_manifest
+from run_ckpt.progress import Silent
+from run_ckpt.tools.verify.component import ComponentReport, verdict, verify_output
 from tests.converted import (
     FLUX_DIGITS,
     LINEAR,

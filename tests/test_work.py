@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.options import Options
-from convert.plan import Plan, make_plan
-from convert.source import open_source
-from convert.work import Slab, list_batches, list_slabs, scale_group
+from convert_ckpt.options import Options
+from convert_ckpt.plan.plan import Plan, make_plan
+from convert_ckpt.run.schedule import Slab, list_batches, list_slabs, scale_group
+from convert_ckpt.source.component import open_source
 from tests.checkpoints import convert, random_weight, save_checkpoint
 
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """FP8 of four shards: a large weight in the first, groups over three of them, a shard with no group."""
-    monkeypatch.setattr("convert.work.SLAB_NBYTES", 32 * 256 * 2)
+    monkeypatch.setattr("convert_ckpt.run.schedule.SLAB_NBYTES", 32 * 256 * 2)
     attention = "model.layers.{}.self_attn.{}_proj.weight"
     shards = [
         {

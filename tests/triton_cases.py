@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.backends.reference import decode_weight
-from runtime.backends.triton import TRITON
-from runtime.contract.codec import dequantize_fp8, dequantize_mxfp4
-from runtime.contract.manifest import WEIGHT, WEIGHT_SCALE
-from runtime.kernels.matmul import FUSED_MAX_M, dequantize
+from run_ckpt.backends.reference import decode_weight
+from run_ckpt.backends.triton.backend import TRITON
+from run_ckpt.backends.triton.matmul import FUSED_MAX_M, dequantize
+from run_ckpt.contract.codec import dequantize_fp8, dequantize_mxfp4
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 from tests.layers import SCHEMES, make_layer

@@ -1,0 +1,234 @@
+"""The story of a conversion: open, plan, check, run, finish."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from convert_ckpt.options import Options
+from convert_ckpt.plan.plan import Job, make_plan
+from convert_ckpt.preview import plan_lines
+from convert_ckpt.progress import Silent
+from convert_ckpt.run.disk import check_disk
+from convert_ckpt.run.engine import Engine, FileRecord
+from convert_ckpt.run.partial_output import Staging
+from convert_ckpt.run.side_files import write_side_files
+from convert_ckpt.source.opened import EVERYTHING, Origin, Wanted, open_origin
+from convert_ckpt.source.reference import Location
+from convert_ckpt.source.shards import Fetcher, LocalSupply, Supply
+from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
+from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
+from run_ckpt.storage.atomic import hash_path, target_faults, write_durably
+from run_ckpt.storage.units import format_nbytes
+from run_ckpt.version import VERSION
+
+
+class ShardTaker(Protocol):
+    """Told which shards will come, of each that is finished (from any thread), and before they get another path."""
+
+    def start(self, names: Iterable[str]) -> None: ...
+    def add(self, name: str, path: Path, nbytes: int, sha256: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did, all components together."""
+
+    output: str
+    format: str
+    n_converted: int
+    n_tensors: int
+    source_nbytes: int
+    output_nbytes: int
+    n_files_resumed: int
+    seconds: float
+
+    def __str__(self) -> str:
+        resumed = f", {self.n_files_resumed} finished files taken over" if self.n_files_resumed else ""
+        return (
+            f"Converted {self.n_converted} of {self.n_tensors} tensors to {self.format}:"
+            f" {format_nbytes(self.source_nbytes)} -> {format_nbytes(self.output_nbytes)}"
+            f" in {self.seconds:.3g} s{resumed}"
+        )
+
+
+def plan_checkpoint(origin: Origin, options: Options) -> list[Job]:
+    """Return a planned job for every component. Raises with all faults of all of them together."""
+    jobs: list[Job] = []
+    problems: list[str] = []
+    usage_errors: list[UsageError] = []
+    for name in origin.components:
+        try:
+            source = origin.open_component(name)
+            jobs.append(Job(name, source, make_plan(source, options)))
+        except ProblemsError as error:
+            problems += error.problems
+        except UsageError as error:
+            usage_errors.append(error)
+    if usage_errors:
+        raise usage_errors[0]
+    if problems:
+        raise ProblemsError(f"{origin.location}: can't be converted", problems)
+    return jobs
+
+
+def convert_checkpoint(
+    location: Location,
+    output: Path,
+    options: Options,
+    *,
+    n_workers: int,
+    restart: bool,
+    progress: Silent,
+    wanted: Wanted = EVERYTHING,
+    taker: ShardTaker | None = None,
+) -> Summary:
+    """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped.
+
+    taker: gets each shard as soon as it is finished, those of the earlier run first.
+    """
+    started = time.monotonic()
+    n_resumed = 0
+    staging = Staging(output)
+    if restart or not staging.is_published():
+        check_output(location, output)
+    with staging:
+        pinned_revision = None if restart else staging.pinned_revision(str(location))
+        with open_origin(location, wanted, progress.log, staging.outline, pinned_revision) as origin:
+            jobs = plan_checkpoint(origin, options)
+            if not staging.is_published():
+                check_disk(origin, jobs, staging)
+            if origin.store:
+                for line in plan_lines(origin, jobs):
+                    progress.log(line)
+            staging.adopt(_fingerprint(origin, jobs, options), restart=restart)
+            if taker:
+                taker.start(_join(job.name, file.name) for job in jobs for file in job.plan.files)
+            if not staging.is_published():
+                n_resumed = sum(_convert_job(origin, job, staging, n_workers, progress, taker) for job in jobs)
+            if taker:
+                taker.stop()
+            staging.publish()
+    return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
+
+
+def check_output(location: Location, output: Path) -> None:
+    """Raise ProblemsError with every reason why OUTPUT is not a place to write to."""
+    problems = target_faults(location if isinstance(location, Path) else None, output)
+    if problems:
+        raise ProblemsError("nothing was written", problems)
+
+
+def _convert_job(
+    origin: Origin, job: Job, staging: Staging, n_workers: int, progress: Silent, taker: ShardTaker | None
+) -> int:
+    """Convert one component into the staging folder; return how many files were finished before."""
+    before = _shard_identities(origin, job)
+    folder = staging.result / job.name
+    folder.mkdir(exist_ok=True)
+    component = job.name or "root"
+    records = {name: FileRecord(**entry) for name, entry in staging.read_records(component).items()}
+    n_resumed = len(records)
+
+    def hand_over(name: str, record: FileRecord) -> None:
+        if taker:
+            taker.add(_join(job.name, name), folder / name, **record.file)
+
+    def on_file(name: str, record: FileRecord) -> None:
+        staging.write_record(component, name, asdict(record))
+        records[name] = record
+        progress.log(f"wrote {_join(job.name, name)} ({format_nbytes(record.file['nbytes'])})")
+        hand_over(name, record)
+
+    for name, record in records.items():
+        hand_over(name, record)
+
+    shards = job.source.folder.shards
+    supply: Supply = LocalSupply(shards)
+    if origin.store:
+        fetched = staging.fetched / component
+        supply = Fetcher(
+            origin.store, origin.remote_path(job.name, ""), shards, fetched, progress, keep=origin.keep_source
+        )
+    engine = Engine(job.plan, shards, folder, records.copy(), on_file, progress, supply)
+    progress.start(job.name, engine.progress_nbytes)
+    engine.run(n_workers)
+    _check_unchanged(before, _shard_identities(origin, job))
+    manifest = _complete_manifest(job.plan.manifest, records, write_side_files(folder, job.source, job.plan))
+    write_durably(folder / MANIFEST_NAME, manifest.to_json())
+    return n_resumed
+
+
+def _complete_manifest(
+    manifest: Manifest, records: Mapping[str, FileRecord], side_files: dict[str, dict[str, Any]]
+) -> Manifest:
+    measured = {module: entry for record in records.values() for module, entry in record.layers.items()}
+    sources = {name: entry for record in records.values() for name, entry in record.sources.items()}
+    return replace(
+        manifest,
+        source={**manifest.source, "files": sources},
+        layers={module: replace(layer, **measured[module]) for module, layer in manifest.layers.items()},
+        files={**side_files, **{name: record.file for name, record in records.items()}},
+    )
+
+
+def _fingerprint(origin: Origin, jobs: list[Job], options: Options) -> dict[str, Any]:
+    """Everything that decides the bytes: a run goes on only where all of it is the same."""
+    contents = {name: hash_path(path) for name in ("recipe", "calibration") if (path := getattr(options, name))}
+    fingerprint = {
+        "tool_version": VERSION,
+        "options": {**options.to_json(), **contents},
+        "source": {job.name: _identity(origin, job) for job in jobs},
+    }
+    if origin.store:
+        fingerprint["origin"] = {"location": origin.location, "revision": origin.store.revision}
+    return fingerprint
+
+
+def _identity(origin: Origin, job: Job) -> dict[str, Any]:
+    source = job.source
+    side_files = {path.name: hash_path(path) for path in source.side_files}
+    shards = _shard_identities(origin, job)
+    return {"name": source.name, "shards": shards, CONFIG_NAME: source.config, "side_files": side_files}
+
+
+def _shard_identities(origin: Origin, job: Job) -> dict[str, dict[str, Any]]:
+    """Return shard -> what changes when its content does, as far as that is known without reading it."""
+    identities = {}
+    for shard in job.source.folder.shards:
+        header = hashlib.sha256(shard.header.data).hexdigest()
+        file = origin.remote_file(job.name, shard.name)
+        if file:
+            identities[shard.name] = {"nbytes": file.nbytes, "mark": file.mark, "header_sha256": header}
+        else:
+            stat = shard.path.stat()
+            identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_sha256": header}
+    return identities
+
+
+def _check_unchanged(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> None:
+    changed = [name for name, identity in after.items() if identity != before[name]]
+    if changed:
+        raise CheckpointError(f"{', '.join(changed)}: changed while it was converted. Start again with --restart.")
+
+
+def _summarize(output: Path, options: Options, jobs: list[Job], n_resumed: int, seconds: float) -> Summary:
+    return Summary(
+        output=os.fspath(output),
+        format=options.format,
+        n_converted=sum(len(job.plan.manifest.layers) for job in jobs),
+        n_tensors=sum(len(job.plan.tensors) for job in jobs),
+        source_nbytes=sum(shard.header.file_nbytes for job in jobs for shard in job.source.folder.shards),
+        output_nbytes=sum(job.plan.output_nbytes for job in jobs),
+        n_files_resumed=n_resumed,
+        seconds=seconds,
+    )
+
+
+def _join(component: str, name: str) -> str:
+    return f"{component}/{name}" if component else name

@@ -1,0 +1,117 @@
+"""What is known of each model class: the data files in presets/, read into records."""
+
+import re
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from run_ckpt.contract.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+GENERIC = "generic"
+
+
+@dataclass(frozen=True)
+class FusedPattern:
+    """Linears that become one at load. ``*`` stands for the same text in every member.
+
+    ``scale_name`` is the fused module whose scale must be on disk too; ``block_scale`` says that
+    this holds for block scales as well.
+    """
+
+    members: tuple[str, ...]
+    scale_name: str | None = None
+    block_scale: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Facts about a model class.
+
+    ``keep`` maps a pattern on module names to the reason; ``embeddings`` are patterns of tables that
+    look like linear weights but are none; ``sglang`` maps each linear that SGLang would quantize to
+    its prefix there, whose block index ``index_follows`` may shift by the blocks of another container;
+    ``sglang_if`` maps a pattern to names that hold instead where the checkpoint has such a module.
+    ``rowwise`` says that SGLang and diffusers both find these names in a row-wise FP8 file.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    naming: str
+    keep: dict[str, str]
+    embeddings: tuple[str, ...]
+    fused: tuple[FusedPattern, ...]
+    sglang: dict[str, str]
+    sglang_if: dict[str, dict[str, str]]
+    index_follows: dict[str, str]
+    rowwise: bool
+    sglang_ignores: bool
+
+    def is_embedding(self, module: str) -> bool:
+        return any(pattern_regex(pattern).fullmatch(module) for pattern in self.embeddings)
+
+
+def preset_names() -> list[str]:
+    """Return the names of all presets."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.toml"))
+
+
+@cache
+def load_preset(name: str) -> Preset:
+    """Return a preset by name. Raises UsageError with the known names."""
+    if name not in preset_names():
+        raise UsageError(f"--preset {name}: unknown. Known presets: {', '.join(preset_names())}.")
+    table = read_toml(PRESET_FOLDER / f"{name}.toml")
+    return Preset(
+        name=name,
+        classes=tuple(table["classes"]),
+        naming=table["naming"],
+        keep={pattern: reason for reason, patterns in table.get("keep", {}).items() for pattern in patterns},
+        embeddings=tuple(table.get("embeddings", ())),
+        fused=tuple(
+            FusedPattern(tuple(entry["members"]), entry.get("scale_name"), entry.get("block_scale", False))
+            for entry in table.get("fused", [])
+        ),
+        sglang=table.get("sglang", {}),
+        sglang_if=table.get("sglang_if", {}),
+        index_follows=table.get("index_follows", {}),
+        rowwise=table.get("rowwise", False),
+        sglang_ignores=table.get("sglang_ignores", True),
+    )
+
+
+def find_preset(class_name: str | None) -> Preset:
+    """Return the preset whose classes match ``class_name``, or the generic one."""
+    for name in preset_names():
+        preset = load_preset(name)
+        if class_name and any(fnmatchcase(class_name, pattern) for pattern in preset.classes):
+            return preset
+    return load_preset(GENERIC)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's table. Raises UsageError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not a readable TOML file ({error}).") from error
+
+
+@cache
+def pattern_regex(pattern: str) -> re.Pattern[str]:
+    """Return the regex of a pattern in which ``*`` captures any run of characters."""
+    return re.compile("(.*)".join(re.escape(part) for part in pattern.split("*")))
+
+
+def fill_pattern(pattern: str, captured: tuple[str, ...]) -> str:
+    """Return ``pattern`` with its ``*`` replaced by the captured texts, in order."""
+    texts = iter(captured)
+    return re.sub(r"\*", lambda _: next(texts), pattern)

@@ -1,0 +1,145 @@
+"""Which module gets which format, and why: first matching rule wins, fused groups stay whole."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from convert_ckpt.plan.preset import FusedPattern, Preset, fill_pattern, pattern_regex, read_toml
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.formats import WEIGHT_FORMATS
+from run_ckpt.contract.tensors import TensorSpec
+
+KEEP = "keep"
+_RECIPE_KEYS = {"preset", "rules"}
+_RULE_KEYS = {"match", "format", "reason"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules matched by ``pattern`` get ``format``: a weight format or "keep"."""
+
+    pattern: str
+    format: str
+    reason: str
+    by_user: bool = False
+
+    def matches(self, module: str) -> bool:
+        return pattern_regex(self.pattern).fullmatch(module) is not None
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a module and why."""
+
+    format: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FusedGroup:
+    """Modules of one checkpoint that some consumer fuses; named after the consumer's module."""
+
+    name: str
+    members: tuple[str, ...]
+    pattern: FusedPattern
+
+
+def read_recipe(path: Path) -> tuple[str | None, list[Rule]]:
+    """Return the base preset's name (or None) and the rules of a recipe file.
+
+    A recipe is TOML: ``preset = "flux1"`` and ``[[rules]]`` with ``match`` (pattern), ``format``
+    (mxfp4, fp8 or keep) and optionally ``reason``. Raises UsageError with the fault.
+    """
+    table = read_toml(path)
+    _refuse_unknown(path, "", table, _RECIPE_KEYS)
+    preset, entries = table.get("preset"), table.get("rules", [])
+    if not isinstance(preset, str | None):
+        raise UsageError(f'{path}: preset is not a name. Write preset = "flux1", or leave it out.')
+    if not isinstance(entries, list):
+        raise UsageError(f"{path}: rules is not a list of tables. Begin each rule with a line [[rules]].")
+    return preset, [_read_rule(path, number, entry) for number, entry in enumerate(entries, start=1)]
+
+
+def _read_rule(path: Path, number: int, entry: object) -> Rule:
+    where = f"rule {number}: "
+    if not isinstance(entry, dict):
+        raise UsageError(f"{path}: {where}not a table. Begin each rule with a line [[rules]].")
+    _refuse_unknown(path, where, entry, _RULE_KEYS)
+    match, weight_format = entry.get("match"), entry.get("format")
+    if not isinstance(match, str) or weight_format not in (*WEIGHT_FORMATS, KEEP):
+        raise UsageError(f'{path}: {where}needs match = "PATTERN" and format = "mxfp4", "fp8" or "keep".')
+    reason = entry.get("reason", f"recipe {path.name}: {match}")
+    if not isinstance(reason, str):
+        raise UsageError(f"{path}: {where}reason is not a text.")
+    return Rule(match, str(weight_format), reason, by_user=True)
+
+
+def ignore_rules(patterns: Iterable[str]) -> list[Rule]:
+    """Return one keep rule for each --ignore pattern."""
+    return [Rule(pattern, KEEP, f"--ignore {pattern}", by_user=True) for pattern in patterns]
+
+
+def preset_rules(preset: Preset) -> list[Rule]:
+    """Return one keep rule for each sensitive pattern of the preset."""
+    return [Rule(pattern, KEEP, reason) for pattern, reason in preset.keep.items()]
+
+
+def choose_fates(modules: Iterable[str], rules: list[Rule], default_format: str) -> dict[str, Fate]:
+    """Return module -> fate by the first rule that matches, else the default format."""
+    default = Fate(default_format, "linear layer")
+    fates = {}
+    for module in modules:
+        rule = next((rule for rule in rules if rule.matches(module)), None)
+        fates[module] = Fate(rule.format, rule.reason) if rule else default
+    return fates
+
+
+def unmatched_rules(modules: Iterable[str], rules: list[Rule]) -> list[str]:
+    """Return the patterns given by the user that match no module."""
+    names = list(modules)
+    return [rule.pattern for rule in rules if rule.by_user and not any(rule.matches(name) for name in names)]
+
+
+def find_fused_groups(linears: Mapping[str, TensorSpec], preset: Preset) -> list[FusedGroup]:
+    """Return the fused groups with at least two members present and one common K.
+
+    linears: module -> its weight [N, K]. A module is in one group at most: the first pattern that claims it.
+    """
+    groups = []
+    claimed: set[str] = set()
+    for pattern in preset.fused:
+        regex = pattern_regex(pattern.members[0])
+        for match in filter(None, map(regex.fullmatch, sorted(linears))):
+            names = [fill_pattern(member, match.groups()) for member in pattern.members]
+            members = tuple(name for name in names if name in linears and name not in claimed)
+            if len(members) > 1 and len({linears[name].shape[1] for name in members}) == 1:
+                name = fill_pattern(pattern.scale_name, match.groups()) if pattern.scale_name else "+".join(members)
+                groups.append(FusedGroup(name, members, pattern))
+                claimed.update(members)
+    return groups
+
+
+def close_over_groups(fates: dict[str, Fate], groups: Iterable[FusedGroup]) -> dict[str, Fate]:
+    """Return the fates with every fused group made whole: one kept member keeps them all.
+
+    Members that would get different formats are an error of the recipe (UsageError).
+    """
+    closed = dict(fates)
+    for group in groups:
+        kept = [name for name in group.members if closed[name].format == KEEP]
+        formats = {closed[name].format for name in group.members} - {KEEP}
+        if kept:
+            for name in set(group.members) - set(kept):
+                closed[name] = replace(closed[name], format=KEEP, reason=f"fused with {kept[0]}, which is kept")
+        elif len(formats) > 1:
+            raise UsageError(
+                f"{', '.join(group.members)} are fused at load and need one format, but the recipe gives"
+                f" {', '.join(sorted(formats))}. Name them all in one rule."
+            )
+    return closed
+
+
+def _refuse_unknown(path: Path, where: str, table: dict[str, object], known: set[str]) -> None:
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise UsageError(f"{path}: {where}unknown keys {unknown}. Known keys: {sorted(known)}.")

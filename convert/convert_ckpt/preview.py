@@ -1,0 +1,104 @@
+"""The plan for people and for machines: what each tensor becomes and why, and exact sizes."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from convert_ckpt.plan.plan import Job, TensorPlan
+from convert_ckpt.run.disk import source_nbytes_here
+from convert_ckpt.source.opened import Origin
+from run_ckpt.storage.units import format_nbytes
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Tensors that differ in their block number alone."""
+
+    name: str
+    shape: str
+    outcome: str
+    reason: str
+
+
+def plan_json(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Return one object per component: every tensor's fate, every output file and its size."""
+    return [
+        {
+            "component": job.name,
+            "source": {"name": job.source.name, "revision": job.source.revision},
+            "preset": job.plan.manifest.recipe["preset"],
+            "dialect": job.plan.manifest.dialect,
+            "source_nbytes": job.plan.source_nbytes,
+            "output_nbytes": job.plan.output_nbytes,
+            "files": [{"name": file.name, "nbytes": file.header.file_nbytes} for file in job.plan.files],
+            "tensors": [_tensor_json(tensor) for tensor in job.plan.tensors],
+            "warnings": list(job.plan.warnings),
+        }
+        for job in jobs
+    ]
+
+
+def plan_lines(origin: Origin, jobs: list[Job]) -> Iterator[str]:
+    """Yield the lines of the whole plan; of a remote source also where it is and how much of it comes here."""
+    for job in jobs:
+        yield from plan_text(job)
+    if origin.store:
+        here, to_fetch = source_nbytes_here(origin, jobs), sum(job.plan.source_nbytes for job in jobs)
+        commit = f" at commit {origin.store.revision}" if origin.store.revision else ""
+        stays = "all of it stays in the cache" if origin.keep_source else f"at most {format_nbytes(here)} of it at once"
+        yield f"From {origin.location}{commit}: {format_nbytes(to_fetch)} in shards, fetched one by one, {stays}"
+
+
+def plan_text(job: Job) -> Iterator[str]:
+    """Yield the lines of a component's plan; blocks that are treated alike share a line."""
+    plan = job.plan
+    recipe = plan.manifest.recipe
+    if job.name:
+        yield f"{job.name}/"
+    yield f"class {recipe['class_name'] or 'unknown'}, preset {recipe['preset']}, dialect {recipe['dialect']}"
+    counts: dict[_Line, int] = {}
+    for tensor in plan.tensors:
+        line = _line(tensor)
+        counts[line] = counts.get(line, 0) + 1
+    widths = [max(map(len, column)) for column in zip(*(_cells(line, n) for line, n in counts.items()), strict=True)]
+    for line, n in counts.items():
+        cells = [cell.ljust(width) for cell, width in zip(_cells(line, n), widths, strict=True)]
+        yield "  ".join(cells).rstrip()
+    for file in plan.files:
+        yield f"{file.name}  {file.header.file_nbytes:,} bytes"
+    for warning in plan.warnings:
+        yield f"note: {warning}"
+    n_converted = len(plan.manifest.layers)
+    yield (
+        f"Would convert {n_converted} of {len(plan.tensors)} tensors to {recipe['format']}:"
+        f" {format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.output_nbytes)} ({plan.output_nbytes:,} bytes)"
+    )
+
+
+def _line(tensor: TensorPlan) -> _Line:
+    name = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.spec.name)
+    shape = f"{tensor.spec.dtype} {list(tensor.spec.shape)}"
+    layer = tensor.layer
+    if layer is None:
+        return _Line(name, shape, "copied", tensor.reason)
+    detail = layer.layout if layer.format == "mxfp4" else layer.granularity
+    return _Line(name, shape, f"{layer.format} {detail}", tensor.reason)
+
+
+def _cells(line: _Line, n: int) -> tuple[str, str, str, str, str]:
+    return f"{n} x" if n > 1 else "", line.name, line.shape, line.outcome, line.reason
+
+
+def _tensor_json(tensor: TensorPlan) -> dict[str, Any]:
+    layer = tensor.layer
+    outputs = layer.specs().values() if layer else [tensor.spec]
+    return {
+        "name": tensor.spec.name,
+        "shard": tensor.shard,
+        "dtype": tensor.spec.dtype,
+        "shape": list(tensor.spec.shape),
+        "format": layer.format if layer else "copied",
+        "reason": tensor.reason,
+        "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "nbytes": s.nbytes} for s in outputs],
+    }

@@ -1,0 +1,48 @@
+"""`convert-ckpt --push-to-hub`: upload shards while later ones are converted, and the rest at the end."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from convert_ckpt.pipeline import Summary
+from run_ckpt.contract.errors import CheckpointError, PublishError
+from run_ckpt.progress import Silent
+from run_ckpt.tools.publish.push import Pushed, ShardUploads, push_result
+from run_ckpt.tools.publish.repository import LocalFile, Target, open_repository
+
+
+def convert_and_push(
+    convert: Callable[..., Summary],
+    output: Path,
+    target_options: dict[str, Any],
+    *,
+    base_model: str | None,
+    at_end: bool,
+    say: Callable[[str], None],
+) -> tuple[Summary, Pushed]:
+    """Convert and push. convert: convert_checkpoint() with all but its ``taker`` bound.
+
+    A repo that can't be written to stops it before anything is converted. What fails later leaves
+    ``output`` complete: PublishError then says how to go on.
+    """
+    target = Target(**target_options)
+    early: list[LocalFile] = []
+    if at_end:
+        open_repository(target, show_bars=False)
+        summary = convert()
+    else:
+        uploads = ShardUploads(target, say)
+        try:
+            summary = convert(taker=uploads)
+        finally:
+            uploads.stop()
+        early = uploads.sent
+    try:
+        pushed = push_result(output, target, base_model=base_model, say=say, progress=Silent())
+        return summary, replace(pushed, sent=(*early, *pushed.sent))
+    except (CheckpointError, KeyboardInterrupt) as error:
+        reason = str(error) or "the push was stopped."
+        raise PublishError(
+            f"{reason}\n{output} is complete. Push it with: run-ckpt push {output} {target.repo_id}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Threads, slabs and files: a plan is carried out."""

@@ -1,0 +1,66 @@
+"""How much disk a run needs, in which folder, and whether it is there."""
+
+import shutil
+from pathlib import Path
+
+from convert_ckpt.plan.plan import Job
+from convert_ckpt.run.partial_output import Staging
+from convert_ckpt.run.schedule import largest_at_once, list_fetches, list_slabs
+from convert_ckpt.source.opened import Origin
+from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.storage.units import format_nbytes
+
+# Room for the small files beside the shards.
+_SPARE_NBYTES = 64 * 2**20
+
+
+def check_disk(origin: Origin, jobs: list[Job], staging: Staging) -> None:
+    """Raise ProblemsError with every disk that can't hold what is still to come."""
+    faults = _disk_faults(origin, jobs, staging)
+    if faults:
+        raise ProblemsError("nothing was written", faults)
+
+
+def source_nbytes_here(origin: Origin, jobs: list[Job]) -> int:
+    """Return how much of a remote source lies in OUTPUT.partial at once, at most."""
+    if origin.store is None or origin.keep_source:
+        return 0
+    return max(
+        largest_at_once(list_fetches(list_slabs(job.plan, set(), set(), n_at_once=1)), _shard_nbytes(origin, job))
+        for job in jobs
+    )
+
+
+def _disk_faults(origin: Origin, jobs: list[Job], staging: Staging) -> list[str]:
+    output = sum(job.plan.output_nbytes for job in jobs) + _SPARE_NBYTES
+    needed = {staging.folder: output + source_nbytes_here(origin, jobs) - _nbytes_of(staging.result, staging.fetched)}
+    if origin.store and origin.keep_source:
+        needed[origin.store.cache_folder] = _uncached_nbytes(origin, jobs)
+    on_disk: dict[int, list[tuple[Path, int]]] = {}
+    for folder, nbytes in needed.items():
+        parent = next(folder for folder in (folder, *folder.parents) if folder.exists())
+        on_disk.setdefault(parent.stat().st_dev, []).append((parent, nbytes))
+    faults = []
+    for shares in on_disk.values():
+        nbytes, free = sum(share for _, share in shares), shutil.disk_usage(shares[0][0]).free
+        if nbytes > free:
+            where = " and ".join(str(folder) for folder, _ in shares)
+            sizes = f"{format_nbytes(nbytes)} needed, {format_nbytes(free)} free"
+            faults.append(f"{where}: {sizes}. Make room or choose another disk.")
+    return faults
+
+
+def _shard_nbytes(origin: Origin, job: Job) -> dict[str, int]:
+    """Return shard -> what it takes to fetch it: nothing where the store's cache holds it."""
+    return {
+        shard.name: 0 if origin.is_cached(job.name, shard.name) else shard.header.file_nbytes
+        for shard in job.source.folder.shards
+    }
+
+
+def _uncached_nbytes(origin: Origin, jobs: list[Job]) -> int:
+    return sum(sum(_shard_nbytes(origin, job).values()) for job in jobs)
+
+
+def _nbytes_of(*folders: Path) -> int:
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())

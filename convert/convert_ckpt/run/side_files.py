@@ -1,0 +1,57 @@
+"""The small files of the result: config.json, the index, what SOURCE holds besides, the manifest."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from convert_ckpt.plan.plan import Plan
+from convert_ckpt.source.component import Source
+from run_ckpt.contract.dialects import quantization_config
+from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
+from run_ckpt.storage.atomic import describe_file, write_durably
+
+
+def write_side_files(folder: Path, source: Source, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Write config.json, the index and the copies; return name -> size and sha256 of each."""
+    texts = {}
+    config = make_config(source.config, plan.manifest)
+    if config is not None:
+        texts[CONFIG_NAME] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    index_name = _index_name(source, plan)
+    if index_name:
+        texts[index_name] = json.dumps(make_index(plan), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    for name, text in texts.items():
+        write_durably(folder / name, text)
+    for path in source.side_files:
+        if path.name not in texts and path.name != MANIFEST_NAME:
+            shutil.copyfile(path, folder / path.name)
+            texts[path.name] = ""
+    return {name: describe_file(folder / name) for name in sorted(texts)}
+
+
+def make_config(config: dict[str, Any] | None, manifest: Manifest) -> dict[str, Any] | None:
+    """Return config.json with its quantization_config, or None if there is nothing to say."""
+    declared = quantization_config(manifest)
+    if declared is None:
+        return config
+    return {**(config or {}), "quantization_config": declared}
+
+
+def make_index(plan: Plan) -> dict[str, Any]:
+    """Return the index of the output shards; ``total_size`` counts tensor bytes."""
+    stored = [(tensor, file.name) for file in plan.files for tensor in file.header.tensors]
+    return {
+        "metadata": {"total_size": sum(tensor.spec.nbytes for tensor, _ in stored)},
+        "weight_map": {tensor.spec.name: name for tensor, name in stored},
+    }
+
+
+def _index_name(source: Source, plan: Plan) -> str | None:
+    if plan.manifest.dialect == "rowwise":
+        return None
+    if source.folder.index_name or len(plan.files) == 1:
+        return source.folder.index_name
+    stem = "model" if plan.manifest.recipe["naming"] == "transformers" else "diffusion_pytorch_model"
+    return stem + INDEX_SUFFIX

@@ -1,0 +1,123 @@
+"""One slab of a weight -> the bytes of its codes and scales, and its error sums."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert_ckpt.run.buffers import Scratch
+from run_ckpt.contract.formats import E4M3_MAX, FP8_BLOCK_SIZE, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+
+# float32 bits of infinity: magnitudes from here on are not finite.
+_INFINITY_BITS = 0x7F800000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes for the tensor that plays ``role``, at byte ``offset`` of it."""
+
+    role: str
+    offset: int
+    data: np.ndarray
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Sums over elements, in float64: (w - decoded)^2, w^2; and the largest |w - decoded|."""
+
+    squared_error: float
+    squared_signal: float
+    largest: float
+
+
+def weight_bits(raw: np.ndarray, dtype: str, K: int) -> np.ndarray:
+    """Return the bits of the rows in ``raw`` as the kernels take them.
+
+    BF16 -> int16 [n, K]; F32 -> int32 [n, K]; F16, which is exact in F32, -> int32 [n, K].
+    """
+    if dtype == "BF16":
+        return raw.view(np.int16).reshape(-1, K)
+    if dtype == "F16":
+        return raw.view(np.float16).astype(np.float32).view(np.int32).reshape(-1, K)
+    return raw.view(np.int32).reshape(-1, K)
+
+
+def slab_row_multiple(layer: Layer) -> int:
+    """Rows that belong together: a scale tile of MXFP4, a block of FP8, else one."""
+    if layer.format == "mxfp4":
+        return MXFP4_BLOCK_SIZE
+    return FP8_BLOCK_SIZE if layer.granularity == "block" else 1
+
+
+def largest_magnitude(bits: np.ndarray) -> int:
+    """Return the float32 bits of the largest magnitude."""
+    from convert_ckpt.kernels.fp8 import tile_maxima
+
+    return int(tile_maxima(bits, *bits.shape)[0, 0])
+
+
+def is_finite(magnitude_bits: int) -> bool:
+    return magnitude_bits < _INFINITY_BITS
+
+
+def fp8_scales(amax_bits: np.ndarray) -> np.ndarray:
+    """Return float32 amax / 448, or 1 where that is zero; twin of contract.codec.fp8_scale."""
+    scales = amax_bits.view(np.float32) / np.float32(E4M3_MAX)
+    scales[scales == 0] = 1.0
+    return scales
+
+
+def quantize_mxfp4(
+    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int
+) -> tuple[list[Piece], Errors, int]:
+    """Return pieces, errors and the largest magnitude of rows ``row``.. of an MXFP4 layer.
+
+    file_offset: where the layer's codes begin in their file.
+    """
+    from convert_ckpt.kernels.mxfp4 import quantize_slab
+
+    n_rows, K = bits.shape
+    pitch = layer.scale_shape[1]
+    offset = row * K // 2
+    weight = scratch.take_to_write(WEIGHT, n_rows * K // 2, file_offset + offset)
+    scale = scratch.take(WEIGHT_SCALE, n_rows * pitch)
+    scale[:] = 0
+    errors, largest = quantize_slab(
+        bits, layer.scale_rule, tiled=layer.layout == "aiter", weight_out=weight, scale_out=scale, scale_pitch=pitch
+    )
+    pieces = [Piece(WEIGHT, offset, weight), Piece(WEIGHT_SCALE, row * pitch, scale)]
+    return pieces, Errors(*errors.tolist()), largest
+
+
+def quantize_fp8(
+    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int, tensor_scale: np.ndarray | None
+) -> tuple[list[Piece], Errors, int]:
+    """Return pieces, errors and the largest magnitude of rows ``row``.. of an FP8 layer.
+
+    file_offset: where the layer's codes begin in their file. tensor_scale: float32 [1] for granularity ``tensor``,
+    whose amax was taken before (the largest magnitude is then returned as 0), else None.
+    """
+    from convert_ckpt.kernels.fp8 import encode_slab, tile_maxima
+
+    n_rows, K = bits.shape
+    tile_rows, tile_cols = _fp8_tile(layer, n_rows)
+    largest = 0
+    if tensor_scale is None:
+        amax_bits = tile_maxima(bits, tile_rows, tile_cols)
+        largest = int(amax_bits.max())
+        scales = fp8_scales(amax_bits)
+    else:
+        scales = tensor_scale.reshape(1, 1)
+    codes = scratch.take_to_write(WEIGHT, n_rows * K, file_offset + row * K).reshape(n_rows, K)
+    errors = encode_slab(bits, scales, tile_rows, tile_cols, codes)
+    scale_offset = row // tile_rows * scales.shape[1] * scales.itemsize
+    pieces = [Piece(WEIGHT, row * K, codes)]
+    if tensor_scale is None or row == 0:
+        pieces.append(Piece(WEIGHT_SCALE, scale_offset, scales))
+    return pieces, Errors(*errors.tolist()), largest
+
+
+def _fp8_tile(layer: Layer, n_rows: int) -> tuple[int, int]:
+    if layer.granularity == "block":
+        return FP8_BLOCK_SIZE, FP8_BLOCK_SIZE
+    return (1 if layer.granularity == "channel" else n_rows), layer.K

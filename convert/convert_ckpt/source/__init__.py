@@ -1,0 +1,1 @@
+"""What SOURCE is, on this machine or elsewhere, and how its bytes come here."""

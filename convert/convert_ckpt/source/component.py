@@ -1,0 +1,171 @@
+"""A checkpoint to read: headers and configuration now, bytes on demand."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert_ckpt.source.source_card import read_source_card
+from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.storage.shards import TensorFolder, read_folder
+
+# Weights in other containers and other variants are not carried along.
+_WEIGHT_SUFFIXES = (
+    SUFFIX,
+    INDEX_SUFFIX,
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".msgpack",
+    ".h5",
+    ".index.json",
+)
+# What diffusers writes at the root of a pipeline.
+_PIPELINE_INDEX_NAME = "model_index.json"
+_LARGEST_SIDE_FILE_NBYTES = 64 * 2**20
+_QUANTIZED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_QUANTIZED_NAMES = re.compile(
+    r".*\.(weight_scale|weight_scale_inv|weight_scale_2|weight_packed|input_scale|qweight|qzeros|scales|absmax"
+    r"|weight_quantizer\..*|SCB|quant_state\..*)"
+)
+# Hub cache folders: models--ORG--NAME/snapshots/REVISION[/component]
+_HUB_CACHE = re.compile(
+    r"models--(?P<org>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(?P<rest>(/.*)?)$"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model component: its shards, its config.json and the small files beside them.
+
+    ``name`` is a folder name or a Hub repo id, never a path; ``config`` is None without config.json;
+    ``card`` is what source_card.py takes from its model card.
+    """
+
+    folder: TensorFolder
+    name: str
+    revision: str | None
+    config: dict[str, Any] | None
+    side_files: tuple[Path, ...]
+    notes: tuple[str, ...]
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def class_name(self) -> str | None:
+        """The diffusers class, or transformers' first architecture."""
+        config = self.config or {}
+        names = [config.get("_class_name"), *(config.get("architectures") or [])]
+        return next((str(name) for name in names if name), None)
+
+    @property
+    def naming(self) -> str:
+        """Whose file names these are: "diffusers" or "transformers"."""
+        config = self.config or {}
+        return "transformers" if "architectures" in config or "model_type" in config else "diffusers"
+
+
+def find_components(path: Path) -> dict[str, Path]:
+    """Return component name -> folder or file. A single component has the name "".
+
+    A pipeline folder (with model_index.json) gives each ``transformer*`` folder in it, also where the
+    same weights lie beside these folders in one file (FLUX repos hold both).
+    Raises CheckpointError where there is nothing to convert.
+    """
+    if path.is_file():
+        if path.suffix != SUFFIX:
+            raise CheckpointError(f"{path}: not a {SUFFIX} file. Give a checkpoint folder or a {SUFFIX} file.")
+        return {"": path}
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder. Give a checkpoint folder or a {SUFFIX} file.")
+    components = {entry.name: entry for entry in sorted(path.glob("transformer*")) if entry.is_dir()}
+    has_weights = any(path.glob("*" + SUFFIX)) or any(path.glob("*" + INDEX_SUFFIX))
+    if not components or (has_weights and not (path / _PIPELINE_INDEX_NAME).is_file()):
+        return {"": path}
+    return components
+
+
+def open_source(path: Path) -> Source:
+    """Return the checked source at ``path``. Raises ProblemsError with every fault found."""
+    folder = read_folder(path)
+    problems: list[str] = []
+    config, side_files, notes = None, [], list(folder.notes)
+    if path.is_dir():
+        config = _read_config(path, problems)
+        side_files = _find_side_files(path, notes)
+    problems += _quantized_faults(folder, config)
+    if problems:
+        raise ProblemsError(f"{path.name}: can't be converted", problems)
+    name, revision = _identify(path)
+    card = read_source_card(path) if path.is_dir() else {}
+    return Source(folder, name, revision, config, tuple(side_files), tuple(notes), card)
+
+
+def is_side_file(path: Path) -> bool:
+    """True for a small file that is carried along as it is."""
+    return (
+        not path.name.startswith(".")
+        and path.name != CONFIG_NAME
+        and not path.name.endswith(_WEIGHT_SUFFIXES)
+        and path.stat().st_size <= _LARGEST_SIDE_FILE_NBYTES
+    )
+
+
+def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        problems.append(f"{CONFIG_NAME}: not readable ({error}). Fetch it again.")
+        return None
+    return config
+
+
+def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
+    files = []
+    for entry in sorted(path.iterdir()):
+        if not entry.is_file() or entry.name.startswith(".") or entry.name == CONFIG_NAME:
+            continue
+        if entry.name == CARD_NAME:
+            notes.append(f"{entry.name}: left out, it describes the source; run-ckpt card writes the result's")
+        elif is_side_file(entry):
+            files.append(entry)
+        elif not entry.name.endswith(_WEIGHT_SUFFIXES):
+            notes.append(f"{entry.name}: left out, over 64 MiB")
+        elif not entry.name.endswith((SUFFIX, INDEX_SUFFIX)):
+            notes.append(f"{entry.name}: left out, weights in another container")
+    return files
+
+
+def _quantized_faults(folder: TensorFolder, config: dict[str, Any] | None) -> list[str]:
+    faults = []
+    if config and config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unnamed")
+        faults.append(f"{CONFIG_NAME}: already quantized (quant_method {method}). Convert the original checkpoint.")
+    marked = [
+        tensor.spec.name
+        for _, tensor in folder.tensors()
+        if tensor.spec.dtype in _QUANTIZED_DTYPES or _QUANTIZED_NAMES.fullmatch(tensor.spec.name)
+    ]
+    if marked:
+        faults.append(
+            f"{marked[0]}{f' and {len(marked) - 1} more tensors' if len(marked) > 1 else ''}:"
+            " already quantized. Convert the original checkpoint."
+        )
+    return faults
+
+
+def _identify(path: Path) -> tuple[str, str | None]:
+    absolute = path.absolute()
+    match = _HUB_CACHE.search(absolute.as_posix())
+    if match:
+        return f"{match['org']}/{match['name']}{match['rest']}", match["revision"]
+    return absolute.name, None

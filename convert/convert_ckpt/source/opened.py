@@ -1,0 +1,200 @@
+"""SOURCE opened: a folder to plan from, and the store that holds the rest where it lies elsewhere."""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from convert_ckpt.source.component import Source, find_components, is_side_file, open_source
+from convert_ckpt.source.reference import HubLocation, Location, UrlLocation
+from convert_ckpt.source.store import Patience, RemoteFile, Store, read_file, read_range
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, unsafe_file_name
+from run_ckpt.storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES
+
+# Most headers fit, so that a shard's header takes one request.
+_HEADER_GUESS_NBYTES = 128 * 2**10
+_REQUESTS_AT_ONCE = 8
+# What a pipeline says of all its components: what they are, and under which licence.
+_PIPELINE_FILES = ("model_index.json", "README.md")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of SOURCE is wanted: patterns of component names (none: all), and whether what is fetched stays."""
+
+    components: tuple[str, ...] = ()
+    keep_source: bool = False
+
+
+EVERYTHING = Wanted()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An opened SOURCE. ``components`` maps a name ("" for a single one) to its folder or file.
+
+    With a ``store``, these are an outline: small files whole, shards as headers with a hole behind them.
+    """
+
+    path: Path
+    location: str
+    components: dict[str, Path]
+    store: Store | None = None
+    keep_source: bool = False
+
+    def open_component(self, name: str) -> Source:
+        """Return the checked source of a component. Raises ProblemsError with every fault found."""
+        source = open_source(self.components[name])
+        if self.store is None:
+            return source
+        return replace(source, name=_join(self.store.name, name), revision=self.store.revision)
+
+    def is_cached(self, component: str, name: str) -> bool:
+        """True where the store's own cache holds a file."""
+        return self.store is not None and self.store.cached(self.remote_path(component, name)) is not None
+
+    def remote_file(self, component: str, name: str) -> RemoteFile | None:
+        """Return what the store tells of a file, None where the source is here."""
+        return self.store.files[self.remote_path(component, name)] if self.store else None
+
+    def remote_path(self, component: str, name: str) -> str:
+        """Return where the store has a file of a component, or with the name "" the component."""
+        assert self.store
+        root = self.store.root
+        folder = root.rpartition("/")[0] if root in self.store.files else root
+        return _join(folder, component, name)
+
+
+@contextmanager
+def open_origin(
+    location: Location,
+    wanted: Wanted,
+    log: Callable[[str], None],
+    scratch: Path,
+    pinned_revision: str | None = None,
+) -> Iterator[Origin]:
+    """Yield SOURCE, opened; a remote one is outlined in the folder ``scratch``, which is removed at the end.
+
+    pinned_revision: the commit that an unfinished run began with. Raises CheckpointError.
+    """
+    if isinstance(location, Path):
+        if wanted.keep_source:
+            raise UsageError(f"--keep-source: {location} is here and always stays. Leave it out.")
+        yield Origin(location, str(location), _select(find_components(location), wanted))
+        return
+    store = _open_store(location, wanted, pinned_revision, log)
+    name = store.name.rpartition("/")[2]
+    folder = scratch / ("source" if unsafe_file_name(name) else name)  # messages name it
+    shutil.rmtree(scratch, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        path = _outline(store, folder)
+        components = _select(find_components(path), wanted)
+        _fill(store, components, folder, log)
+        yield Origin(path, str(location), components, store, wanted.keep_source)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open_store(
+    location: HubLocation | UrlLocation, wanted: Wanted, pinned_revision: str | None, log: Callable[[str], None]
+) -> Store:
+    patience = Patience(log, first_contact=True)
+    if isinstance(location, UrlLocation):
+        from convert_ckpt.source.url import open_url
+
+        if wanted.keep_source:
+            raise UsageError(f"--keep-source: only the Hub has a cache to keep {location} in. Copy it first instead.")
+        return open_url(location.url, patience)
+    from convert_ckpt.source.hub import open_repo
+
+    return open_repo(location, patience, pinned_revision, log)
+
+
+def _select(components: dict[str, Path], wanted: Wanted) -> dict[str, Path]:
+    if not wanted.components:
+        return components
+    unknown = [
+        pattern for pattern in wanted.components if not any(name and fnmatchcase(name, pattern) for name in components)
+    ]
+    if unknown:
+        known = ", ".join(filter(None, components)) or "none: SOURCE is a single component"
+        raise UsageError(f"--component {', '.join(unknown)}: not in SOURCE. Its components: {known}.")
+    return {
+        name: path
+        for name, path in components.items()
+        if any(fnmatchcase(name, pattern) for pattern in wanted.components)
+    }
+
+
+def _outline(store: Store, folder: Path) -> Path:
+    """Make a hole of the right size for every file of the location, of the folders in it, and of its pipeline."""
+    of_pipeline = _pipeline_files(store)
+    for name, file in store.files.items():
+        if (_is_near(name, store.root) or name in of_pipeline) and not any(map(unsafe_file_name, name.split("/"))):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as hole:
+                hole.truncate(file.nbytes)
+    return folder / store.root
+
+
+def _is_near(name: str, root: str) -> bool:
+    """True for the file ``root``, and for files in the folder ``root`` and in the folders right below it."""
+    prefix = f"{root}/" if root else ""
+    return name == root or (name.startswith(prefix) and name.removeprefix(prefix).count("/") <= 1)
+
+
+def _pipeline_files(store: Store) -> set[str]:
+    folders = (store.root, store.root.rpartition("/")[0])
+    return {_join(folder, name) for folder in folders for name in _PIPELINE_FILES} & store.files.keys()
+
+
+def _fill(store: Store, components: dict[str, Path], folder: Path, log: Callable[[str], None]) -> None:
+    """Put the small files and the shards' headers of the components in their place."""
+    stopped = threading.Event()
+
+    def fill(path: Path) -> None:
+        name = path.relative_to(folder).as_posix()
+        patience = Patience(log, stopped, first_contact=True)
+        read = _read_header if path.name.endswith(SUFFIX) else read_file
+        data = read(store, name, patience)
+        with open(path, "r+b") as file:
+            file.write(data)
+
+    paths = {path for component in components.values() for path in _files_of(component) if _is_read(path)}
+    paths |= {folder / name for name in _pipeline_files(store)}
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="header") as pool:
+        try:
+            list(pool.map(fill, sorted(paths)))
+        except BaseException:  # Ctrl-C too: nobody should wait for requests whose answer is not wanted any more
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _files_of(component: Path) -> list[Path]:
+    return [component] if component.is_file() else [path for path in sorted(component.iterdir()) if path.is_file()]
+
+
+def _is_read(path: Path) -> bool:
+    return path.name == CONFIG_NAME or path.name.endswith((SUFFIX, INDEX_SUFFIX)) or is_side_file(path)
+
+
+def _read_header(store: Store, name: str, patience: Patience) -> bytearray:
+    """Return a shard's header as it is; whoever parses it says what is wrong with it."""
+    nbytes = store.files[name].nbytes
+    data = read_range(store, name, 0, min(_HEADER_GUESS_NBYTES, nbytes), patience)
+    end = LENGTH_NBYTES + int.from_bytes(data[:LENGTH_NBYTES], "little")
+    if len(data) < end <= min(nbytes, LENGTH_NBYTES + MAX_HEADER_NBYTES):
+        data += read_range(store, name, len(data), end, patience)
+    return data[:end]
+
+
+def _join(*parts: str) -> str:
+    return "/".join(filter(None, parts))

@@ -1,0 +1,107 @@
+"""A folder of whatever fsspec opens (s3, gs, az, memory, ...) as a store."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from convert_ckpt.source.store import Patience, RemoteFile, first_line
+from run_ckpt.contract.errors import FetchError, TransientError, UsageError
+
+# What file systems call the thing that changes with a file's content, the surest first.
+_MARK_KEYS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
+
+
+def open_url(url: str, patience: Patience) -> "UrlStore":
+    """Return the folder (or file) at ``url`` as it is now. Raises UsageError or FetchError."""
+    import fsspec
+
+    scheme = urlsplit(url).scheme
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = f'"convert-ckpt[{_EXTRAS[scheme]}]"' if scheme in _EXTRAS else "the package that the message names"
+        raise UsageError(f"{scheme}://: {error}. Install it with pip install {package}.") from error
+    except ValueError as error:
+        raise UsageError(f"{scheme}://: {error}.") from error
+    path = path.rstrip("/")
+    while True:
+        try:
+            with _plain_errors(url):
+                files, single = _list_files(filesystem, path)
+                break
+        except TransientError as error:
+            patience.wait(error)
+    folder, _, name = path.rpartition("/")
+    if single:
+        return UrlStore(filesystem, folder, path, name, files, root=name)
+    return UrlStore(filesystem, path, path, name or scheme, files)
+
+
+@dataclass(frozen=True)
+class UrlStore:
+    """The files below ``folder`` of a file system: those that ``listed`` gives, that folder or one file in it."""
+
+    filesystem: Any
+    folder: str
+    listed: str
+    name: str
+    files: Mapping[str, RemoteFile]
+    root: str = ""
+    revision: None = None
+
+    def read(self, path: str, start: int, stop: int) -> Iterator[bytes]:
+        """Yield bytes [start, stop) of a file. Raises TransientError or FetchError."""
+        with _plain_errors(path):
+            yield self.filesystem.cat_file(f"{self.folder}/{path}", start=start, end=stop)
+
+    def check_unchanged(self, path: str) -> None:
+        """Raise FetchError if the file is no longer the one that was listed."""
+        with _plain_errors(path):
+            now, _ = _list_files(self.filesystem, self.listed)
+        if now.get(path) != self.files[path]:
+            raise FetchError(f"{path}: changed since the run began. Start again with --restart.")
+
+    @property
+    def cache_folder(self) -> Path:
+        raise AssertionError("--keep-source was refused before")
+
+    def cached(self, path: str) -> Path | None:
+        """None: such stores have no cache of their own."""
+
+    def cache(self, path: str) -> Path:
+        raise AssertionError("--keep-source was refused before")
+
+
+def _list_files(filesystem: Any, path: str) -> tuple[dict[str, RemoteFile], bool]:
+    """Return the files of a folder and of the folders in it by relative name; or one file, and True."""
+    filesystem.invalidate_cache()
+    info = filesystem.info(path)
+    if info["type"] == "file":
+        return {path.rpartition("/")[2]: _remote_file(info)}, True
+    found = filesystem.find(path, maxdepth=2, detail=True)
+    names = {key: key.removeprefix(path).lstrip("/") for key in found}
+    return {names[key]: _remote_file(entry) for key, entry in found.items() if names[key]}, False
+
+
+def _remote_file(info: Mapping[str, Any]) -> RemoteFile:
+    mark = next((str(info[key]) for key in _MARK_KEYS if info.get(key)), "")
+    return RemoteFile(info["size"] or 0, mark.strip('"'))
+
+
+@contextmanager
+def _plain_errors(what: str) -> Iterator[None]:
+    """Turn what a file system raises into FetchError and TransientError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FetchError(f"{what}: not there. Check the name.") from error
+    except PermissionError as error:
+        raise FetchError(f"{what}: no permission to read it. Check the store's credentials.") from error
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise FetchError(f"{what}: can't be read ({type(error).__name__}: {first_line(error)}).") from error
+    except Exception as error:  # each file system has errors of its own, most without a common base
+        raise TransientError(f"{what}: can't be read ({type(error).__name__}: {first_line(error)}).") from error

@@ -1,0 +1,82 @@
+"""The commands of `run-ckpt` that show a converted checkpoint to others: card, report and push."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.argument("repo_id", metavar="OWNER/NAME")
+@click.option("--revision", metavar="BRANCH", help="Branch to push to; made if missing.  [default: main]")
+@click.option("--private", is_flag=True, help="Make a new repo private.")
+@click.option("--commit-message", metavar="TEXT", help="Title of the last commit.")
+@click.option("--overwrite", is_flag=True, help="Replace what the repo holds.")
+@click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
+def push(output: Path, repo_id: str, base_model: str | None, **options: Any) -> None:
+    """Upload OUTPUT to the Hugging Face Hub, with a model card.
+
+    Every file is checked against the manifest first. Shards go up one by one; configuration, manifest
+    and card follow in one last commit, so that a repo never looks complete when it is not. Pushed again,
+    only what is missing is sent. Log in with hf auth login first.
+
+    \b
+    Example:
+      run-ckpt push flux-mxfp4 me/flux-mxfp4 --private
+    """
+    from run_ckpt.cli.tables import show_progress
+    from run_ckpt.tools.publish.push import push_result
+    from run_ckpt.tools.publish.repository import Target
+
+    target = Target(repo_id, **options)
+    with show_progress() as progress:
+        pushed = push_result(output, target, base_model=base_model, say=_note, progress=progress)
+    click.echo(str(pushed))
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.option("--repo", "repo_id", metavar="OWNER/NAME", help="Where it will be found.  [default: OUTPUT's name]")
+@click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
+def card(output: Path, repo_id: str | None, base_model: str | None) -> None:
+    """Print the model card that run-ckpt push would upload with OUTPUT.
+
+    Every number in it is from the manifest.
+    """
+    from run_ckpt.tools.publish.card import make_card
+    from run_ckpt.tools.publish.rows import read_result
+
+    click.echo(make_card(read_result(output), repo_id or output.resolve().name, base_model=base_model), nl=False)
+
+
+@click.command()
+@click.argument("outputs", metavar="OUTPUT...", type=_FOLDER, nargs=-1, required=True)
+@click.option(
+    "--output", "file", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True
+)
+def report(outputs: tuple[Path, ...], file: Path) -> None:
+    """Write one OUTPUT, or a comparison of several, as a page to look at.
+
+    Sizes, a map of the error of every layer, and what was kept and why. The page is one file that
+    needs no network.
+
+    \b
+    Example:
+      run-ckpt report flux-mxfp4 flux-fp8 --output report.html
+    """
+    from run_ckpt.storage.atomic import write_durably
+    from run_ckpt.tools.publish.report import make_report
+    from run_ckpt.tools.publish.rows import read_result
+
+    write_durably(file, make_report({output.resolve().name: read_result(output) for output in outputs}))
+    click.echo(f"Wrote {file}.")
+
+
+COMMANDS = (card, report, push)
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)

@@ -1,0 +1,142 @@
+"""The commands of `run-ckpt` that run a converted checkpoint: generate and bench."""
+
+import json
+from pathlib import Path
+
+import click
+
+_FOLDER = click.Path(path_type=Path)
+_DTYPES = ("bfloat16", "float16", "float32")
+_SMALL_M = "1,16,256,4096"
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _parse_rows(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        rows = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as {_SMALL_M}.") from error
+    if min(rows) < 1:
+        raise click.BadParameter("each M must be at least 1.")
+    return rows
+
+
+@click.command()
+@click.option("--model-path", required=True, help="The pipeline: a folder or a Hub repo, in diffusers' layout.")
+@click.option("--transformer-path", type=_FOLDER, required=True, help="Converted folder for its transformer.")
+@click.option("--transformer-2-path", type=_FOLDER, help="Converted folder for its transformer_2 (Wan 2.2).")
+@click.option("--prompt", required=True, help="What to generate.")
+@click.option("--negative-prompt", help="What to avoid.")
+@click.option("--output", type=_FOLDER, required=True, help="The image (.png, .jpg, .webp) or video (.mp4, .gif).")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the pipeline's]")
+@click.option("--guidance-scale", type=float, help="[default: the pipeline's]")
+@click.option("--height", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
+@click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
+@click.option("--num-frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", help="[default: cuda if there is one, else cpu]")
+@click.option(
+    "--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Of what is not quantized."
+)
+@click.option(
+    "--backend", help="Run quantized layers on this one.  [default: the first that can, see inspect --device]"
+)
+def generate(
+    model_path: str,
+    transformer_path: Path,
+    transformer_2_path: Path | None,
+    prompt: str,
+    output: Path,
+    seed: int,
+    device: str | None,
+    dtype: str,
+    backend: str | None,
+    negative_prompt: str | None,
+    steps: int | None,
+    guidance_scale: float | None,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+) -> None:
+    """Generate an image or a video with a diffusers pipeline and a converted transformer.
+
+    \b
+    Examples:
+      run-ckpt generate --model-path Tongyi-MAI/Z-Image-Turbo --transformer-path OUT/transformer \\
+          --prompt "a lighthouse at dusk" --steps 9 --guidance-scale 0 --output image.png
+      run-ckpt generate --model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers --transformer-path OUT/transformer \\
+          --transformer-2-path OUT/transformer_2 --prompt "a cat walks" --output video.mp4
+    """
+    import torch
+
+    from run_ckpt.cli.tables import show_progress
+    from run_ckpt.tools.generate import Request, check_output, load_pipeline
+    from run_ckpt.tools.generate import generate as run
+
+    check_output(output)
+    device = device or _default_device()
+    paths = {"transformer": transformer_path, "transformer_2": transformer_2_path}
+    with show_progress() as progress:
+        pipeline = load_pipeline(
+            model_path,
+            {name: path for name, path in paths.items() if path},
+            device=device,
+            dtype=getattr(torch, dtype),
+            backend=backend,
+            progress=progress,
+            say=click.echo,
+        )
+    options = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+    }
+    run(pipeline, Request(prompt, output, seed, options), device, click.echo)
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.option("--device", help="[default: cuda if there is one, else cpu]")
+@click.option("--backend", help="Measure this one.  [default: the first that can run]")
+@click.option(
+    "--rows", default=_SMALL_M, show_default=True, callback=_parse_rows, help="The values of M, tokens in a batch."
+)
+@click.option("--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Of activations.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(
+    output: Path, device: str | None, backend: str | None, rows: tuple[int, ...], dtype: str, as_json: bool
+) -> None:
+    """Time the layers of OUTPUT against BF16, and loading it against reading its files.
+
+    \b
+    Examples:
+      run-ckpt bench flux-mxfp4
+      run-ckpt bench flux-mxfp4 --device cuda --backend triton --rows 1,16,4096 --json
+    """
+    import torch
+
+    from run_ckpt.cli.tables import make_console, print_bench
+    from run_ckpt.storage.components import find_components
+    from run_ckpt.tools.bench import bench_component
+
+    for name, path in find_components(output).items():
+        result = bench_component(
+            path,
+            device=device or _default_device(),
+            backend=backend,
+            rows=rows,
+            dtype=getattr(torch, dtype),
+            say=lambda text: click.echo(f"bench: {text}", err=True),
+        )
+        if as_json:
+            click.echo(json.dumps({"component": name, **result.to_json()}, indent=1))
+        else:
+            print_bench(make_console(), name, result)

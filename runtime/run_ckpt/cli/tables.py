@@ -1,0 +1,162 @@
+"""Inspections and verify reports as rich tables, and a progress bar; for the command line only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from run_ckpt.progress import Progress, Silent
+from run_ckpt.storage.units import format_nbytes
+from run_ckpt.tools.summary import Inspection, Summary
+
+if TYPE_CHECKING:  # it imports torch
+    from run_ckpt.backends.availability import Survey
+    from run_ckpt.tools.bench import Bench
+    from run_ckpt.tools.verify.component import ComponentReport
+
+_PLAIN_WIDTH = 160
+_NUMERIC = {
+    *("count", "layers", "N x K", "SQNR dB", "worst SQNR dB", "manifest", "largest error"),
+    *("M", "time ms", "BF16 ms", "speed-up", "TFLOP/s", "weights GB/s"),
+}
+
+
+def make_console() -> Console:
+    """Return the console for results: the terminal's width, or wide enough for any name where there is none."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_WIDTH, color_system=None)
+
+
+def print_inspection(console: Console, inspection: Inspection) -> None:
+    """Print a summary, the quantized layers and the linear layers that were kept."""
+    console.print(_summary_table(inspection.summary))
+    layers = _table("quantized", ("layer", "count", "format", "N x K", "scale", "worst SQNR dB", "largest error"))
+    for row in inspection.layers:
+        measured = (_number(row.sqnr_db, ".2f"), _number(row.max_abs_error, ".4g"))
+        layers.add_row(
+            escape(row.module), str(row.count), row.format, f"{row.N} x {row.K}", escape(row.scale), *measured
+        )
+    console.print(layers)
+    if inspection.kept_linears:
+        kept = _table("kept", ("linear layer", "count", "dtype", "N x K", "reason"))
+        for linear in inspection.kept_linears:
+            size = f"{linear.N} x {linear.K}"
+            kept.add_row(escape(linear.module), str(linear.count), linear.dtype, size, escape(linear.reason))
+        console.print(kept)
+
+
+def print_measured(console: Console, report: ComponentReport) -> None:
+    """Print the errors that verify measured, layer by layer."""
+    table = _table(report.name or None, ("layer", "format", "N x K", "SQNR dB", "manifest", "largest error"))
+    for measured in report.measured:
+        layer = measured.layer
+        table.add_row(
+            escape(layer.module),
+            layer.format,
+            f"{layer.N} x {layer.K}",
+            _number(measured.sqnr_db, ".2f"),
+            _number(layer.sqnr_db, ".2f"),
+            f"{measured.max_abs_error:.4g}",
+        )
+    console.print(table)
+
+
+def print_survey(console: Console, component: str, survey: Survey) -> None:
+    """Print the backends in order of preference, with what each would run and why not the rest."""
+    title = f"{component + ': ' if component else ''}backends on {survey.machine}"
+    table = _table(title, ("backend", "layers", "not taken because"))
+    for row in survey.rows:
+        reasons = "\n".join(f"{reason} ({count} layers)" for reason, count in row.reasons.items())
+        table.add_row(row.name, str(row.n_layers), escape(reasons))
+    console.print(table)
+    if survey.n_homeless:
+        console.print(f"{survey.n_homeless} layers run on none of them unless it is asked for by name.")
+
+
+def print_bench(console: Console, component: str, bench: Bench) -> None:
+    """Print the times of layers and of loading."""
+    title = f"{component + ': ' if component else ''}layers on {bench.device}"
+    columns = ("format", "N x K", "layers", "backend", "M", "time ms", "BF16 ms", "speed-up", "TFLOP/s", "weights GB/s")
+    table = _table(title, columns)
+    for row in bench.layers:
+        times = (f"{row.seconds * 1e3:.3f}", f"{row.bf16_seconds * 1e3:.3f}", f"{row.ratio:.2f}")
+        rates = (f"{row.tflops:.3f}", f"{row.gbytes_per_s:.2f}")
+        shape = f"{row.N} x {row.K}"
+        table.add_row(row.format, shape, str(row.count), row.backend, str(row.M), *times, *rates)
+    console.print(table)
+    if bench.load is None:
+        console.print(f"load: not measured: {escape(str(bench.why_no_load))}")
+        return
+    load = bench.load
+    console.print(
+        f"load: {load.seconds:.2f} s, {load.ratio:.2f} times reading the files ({load.read_seconds:.2f} s);"
+        f" model {format_nbytes(load.model_nbytes)}, peak memory {format_nbytes(load.peak_nbytes)}"
+    )
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """Yield a progress bar on stderr if that is a terminal, else one that nobody sees."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Silent()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with RichProgress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+        yield _Bar(bars)
+
+
+class _Bar:
+    """One line that shows the step at work."""
+
+    def __init__(self, bars: RichProgress):
+        self._bars = bars
+        self._task: TaskID | None = None
+
+    def start(self, label: str, nbytes: int) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(escape(label), total=nbytes)
+
+    def advance(self, nbytes: int) -> None:
+        if self._task is not None:
+            self._bars.advance(self._task, nbytes)
+
+
+def _summary_table(summary: Summary) -> Table:
+    table = Table(title=summary.component or None, show_header=False, box=None, title_justify="left")
+    source = summary.source + (f" @ {summary.source_revision[:12]}" if summary.source_revision else "")
+    saved = summary.source_nbytes / max(1, summary.output_nbytes)
+    rows = {
+        "source": source,
+        "made by": summary.tool,
+        "format": f"{summary.format}, layout {summary.layout}, for {summary.target_arch} GPUs",
+        "dialect": summary.dialect,
+        "size": f"{format_nbytes(summary.source_nbytes)} -> {format_nbytes(summary.output_nbytes)}"
+        f" ({saved:.2f} times smaller)",
+        "quantized": f"{summary.n_layers} of {summary.n_tensors} tensors, {summary.share_of_parameters:.1%} of the"
+        " parameters",
+        "SQNR": f"mean {_number(summary.mean_sqnr_db, '.2f')} dB, worst {_number(summary.worst_sqnr_db, '.2f')} dB"
+        f" ({summary.worst_layer})",
+    }
+    for key, value in rows.items():
+        table.add_row(key, escape(value))
+    return table
+
+
+def _table(title: str | None, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMERIC else "left", overflow="fold")
+    return table
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

@@ -1,0 +1,16 @@
+"""Names of the files of a checkpoint's folder."""
+
+from pathlib import PurePosixPath, PureWindowsPath
+
+CONFIG_NAME = "config.json"
+# What `run-ckpt push` adds to a result's files: about the checkpoint, not part of it.
+CARD_NAME = "README.md"
+HEATMAP_NAME = "sqnr_heatmap.png"
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+def unsafe_file_name(name: str) -> bool:
+    """True where ``name`` is not the plain name of a file in the same folder."""
+    parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
+    return not name or name in (".", "..") or "\0" in name or parts != (name, name)

@@ -1,0 +1,240 @@
+"""quantization_manifest.json: what was converted, from what, how, and what every byte means."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from run_ckpt.contract.errors import ManifestError
+from run_ckpt.contract.formats import (
+    AITER_TARGET_ARCH,
+    E2M1_TIE_RULE,
+    E8M0_BIAS,
+    MXFP4_BLOCK_SIZE,
+    NIBBLE_ORDER,
+)
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.tensors import TensorSpec
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "quantization_manifest.json"
+_SEAL = "sha256_of_the_rest"
+_END = "\n}"
+
+WEIGHT = "weight"
+WEIGHT_SCALE = "weight_scale"
+INPUT_SCALE = "input_scale"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantized linear layer. Its weight is [N, K], K the reduction axis.
+
+    ``granularity`` is the reach of one FP8 scale (formats.Granularity) or "group" for MXFP4.
+    ``tensors`` maps a role (weight, weight_scale, input_scale) to the tensor that plays it.
+    ``scale_shape`` is the weight scale's shape on disk, which consumers spell differently.
+    ``sqnr_db`` is 10 log10(sum w^2 / sum (w - decoded)^2), None where either sum is zero.
+    """
+
+    module: str
+    format: str
+    N: int
+    K: int
+    source_tensor: str
+    source_dtype: str
+    layout: str
+    granularity: str
+    scale_rule: str
+    tensors: dict[str, str]
+    scale_shape: tuple[int, ...]
+    fused_group: str | None = None
+    sqnr_db: float | None = None
+    max_abs_error: float | None = None
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return role -> spec of the tensors on disk."""
+        mxfp4 = self.format == "mxfp4"
+        weight = ("U8", (self.N, self.K // 2)) if mxfp4 else ("F8_E4M3", (self.N, self.K))
+        by_role: dict[str, tuple[str, tuple[int, ...]]] = {
+            WEIGHT: weight,
+            WEIGHT_SCALE: ("U8" if mxfp4 else "F32", self.scale_shape),
+            INPUT_SCALE: ("F32", (1,)),
+        }
+        return {role: TensorSpec(name, *by_role[role]) for role, name in self.tensors.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {**vars(self), "scale_shape": list(self.scale_shape)}
+        return {**fields, **_FORMAT_FACTS[self.format], **_LAYOUT_FACTS[self.layout, self.format]}
+
+
+_FORMAT_FACTS: dict[str, dict[str, Any]] = {
+    "mxfp4": {
+        "element_format": "e2m1",
+        "scale_format": "e8m0",
+        "scale_bias": E8M0_BIAS,
+        "block_size": MXFP4_BLOCK_SIZE,
+        "tie_rule": E2M1_TIE_RULE,
+        "nibble_order": NIBBLE_ORDER,
+    },
+    "fp8": {"element_format": "e4m3fn", "scale_format": "f32", "tie_rule": E2M1_TIE_RULE},
+}
+_LAYOUT_FACTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("aiter", "mxfp4"): {
+        "weight_layout": AITER_WEIGHT.name,
+        "scale_layout": AITER_SCALE.name,
+        "target_arch": AITER_TARGET_ARCH,
+    },
+    ("plain", "mxfp4"): {"weight_layout": "row_major", "scale_layout": "row_major", "target_arch": "any"},
+    ("plain", "fp8"): {"weight_layout": "row_major", "scale_layout": "row_major", "target_arch": "any"},
+}
+
+
+@dataclass(frozen=True)
+class FusedScale:
+    """A tensor that repeats the scales of ``members`` one after the other, for a consumer that fuses."""
+
+    spec: TensorSpec
+    role: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KeptTensor:
+    """A tensor copied bit for bit, and why."""
+
+    spec: TensorSpec
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a converted checkpoint but its tensor bytes.
+
+    ``unquantized_linears`` maps each linear layer left alone to its name in SGLang's runtime, or
+    to None where SGLang would not quantize it anyway (then no ignore list needs it).
+    ``files`` maps each file of the folder but the manifest to its size in bytes and SHA-256.
+    """
+
+    tool: dict[str, str]
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    layers: dict[str, Layer]
+    kept: dict[str, KeptTensor]
+    fused_scales: dict[str, FusedScale]
+    unquantized_linears: dict[str, str | None]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def dialect(self) -> str:
+        return str(self.recipe["dialect"])
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return name -> spec of every tensor of the checkpoint."""
+        specs = {kept.spec.name: kept.spec for kept in self.kept.values()}
+        specs.update({fused.spec.name: fused.spec for fused in self.fused_scales.values()})
+        for layer in self.layers.values():
+            specs.update({spec.name: spec for spec in layer.specs().values()})
+        return specs
+
+    def to_json(self) -> str:
+        """Return the file's text: equal manifests are equal bytes."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "tool": self.tool,
+            "source": self.source,
+            "recipe": self.recipe,
+            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+            "kept": {name: _spec_json(kept.spec, reason=kept.reason) for name, kept in self.kept.items()},
+            "fused_scales": {
+                name: _spec_json(fused.spec, role=fused.role, members=fused.members)
+                for name, fused in self.fused_scales.items()
+            },
+            "unquantized_linears": self.unquantized_linears,
+            "files": self.files,
+        }
+        return seal_manifest(document)
+
+
+def seal_manifest(document: dict[str, Any]) -> str:
+    """Return the file's text for a manifest as JSON: sorted, and last of all the SHA-256 of the text without it."""
+    unsealed = {key: value for key, value in document.items() if key != _SEAL}
+    text = json.dumps(unsealed, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.removesuffix(_END) + _seal(text)
+
+
+def _seal(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f',\n "{_SEAL}": "{digest}"{_END}\n'
+
+
+def _is_sealed(text: str) -> bool:
+    body = text.rpartition(f',\n "{_SEAL}"')[0]
+    return text == body + _seal(body + _END)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a converted checkpoint.
+
+    Raises ManifestError where it is missing, damaged, changed in any byte, of an unknown schema
+    version, or where a derived fact (tie rule, layout name, ...) is not the one this version knows.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ManifestError(
+            f"{folder}: no {MANIFEST_NAME}. This is no finished result of convert-ckpt; run convert-ckpt on the source."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text)
+        version = document["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"{path}: schema version {version!r}; this version reads {SCHEMA_VERSION}."
+                " Use the tool version that the manifest names, or convert again."
+            )
+        if not _is_sealed(text):
+            raise ManifestError(f"{path}: was changed after it was written. Fetch it again, or convert again.")
+        return _from_json(document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(
+            f"{path}: damaged ({type(error).__name__}: {error}). Convert again or fetch the file again."
+        ) from error
+
+
+def _from_json(document: dict[str, Any]) -> Manifest:
+    return Manifest(
+        tool=document["tool"],
+        source=document["source"],
+        recipe=document["recipe"],
+        layers={name: _layer_from_json(entry) for name, entry in document["layers"].items()},
+        kept={name: KeptTensor(_spec(name, entry), entry["reason"]) for name, entry in document["kept"].items()},
+        fused_scales={
+            name: FusedScale(_spec(name, entry), entry["role"], tuple(entry["members"]))
+            for name, entry in document["fused_scales"].items()
+        },
+        unquantized_linears=document["unquantized_linears"],
+        files=document["files"],
+    )
+
+
+def _layer_from_json(entry: dict[str, Any]) -> Layer:
+    names = Layer.__dataclass_fields__
+    fields = {name: entry[name] for name in names} | {"scale_shape": tuple(entry["scale_shape"])}
+    layer = Layer(**fields)
+    expected = layer.to_json()
+    if expected != entry:
+        wrong = sorted(key for key in expected.keys() | entry.keys() if expected.get(key) != entry.get(key))
+        raise ManifestError(
+            f"layer {layer.module}: {wrong} hold values this version does not know"
+            f" ({ {key: entry.get(key) for key in wrong} }). Use the tool version that the manifest names."
+        )
+    return layer
+
+
+def _spec(name: str, entry: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+
+
+def _spec_json(spec: TensorSpec, **facts: Any) -> dict[str, Any]:
+    return {"dtype": spec.dtype, "shape": list(spec.shape), **facts}

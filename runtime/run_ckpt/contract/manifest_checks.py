@@ -1,0 +1,123 @@
+"""What a manifest implies of itself: every contradiction, as sentences."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from run_ckpt.contract.dialects import DIALECT_SCHEMES, Scheme, scale_shape, scheme_of, tensor_names
+from run_ckpt.contract.file_names import unsafe_file_name
+from run_ckpt.contract.formats import MXFP4_BLOCK_SIZE
+from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.manifest import INPUT_SCALE, MANIFEST_NAME, WEIGHT, WEIGHT_SCALE, Layer, Manifest
+from run_ckpt.contract.tensors import TensorSpec
+
+SOURCE_DTYPES = ("BF16", "F16", "F32")
+_RECIPE_KEYS = ("format", "dialect", "naming", "granularity", "scale_rule")
+_ADVICE = "The manifest was edited or damaged: fetch it again, or convert again."
+
+
+def manifest_faults(manifest: Manifest) -> list[str]:
+    """Return a sentence for everything in a manifest that contradicts the rest of it or the contract."""
+    recipe = manifest.recipe
+    missing = [key for key in _RECIPE_KEYS if not isinstance(recipe.get(key), str)]
+    if missing:
+        return [f"{MANIFEST_NAME}: the recipe lacks {missing}. {_ADVICE}"]
+    if recipe["dialect"] not in DIALECT_SCHEMES:
+        known = ", ".join(DIALECT_SCHEMES)
+        return [f"{MANIFEST_NAME}: dialect {recipe['dialect']!r} is unknown; known are {known}. {_ADVICE}"]
+    faults = [*_file_table_faults("files", manifest.files)]
+    faults += _file_table_faults("source.files", manifest.source.get("files"))
+    for name, layer in manifest.layers.items():
+        faults += [f"{MANIFEST_NAME}: layer {name}: {fault}. {_ADVICE}" for fault in _layer_faults(name, layer, recipe)]
+    if not faults:
+        faults += [f"{MANIFEST_NAME}: {fault}. {_ADVICE}" for fault in _reference_faults(manifest)]
+    return faults
+
+
+def spec_faults(
+    expected: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec], shard_of: Mapping[str, str], authority: str
+) -> list[str]:
+    """Return a sentence for every tensor that is missing, not expected or of another dtype or shape."""
+    faults = [
+        f"{name}: {authority} lists it ({_describe(expected[name])}), but no shard holds it. Fetch or convert again."
+        for name in sorted(expected.keys() - stored.keys())
+    ]
+    faults += [
+        f"{shard_of[name]}: {name}: not in {authority}. Remove it or convert again."
+        for name in sorted(stored.keys() - expected.keys())
+    ]
+    faults += [
+        f"{shard_of[name]}: {name}: is {_describe(stored[name])}, {authority} says {_describe(expected[name])}."
+        " Convert again."
+        for name in sorted(stored.keys() & expected.keys())
+        if stored[name] != expected[name]
+    ]
+    return faults
+
+
+def _file_table_faults(table: str, files: Any) -> list[str]:
+    if not isinstance(files, dict):
+        return [f"{MANIFEST_NAME}: {table} is missing. {_ADVICE}"]
+    faults = []
+    for name, entry in files.items():
+        known = isinstance(entry, dict) and set(entry) == {"nbytes", "sha256"}
+        if not known or type(entry["nbytes"]) is not int or not isinstance(entry["sha256"], str):
+            faults.append(f"{MANIFEST_NAME}: {table}: {name}: needs nbytes and sha256 and nothing else. {_ADVICE}")
+        if unsafe_file_name(name):
+            faults.append(f"{MANIFEST_NAME}: {table}: {name!r} is not the name of a file of the folder. {_ADVICE}")
+    return faults
+
+
+def _layer_faults(name: str, layer: Layer, recipe: Mapping[str, Any]) -> Iterator[str]:
+    if layer.module != name:
+        yield f"calls itself {layer.module}"
+    if not _is_size(layer.N) or not _is_size(layer.K):
+        yield f"N = {layer.N!r}, K = {layer.K!r} are no sizes"
+        return
+    if layer.source_dtype not in SOURCE_DTYPES:
+        yield f"source_dtype {layer.source_dtype!r} is none of {', '.join(SOURCE_DTYPES)}"
+    scheme = scheme_of(layer)
+    if scheme not in DIALECT_SCHEMES[recipe["dialect"]]:
+        yield f"the {recipe['dialect']} dialect can't say {scheme}"
+        return
+    rows, cols = alignment(scheme)
+    if layer.N % rows or layer.K % cols:
+        yield f"[{layer.N}, {layer.K}] is not a multiple of [{rows}, {cols}], as {scheme} needs"
+    names = tensor_names(name, scheme, recipe["dialect"], recipe["naming"])
+    if set(layer.tensors) - {INPUT_SCALE} != {WEIGHT, WEIGHT_SCALE} or not names.items() <= layer.tensors.items():
+        yield f"its tensors are {layer.tensors}, the {recipe['dialect']} dialect names them {names}"
+    shape = scale_shape(layer.N, layer.K, scheme, recipe["dialect"])
+    if layer.scale_shape != shape:
+        yield f"scale_shape is {list(layer.scale_shape)}, it should be {list(shape)}"
+
+
+def alignment(scheme: Scheme) -> tuple[int, int]:
+    """Return what N and K have to be multiples of to be stored as ``scheme``."""
+    if scheme.format != "mxfp4":
+        return 1, 1
+    if scheme.layout == "plain":
+        return 1, MXFP4_BLOCK_SIZE
+    return max(AITER_WEIGHT.tile[0], AITER_SCALE.tile[0]), 2 * AITER_WEIGHT.tile[1]
+
+
+def _reference_faults(manifest: Manifest) -> Iterator[str]:
+    names = [spec.name for layer in manifest.layers.values() for spec in layer.specs().values()]
+    names += [*manifest.kept, *manifest.fused_scales]
+    for name in sorted(name for name, count in Counter(names).items() if count > 1):
+        yield f"{name} is listed more than once"
+    for name, fused in manifest.fused_scales.items():
+        unknown = [
+            member
+            for member in fused.members
+            if member not in manifest.layers or fused.role not in manifest.layers[member].tensors
+        ]
+        if unknown or not fused.members:
+            yield f"fused scale {name}: {unknown or 'its member list'} holds no quantized layer with a {fused.role}"
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _describe(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}"

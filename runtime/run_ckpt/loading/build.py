@@ -1,0 +1,69 @@
+"""The diffusers or transformers model that config.json names, its parameters on the meta device."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.file_names import CONFIG_NAME
+
+CONFIG_KEY = "quantization_config"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return config.json of a component's folder. Raises CheckpointError where there is none to use."""
+    try:
+        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / CONFIG_NAME}: not readable ({error}). Fetch it, or pass model=.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / CONFIG_NAME}: not a JSON object. Fetch it again, or pass model=.")
+    return config
+
+
+def build_model(path: Path) -> Any:
+    """Return the nn.Module that config.json in ``path`` describes; parameters on meta, non-persistent buffers real.
+
+    Raises CheckpointError where it names no class of the installed diffusers or transformers.
+    """
+    from accelerate import init_empty_weights
+
+    config = read_config(path)
+    with init_empty_weights(include_buffers=False):
+        if "_class_name" in config:
+            model = _diffusers_model(path, config)
+        elif config.get("architectures"):
+            model = _transformers_model(path, config)
+        else:
+            raise CheckpointError(f"{path / CONFIG_NAME}: names neither _class_name nor architectures. Pass model=.")
+    if hasattr(model, "tie_weights"):
+        # In there, each name of a tied tensor would have got a parameter of its own.
+        model.tie_weights()
+    return model
+
+
+def _diffusers_model(path: Path, config: dict[str, Any]) -> Any:
+    model_class = _find_class("diffusers", config["_class_name"], path)
+    model = model_class.from_config({key: value for key, value in config.items() if key != CONFIG_KEY})
+    # No argument of the class, but save_pretrained must write it.
+    model.register_to_config(**{key: config[key] for key in (CONFIG_KEY,) if key in config})
+    return model
+
+
+def _transformers_model(path: Path, config: dict[str, Any]) -> Any:
+    model_class = _find_class("transformers", config["architectures"][0], path)
+    return model_class._from_config(model_class.config_class.from_pretrained(path))
+
+
+def _find_class(library: str, name: Any, path: Path) -> Any:
+    module = importlib.import_module(library)
+    found = getattr(module, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise CheckpointError(
+            f"{path / CONFIG_NAME}: {name!r} is no model of {library} {module.__version__}."
+            " Install a version that has it, or pass model=."
+        )
+    return found

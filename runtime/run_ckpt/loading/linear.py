@@ -1,0 +1,135 @@
+"""The quantized linear layer: tensors as on disk at first, then the operands of a backend."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from run_ckpt.backends.backend import Tensors, describe_machine
+from run_ckpt.backends.select import choose_backend, find_backend
+from run_ckpt.contract.errors import BackendError
+from run_ckpt.contract.manifest import Layer
+
+STORED_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+_OPERAND = "operand_"
+
+
+class QuantizedLinear(nn.Module):
+    """x [..., K] -> x @ weight.T + bias [..., N] in x's dtype, by a backend.
+
+    Made on the meta device. The weight and its scales are buffers, named as on disk, until ``prepare``
+    hands them to a backend; that happens in the first forward at the latest, and anew in the first
+    forward on another kind of device. state_dict always holds the tensors as on disk, bit for bit,
+    and casts (``.to(torch.float16)``) reach the bias alone. Once prepared there is no ``weight``:
+    who asks a linear layer for its dtype must not get that of a code.
+
+    layer: what is stored. bias: the parameter of the replaced layer. backend: the name of one, or
+    None for the first in the table that runs.
+    """
+
+    bias: nn.Parameter | None
+    backend: str | None = None
+    prepared_for: str | None = None
+    _matmul: Callable[[Tensor, Tensors, Tensor | None], Tensor]
+
+    def __init__(self, layer: Layer, bias: nn.Parameter | None = None, backend: str | None = None):
+        super().__init__()
+        self.layer = layer
+        self.register_parameter("bias", bias)
+        self.asked = backend
+        self.store(
+            {
+                role: torch.empty(spec.shape, dtype=STORED_DTYPES[spec.dtype], device="meta")
+                for role, spec in layer.specs().items()
+            }
+        )
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.K
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.N
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.prepared_for != x.device.type:
+            self.prepare(x.device)
+        flat = x.reshape(-1, self.layer.K).contiguous()
+        product = self._matmul(flat, self._operands(), self.bias)
+        return product.reshape(*x.shape[:-1], self.layer.N)
+
+    def prepare(self, device: torch.device) -> None:
+        """Choose a backend for ``device``, where the tensors must lie already, and hand them over.
+
+        Raises BackendError where no backend takes them, or where one used them up for another device.
+        """
+        tensors = self.stored()
+        backend = choose_backend(self.layer, describe_machine(device), self.asked).backend
+        operands = backend.prepare(self.layer, tensors)
+        del tensors
+        self._forget()
+        for name, operand in operands.items():
+            self.register_buffer(_OPERAND + name, operand, persistent=False)
+        self._matmul = backend.matmul
+        self.backend, self.prepared_for = backend.name, device.type
+
+    def stored(self) -> Tensors:
+        """Return role -> tensor as on disk. Raises BackendError where the backend has used them up."""
+        if self.backend is None:
+            return {role: self.get_buffer(suffix) for role, suffix in self._suffixes().items()}
+        restore = find_backend(self.backend).restore
+        if restore is None:
+            raise BackendError(
+                f"{self.layer.module}: backend {self.backend} keeps no copy of the tensors as they were stored."
+                " Load the checkpoint anew for this device; to save it, copy its folder."
+            )
+        return restore(self.layer, self._operands())
+
+    def store(self, tensors: Tensors) -> None:
+        """Take role -> tensor as on disk, to be prepared later."""
+        self._forget()
+        for role, suffix in self._suffixes().items():
+            path, _, leaf = suffix.rpartition(".")
+            if path:
+                self.add_module(path, nn.Module())
+            self.get_submodule(path).register_buffer(leaf, tensors[role])
+
+    def extra_repr(self) -> str:
+        scheme = f"{self.layer.format}, layout={self.layer.layout}, backend={self.backend}"
+        return f"in_features={self.layer.K}, out_features={self.layer.N}, bias={self.bias is not None}, {scheme}"
+
+    def _suffixes(self) -> dict[str, str]:
+        """Role -> name within this module, as on disk."""
+        return {role: name.removeprefix(f"{self.layer.module}.") for role, name in self.layer.tensors.items()}
+
+    def _operands(self) -> Tensors:
+        return {name.removeprefix(_OPERAND): buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+    def _forget(self) -> None:
+        self._buffers.clear()
+        self._modules.clear()
+        if self.backend is not None:
+            self.backend = self.prepared_for = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Move codes and scales with the layer; as bytes, so that no cast reaches them."""
+        for owner in self.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    owner._buffers[name] = fn(buffer.view(torch.uint8)).view(buffer.dtype)
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.backend is not None:
+            for role, tensor in self.stored().items():
+                destination[prefix + self._suffixes()[role]] = tensor
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.backend is not None:
+            self.store(self.stored())
+        super()._load_from_state_dict(*args)

@@ -1,0 +1,120 @@
+"""The story of loading: manifest, model on the meta device, replace, fill, hand over to a backend."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.manifest import WEIGHT
+from run_ckpt.loading.fill import Place, fill_places, find_places, match_places
+from run_ckpt.loading.linear import QuantizedLinear
+from run_ckpt.loading.opened import open_to_load
+from run_ckpt.loading.replace import replace_linears
+from run_ckpt.progress import Progress, Silent
+from run_ckpt.storage.rows import Checkpoint
+
+_logger = logging.getLogger(__name__)
+
+
+def load_quantized(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Return the model of the converted component in folder ``path``, its quantized linears in place, in eval mode.
+
+    model: any module with matching names, best on the meta device; its tensors are replaced. Default:
+    the diffusers or transformers class that config.json names.
+    dtype: what floating tensors that are not quantized become (but those which the class keeps in
+    float32); default: as stored. backend: one of run_ckpt.backends.select, default: the first that runs.
+
+    Shards are read straight to a GPU, and mapped for the CPU as safetensors does: don't overwrite them
+    in place while the model lives. No weight that is quantized ever exists in another dtype.
+    Nothing is filled in, cast or left out silently: raises CheckpointError (ProblemsError with every
+    fault, ManifestError, BackendError), which names the tensor, the file and the remedy.
+    """
+    path, device, started = Path(path), torch.device(device), time.perf_counter()
+    with open_to_load(path) as checkpoint:
+        model = _build_model(path) if model is None else model
+        linears = replace_linears(model, checkpoint.manifest.layers, backend)
+        matched = _match(checkpoint, model)
+        dtypes = _dtypes(checkpoint, model, matched, dtype)
+        fill_places(checkpoint.reader, matched, device, dtypes, progress or Silent())
+    for linear in linears.values():
+        linear.prepare(device)
+    _finish(model, device)
+    _logger.info("loaded %s: %s, %.1f s", path, describe_backends(linears.values()), time.perf_counter() - started)
+    return model
+
+
+def describe_backends(linears: Iterable[QuantizedLinear]) -> str:
+    """Return how many layers of which format went to which backend, for people."""
+    counts = Counter((linear.layer.format, linear.backend or "no backend yet") for linear in linears)
+    return ", ".join(f"{count} {format_} layers on {backend}" for (format_, backend), count in sorted(counts.items()))
+
+
+def _build_model(path: Path) -> nn.Module:
+    from run_ckpt.loading.build import build_model
+
+    model: nn.Module = build_model(path)
+    return model
+
+
+def _match(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Place]:
+    specs = {tensor.spec.name: tensor.spec for _, tensor in checkpoint.folder.tensors()}
+    # What repeats scales for consumers that fuse layers is no tensor of the model.
+    wanted = {name: spec for name, spec in specs.items() if name not in checkpoint.manifest.fused_scales}
+    matched, faults = match_places(find_places(model), wanted, _coded(checkpoint))
+    if faults:
+        raise ProblemsError(f"{checkpoint.path}: does not fit {type(model).__name__}", faults)
+    return {name: matched[name] for name in wanted}
+
+
+def _coded(checkpoint: Checkpoint) -> set[str]:
+    return {name for layer in checkpoint.manifest.layers.values() for name in layer.tensors.values()}
+
+
+def _dtypes(
+    checkpoint: Checkpoint, model: nn.Module, matched: dict[str, Place], dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Tensor name -> the dtype it is given, where that may not be the stored one."""
+    layers = checkpoint.manifest.layers.values()
+    dtypes = {
+        name: torch.float32
+        for layer in layers
+        if layer.format == "fp8"
+        for role, name in layer.tensors.items()
+        if role != WEIGHT
+    }
+    if dtype is not None:
+        stays = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        for name in matched.keys() - _coded(checkpoint):
+            if matched[name].wanted.is_floating_point() and not stays & set(name.split(".")):
+                dtypes[name] = dtype
+    return dtypes
+
+
+def _finish(model: nn.Module, device: torch.device) -> None:
+    empty = []
+    for path, module in model.named_modules():
+        for leaf, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and tensor.is_meta:
+                empty.append(f"{path}.{leaf}" if path else leaf)
+            elif leaf in module._buffers and tensor is not None and tensor.device != device:
+                # One that no checkpoint holds; the others are there.
+                module._buffers[leaf] = tensor.to(device)
+    if empty:
+        raise CheckpointError(
+            f"{type(model).__name__}: {', '.join(empty)} are on the meta device and not stored in a checkpoint."
+            " Build it under accelerate.init_empty_weights(include_buffers=False), which leaves such buffers real."
+        )
+    model.requires_grad_(False).eval()

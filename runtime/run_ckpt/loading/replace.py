@@ -1,0 +1,42 @@
+"""Swap the linear layers of a model for quantized ones, by name."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.manifest import Layer
+from run_ckpt.loading.linear import QuantizedLinear
+
+
+def replace_linears(
+    model: nn.Module, layers: Mapping[str, Layer], backend: str | None = None
+) -> dict[str, QuantizedLinear]:
+    """Put a QuantizedLinear in place of each module of ``model`` that ``layers`` names; return them by name.
+
+    Raises ProblemsError, with the model untouched, where a module is missing, no nn.Linear or of another shape.
+    """
+    modules = dict(model.named_modules())
+    problems = [fault for name, layer in layers.items() if (fault := _fault(modules.get(name), layer))]
+    if problems:
+        raise ProblemsError(f"{type(model).__name__}: not the model that this checkpoint was made from", problems)
+    replaced = {}
+    for name, layer in layers.items():
+        linear = QuantizedLinear(layer, modules[name].bias, backend)
+        if not modules[name].training:
+            linear.eval()
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+        replaced[name] = linear
+    return replaced
+
+
+def _fault(module: nn.Module | None, layer: Layer) -> str | None:
+    if module is None:
+        return f"{layer.module}: the model has no such module. Give the class and config that were converted."
+    if not isinstance(module, nn.Linear):
+        return f"{layer.module}: is a {type(module).__name__}, only nn.Linear can be replaced. Convert without it."
+    if (module.out_features, module.in_features) != (layer.N, layer.K):
+        shape = [module.out_features, module.in_features]
+        return f"{layer.module}: is {shape} in the model, [{layer.N}, {layer.K}] in the checkpoint."
+    return None

@@ -1,0 +1,1 @@
+"""Files on a disk, for the converter and the loader."""

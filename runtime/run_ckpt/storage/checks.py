@@ -1,0 +1,74 @@
+"""Headers and config.json against the manifest beside them: every contradiction, as sentences."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from run_ckpt.contract.dialects import header_metadata, quantization_config
+from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.manifest import WEIGHT, Manifest
+from run_ckpt.contract.manifest_checks import spec_faults
+from run_ckpt.storage.header import build_header
+from run_ckpt.storage.json_files import read_json_object
+from run_ckpt.storage.shards import TensorFolder
+
+CONFIG_KEY = "quantization_config"
+_REFETCH = "Fetch it again, or convert again."
+
+
+def header_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
+    """Return a sentence for every tensor or header that is not exactly what the manifest implies."""
+    stored = {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()}
+    shard_of = {tensor.spec.name: shard.name for shard, tensor in folder.tensors()}
+    faults = spec_faults(manifest.specs(), stored, shard_of, "the manifest")
+    metadata = header_metadata(manifest)
+    for shard in folder.shards:
+        expected = build_header((tensor.spec for tensor in shard.header.tensors), metadata)
+        if shard.header.metadata != metadata:
+            faults.append(
+                f"{shard.name}: __metadata__ is {_short(dict(shard.header.metadata))}, the {manifest.dialect} dialect"
+                f" says {_short(dict(metadata))}. Convert again."
+            )
+        elif shard.header.data != expected.data:
+            faults.append(f"{shard.name}: the header's text or order is not the one safetensors writes. Convert again.")
+    return faults + list(_separated(manifest, shard_of))
+
+
+def _separated(manifest: Manifest, shard_of: Mapping[str, str]) -> Iterator[str]:
+    """Scales must lie beside their weight: consumers and our own passes go shard by shard."""
+    beside = {
+        name: layer.tensors[WEIGHT]
+        for layer in manifest.layers.values()
+        for role, name in layer.tensors.items()
+        if role != WEIGHT
+    }
+    for name, fused in manifest.fused_scales.items():
+        beside[name] = manifest.layers[fused.members[0]].tensors[WEIGHT]
+    for scale, weight in sorted(beside.items()):
+        if scale in shard_of and weight in shard_of and shard_of[scale] != shard_of[weight]:
+            yield f"{scale}: in {shard_of[scale]}, but its weight is in {shard_of[weight]}. Convert again."
+
+
+def config_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """Return a sentence for every key of config.json's quantization_config that is not as the manifest implies."""
+    expected = quantization_config(manifest)
+    config, faults = read_json_object(folder / CONFIG_NAME)
+    if faults:
+        return faults
+    declared = (config or {}).get(CONFIG_KEY)
+    if expected is None:
+        return [f"{CONFIG_NAME}: has a {CONFIG_KEY}; the {manifest.dialect} dialect has none."] if declared else []
+    if not isinstance(declared, dict):
+        return [f"{CONFIG_NAME}: has no {CONFIG_KEY}; consumers would load codes as weights. {_REFETCH}"]
+    expected = json.loads(json.dumps(expected))
+    wrong = sorted(key for key in expected.keys() | declared.keys() if expected.get(key) != declared.get(key))
+    return [
+        f"{CONFIG_NAME}: {CONFIG_KEY}: {key} is {_short(declared.get(key))}, the manifest implies"
+        f" {_short(expected.get(key))}. {_REFETCH}"
+        for key in wrong
+    ]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."

@@ -1,0 +1,195 @@
+"""The safetensors header: parsed with every check, and built byte for byte as the library does.
+
+Source: the format's README and safetensors/src/tensor.rs (0.8).
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from run_ckpt.contract.errors import HeaderError
+from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
+
+_DTYPE_ORDER = {dtype: order for order, dtype in enumerate(DTYPE_BITS)}
+LENGTH_NBYTES = 8
+MAX_HEADER_NBYTES = 100_000_000  # MAX_HEADER_SIZE in tensor.rs
+METADATA_KEY = "__metadata__"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file; ``offset`` counts bytes from the start of the file."""
+
+    spec: TensorSpec
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.spec.nbytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header as stored (length prefix included) and the tensors it places, by rising offset."""
+
+    data: bytes
+    tensors: tuple[StoredTensor, ...]
+    metadata: dict[str, str]
+
+    @property
+    def file_nbytes(self) -> int:
+        return self.tensors[-1].end if self.tensors else len(self.data)
+
+
+def build_header(specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> Header:
+    """Return the header that safetensors itself would write for these tensors.
+
+    metadata: written in the given key order; default ``{"format": "pt"}``.
+    """
+    metadata = PT_METADATA if metadata is None else metadata
+    ordered = sorted(specs, key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
+    entries: dict[str, Any] = {METADATA_KEY: metadata}
+    relative = 0
+    for spec in ordered:
+        end = relative + spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [relative, end]}
+        relative = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text).to_bytes(LENGTH_NBYTES, "little") + text
+    return Header(data, _place(ordered, len(data)), dict(metadata))
+
+
+def read_header(path: Path) -> Header:
+    """Return the checked header of a safetensors file.
+
+    Raises HeaderError that lists every fault found: absurd length, bad JSON, repeated names,
+    unknown dtypes, sizes that contradict shapes, holes, overlaps, a truncated or overlong file.
+    """
+    file_nbytes = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(LENGTH_NBYTES)
+        length = int.from_bytes(prefix, "little")
+        _check_length(path.name, len(prefix), length, file_nbytes)
+        text = file.read(length)
+    return parse_header(path.name, prefix + text, file_nbytes)
+
+
+def parse_header(file_name: str, data: bytes, file_nbytes: int) -> Header:
+    """Return the checked header from its bytes (length prefix included). Raises HeaderError."""
+    entries = _load_json(file_name, data[LENGTH_NBYTES:])
+    metadata = entries.pop(METADATA_KEY, {})
+    problems: list[str] = []
+    if not _is_text_map(metadata):
+        problems.append(f"{METADATA_KEY} is not a map of text to text")
+    placed = []
+    for name, entry in entries.items():
+        fault = _entry_fault(name, entry)
+        if fault:
+            problems.append(fault)
+        else:
+            spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+            placed.append(StoredTensor(spec, len(data) + entry["data_offsets"][0]))
+    placed.sort(key=lambda tensor: (tensor.offset, tensor.end))
+    if not problems:
+        problems += _placement_faults(placed, len(data), file_nbytes)
+    if problems:
+        raise HeaderError(f"{file_name}: " + "; ".join(problems) + ". Fetch or write this file again.")
+    return Header(data, tuple(placed), metadata)
+
+
+def _place(ordered: list[TensorSpec], start: int) -> tuple[StoredTensor, ...]:
+    placed = []
+    for spec in ordered:
+        placed.append(StoredTensor(spec, start))
+        start += spec.nbytes
+    return tuple(placed)
+
+
+def _check_length(file_name: str, n_prefix: int, length: int, file_nbytes: int) -> None:
+    if n_prefix < LENGTH_NBYTES:
+        raise HeaderError(f"{file_name}: {file_nbytes} bytes is too short for a safetensors file. Fetch it again.")
+    if length > MAX_HEADER_NBYTES:
+        raise HeaderError(
+            f"{file_name}: the header claims {length:,} bytes, more than the {MAX_HEADER_NBYTES:,} the format allows."
+            " This is no safetensors file, or a damaged one; fetch it again."
+        )
+    if length > file_nbytes - LENGTH_NBYTES:
+        raise HeaderError(
+            f"{file_name}: the header claims {length:,} bytes but the file has only {file_nbytes:,}:"
+            " truncated. Fetch it again."
+        )
+
+
+def _load_json(file_name: str, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            raise HeaderError(f"{file_name}: the header names {repeated} more than once. Write this file again.")
+        return entries
+
+    try:
+        entries = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"{file_name}: the header is not valid JSON ({error}). Fetch this file again.") from error
+    if not isinstance(entries, dict):
+        raise HeaderError(f"{file_name}: the header is not a JSON object. Fetch this file again.")
+    return entries
+
+
+def _entry_fault(name: str, entry: Any) -> str | None:
+    if not _is_encodable(name):
+        return f"{name!r}: a name with half a surrogate pair, which UTF-8 can't hold"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return f"{name!r}: an entry must hold dtype, shape and data_offsets and nothing else"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        return f"{name!r}: unknown dtype {dtype!r}"
+    if not _is_counts(shape):
+        return f"{name!r}: shape {shape!r} is not a list of sizes"
+    if not _is_counts(offsets) or len(offsets) != 2:
+        return f"{name!r}: data_offsets {offsets!r} is not a pair of positions"
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        return (
+            f"{name!r}: {dtype} {shape} takes {bits / 8:g} bytes but data_offsets {offsets}"
+            f" span {offsets[1] - offsets[0]}"
+        )
+    return None
+
+
+def _placement_faults(placed: list[StoredTensor], start: int, file_nbytes: int) -> list[str]:
+    faults = []
+    end = start
+    for tensor in placed:
+        if tensor.offset < end:
+            faults.append(f"{tensor.spec.name!r} overlaps the tensor before it")
+        elif tensor.offset > end:
+            faults.append(f"{tensor.offset - end} unclaimed bytes before {tensor.spec.name!r}")
+        end = max(end, tensor.end)
+    if end > file_nbytes:
+        faults.append(f"truncated: the header places tensors up to byte {end:,} but the file has {file_nbytes:,}")
+    elif end < file_nbytes:
+        faults.append(f"{file_nbytes - end:,} bytes follow the last tensor")
+    return faults
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())

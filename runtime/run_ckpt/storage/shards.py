@@ -1,0 +1,163 @@
+"""A folder (or single file) of safetensors shards: which files belong to it, all checked together."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from run_ckpt.contract.errors import HeaderError, ProblemsError
+from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX, unsafe_file_name
+from run_ckpt.storage.header import Header, StoredTensor, read_header
+
+# The names under which diffusers and transformers look for a model's weights.
+MAIN_STEMS = ("diffusion_pytorch_model", "model")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file and its checked header."""
+
+    path: Path
+    header: Header
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class TensorFolder:
+    """The shards of one checkpoint, by name. ``index_name`` is None where there is no index."""
+
+    root: Path
+    shards: tuple[Shard, ...]
+    index_name: str | None
+    notes: tuple[str, ...]
+
+    def tensors(self) -> Iterator[tuple[Shard, StoredTensor]]:
+        """Yield every tensor with its shard, shard by shard, by rising offset."""
+        for shard in self.shards:
+            for tensor in shard.header.tensors:
+                yield shard, tensor
+
+
+def read_folder(path: Path) -> TensorFolder:
+    """Return the checkpoint at ``path``, a folder or one .safetensors file, every header checked.
+
+    Raises ProblemsError with all faults: missing, truncated or duplicated shards, an index that
+    disagrees with them or names a file outside the folder, and every fault of read_header.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    if path.is_file():
+        root, index_name, names, weight_map = path.parent, None, [path.name], None
+    else:
+        root, index_name = path, _find_index(path, problems)
+        if index_name:
+            weight_map = _read_index(path / index_name, problems)
+            names = sorted(set(weight_map.values()))
+            notes += _unlisted_notes(path, names, index_name)
+        else:
+            weight_map = None
+            names = _find_files(path, problems, notes)
+    shards = _read_shards(root, names, problems)
+    problems += _duplicate_faults(shards)
+    if weight_map is not None:
+        problems += _index_faults(weight_map, shards, {shard.name for shard in shards})
+    if problems:
+        raise ProblemsError(f"{path.name}: not a readable checkpoint", problems)
+    return TensorFolder(root, tuple(shards), index_name, tuple(notes))
+
+
+def _find_index(folder: Path, problems: list[str]) -> str | None:
+    indexes = sorted(entry.name for entry in folder.glob("*" + INDEX_SUFFIX))
+    for stem in MAIN_STEMS:
+        if stem + INDEX_SUFFIX in indexes:
+            return stem + INDEX_SUFFIX
+    if len(indexes) > 1:
+        problems.append(f"several indexes and none of the usual name: {indexes}. Leave the one to convert.")
+    return indexes[0] if indexes else None
+
+
+def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map is not a map of text to text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problems.append(f"{path.name}: not a usable index ({type(error).__name__}: {error}). Fetch it again.")
+        return {}
+    unsafe = sorted(name for name in set(weight_map.values()) if unsafe_file_name(name))
+    problems += [f"{path.name}: names {name!r}, which is not a file of this folder." for name in unsafe]
+    return {tensor: name for tensor, name in weight_map.items() if name not in unsafe}
+
+
+def _find_files(folder: Path, problems: list[str], notes: list[str]) -> list[str]:
+    names = sorted(entry.name for entry in folder.glob("*" + SUFFIX))
+    if not names:
+        problems.append("it holds no .safetensors file. Give the folder that holds config.json and the weights.")
+    for stem in MAIN_STEMS:
+        if stem + SUFFIX in names:
+            notes += [f"{name}: left out, {stem + SUFFIX} is there" for name in names if name != stem + SUFFIX]
+            return [stem + SUFFIX]
+    problems += _missing_number_faults(names)
+    return names
+
+
+def _missing_number_faults(names: list[str]) -> list[str]:
+    present: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            present.setdefault((match["stem"], int(match["total"])), set()).add(int(match["number"]))
+    faults = []
+    for (stem, total), numbers in sorted(present.items()):
+        missing = sorted(set(range(1, total + 1)) - numbers)
+        if missing:
+            faults.append(f"{stem}: shards {missing} of {total} are missing. Fetch them.")
+    return faults
+
+
+def _unlisted_notes(folder: Path, listed: list[str], index_name: str) -> list[str]:
+    present = sorted(entry.name for entry in folder.glob("*" + SUFFIX))
+    return [f"{name}: left out, {index_name} does not list it" for name in present if name not in listed]
+
+
+def _read_shards(root: Path, names: list[str], problems: list[str]) -> list[Shard]:
+    shards = []
+    for name in names:
+        path = root / name
+        if not path.is_file():
+            problems.append(f"{name}: missing. Fetch this shard.")
+            continue
+        try:
+            shards.append(Shard(path, read_header(path)))
+        except HeaderError as error:
+            problems.append(str(error))
+    return shards
+
+
+def _duplicate_faults(shards: list[Shard]) -> list[str]:
+    counts = Counter(tensor.spec.name for shard in shards for tensor in shard.header.tensors)
+    faults = []
+    for name in sorted(name for name, count in counts.items() if count > 1):
+        holders = [s.name for s in shards if any(t.spec.name == name for t in s.header.tensors)]
+        faults.append(f"{name}: stored in {' and '.join(holders)}. Remove the copy that does not belong.")
+    return faults
+
+
+def _index_faults(weight_map: dict[str, str], shards: list[Shard], readable: set[str]) -> list[str]:
+    stored = {tensor.spec.name: shard.name for shard in shards for tensor in shard.header.tensors}
+    faults = []
+    for name, shard_name in sorted(weight_map.items()):
+        if shard_name in readable and stored.get(name) != shard_name:
+            where = stored.get(name)
+            faults.append(
+                f"{name}: the index says {shard_name}, "
+                + (f"but it is in {where}." if where else "but that shard does not hold it.")
+            )
+    faults += [f"{name}: in {stored[name]} but not in the index." for name in sorted(set(stored) - set(weight_map))]
+    return faults

@@ -1,0 +1,1 @@
+"""What looks at, checks, rewrites and publishes results. Loading does without it."""

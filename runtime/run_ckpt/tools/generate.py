@@ -1,0 +1,123 @@
+"""`run-ckpt generate`: an ordinary diffusers pipeline with converted transformers in place of its own."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from run_ckpt.contract.errors import CheckpointError, UsageError
+from run_ckpt.loading.linear import QuantizedLinear
+from run_ckpt.loading.load import describe_backends, load_quantized
+from run_ckpt.progress import Progress
+from run_ckpt.storage.units import format_nbytes
+from run_ckpt.tools.memory import peak_nbytes, tensor_nbytes
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".gif")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: options that are None are left to the pipeline."""
+
+    prompt: str
+    output: Path
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_pipeline(
+    base: str,
+    transformers: Mapping[str, Path],
+    *,
+    device: str,
+    dtype: torch.dtype,
+    backend: str | None,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Any:
+    """Return the diffusers pipeline of ``base`` (folder or Hub repo) on ``device``.
+
+    transformers: component name -> converted folder; ``base``'s own weights of these are never read.
+    """
+    from diffusers import DiffusionPipeline
+
+    loaded = {}
+    for name, path in transformers.items():
+        started = time.perf_counter()
+        model = load_quantized(path, device=device, dtype=dtype, backend=backend, progress=progress)
+        linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        say(
+            f"loaded {name} ({type(model).__name__}) from {path}: {describe_backends(linears)},"
+            f" {format_nbytes(tensor_nbytes(model))}, {time.perf_counter() - started:.1f} s"
+        )
+        loaded[name] = model
+    try:
+        with warnings.catch_warnings():
+            # diffusers 0.42 would have it called dtype, which 0.37 does not know.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, **loaded)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--model-path {base}: no pipeline that diffusers can load ({error}).") from error
+    pipeline.to(device)
+    others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name not in loaded]
+    say(f"loaded {type(pipeline).__name__} from {base}: {', '.join(others)}")
+    return pipeline
+
+
+def generate(pipeline: Any, request: Request, device: str, say: Callable[[str], None]) -> None:
+    """Run the pipeline and write its first image or video to ``request.output``; say time per step and memory.
+
+    Raises UsageError, before anything runs, for an output that is neither image nor video.
+    """
+    check_output(request.output)
+    marks: list[float] = []
+
+    def mark(_pipeline: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        marks.append(time.perf_counter())
+        return kwargs
+
+    options = {key: value for key, value in request.options.items() if value is not None}
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    started = time.perf_counter()
+    try:
+        result = pipeline(prompt=request.prompt, generator=generator, callback_on_step_end=mark, **options)
+    except TypeError as error:
+        raise UsageError(f"{type(pipeline).__name__}: {error}. Leave that option out.") from error
+    seconds = time.perf_counter() - started
+    write_media(result, request.output, say)
+    steps = [after - before for before, after in pairwise(marks)]
+    per_step = f"{sorted(steps)[len(steps) // 2]:.3f} s a step (median), " if steps else ""
+    say(f"wrote {request.output}: {per_step}{seconds:.1f} s in all, peak memory {format_nbytes(peak_nbytes(device))}")
+
+
+def check_output(path: Path) -> None:
+    """Raise UsageError unless the name says image or video, and the folder is there."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+        known = ", ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+        raise UsageError(f"--output {path}: the name must end in one of {known}.")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"--output {path}: its folder does not exist. Make it first.")
+
+
+def write_media(result: Any, path: Path, say: Callable[[str], None]) -> None:
+    """Write the first image, or the frames of the first video, of a pipeline's result."""
+    frames = result.frames[0] if hasattr(result, "frames") else [result.images[0]]
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        if len(frames) > 1:
+            say(f"a video of {len(frames)} frames, but {path.name} is an image: the first frame is written")
+        from diffusers.image_processor import VaeImageProcessor
+
+        first = frames[0]
+        image = first if hasattr(first, "save") else VaeImageProcessor.numpy_to_pil(first)[0]
+        image.save(path)
+        return
+    from diffusers.utils import export_to_gif, export_to_video
+
+    (export_to_gif if path.suffix.lower() == ".gif" else export_to_video)(list(frames), str(path))

@@ -1,0 +1,202 @@
+"""The model card of a result: how to run it, what was measured, how to make it again (pure)."""
+
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+
+from run_ckpt.contract.file_names import HEATMAP_NAME
+from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.storage.units import format_nbytes
+from run_ckpt.tools.publish.consumers import commands, list_usages
+from run_ckpt.tools.publish.hardware import HARDWARE, hardware_key
+from run_ckpt.tools.publish.metadata import front_matter, hub_id, make_metadata
+from run_ckpt.tools.publish.rows import Component, Row, mean
+
+_N_WORST = 10
+_FORMAT_NAMES = {("mxfp4", "aiter"): "pre-shuffled MXFP4", ("mxfp4", "plain"): "MXFP4", ("fp8", "plain"): "FP8"}
+_HUB_URL = "https://huggingface.co"
+
+
+def make_card(
+    components: Sequence[Component], repo_id: str, *, base_model: str | None = None, has_heatmap: bool = False
+) -> str:
+    """Return README.md for a result that is to be found as ``repo_id``; every number in it is from the manifests."""
+    base = base_model or hub_id(components)
+    sections = (
+        [front_matter(make_metadata(components, base_model=base_model)) + f"# {repo_id.rpartition('/')[2]}"],
+        _what_it_is(components, base),
+        [f"![SQNR of every layer, by block and projection]({HEATMAP_NAME})"] if has_heatmap else [],
+        ["## How to run it", *_how_to_run(components, repo_id, base)],
+        ["## Hardware", *_hardware(components)],
+        ["## What was measured", *_measured(components)],
+        ["## What stays as it was", *_kept(components)],
+        ["## How to make it again", *_reproduce(components)],
+    )
+    return "\n\n".join(paragraph for section in sections for paragraph in section) + "\n"
+
+
+def format_name(components: Iterable[Component]) -> str:
+    """Return the formats of the layers as people call them."""
+    layers = [layer for component in components for layer in component.manifest.layers.values()]
+    return " and ".join(sorted({_FORMAT_NAMES[layer.format, layer.layout] for layer in layers}))
+
+
+def _what_it_is(components: Sequence[Component], base: str | None) -> Iterator[str]:
+    source = components[0].manifest.source
+    recipe = components[0].manifest.recipe
+    name = f"[{base}]({_HUB_URL}/{base})" if base else f"`{source['name']}`"
+    at = (
+        f" at commit [`{source['revision'][:12]}`]({_HUB_URL}/{base}/tree/{source['revision']})"
+        if base and source.get("revision")
+        else ""
+    )
+    layers = sum(component.summary.n_layers for component in components)
+    rounding = "Weights are rounded to nearest" + (
+        "; static activation scales come from calibration." if recipe["calibration"] else ", without calibration data."
+    )
+    yield (
+        f"The `{recipe['class_name']}` of {name}{at} with its linear layers in {format_name(components)}."
+        f" {layers} layers were quantized offline by {components[0].summary.tool}; all other tensors are bit for bit"
+        f" those of the source. {rounding}"
+    )
+    rows = [
+        (
+            f"`{component.name}`" if component.name else "all files",
+            format_nbytes(component.summary.source_nbytes),
+            format_nbytes(component.summary.output_nbytes),
+            f"{component.summary.source_nbytes / max(1, component.summary.output_nbytes):.2f}",
+            f"{component.summary.share_of_parameters:.1%}",
+        )
+        for component in components
+    ]
+    yield _table(("", "before", "after", "times smaller", "parameters quantized"), rows, right=4)
+
+
+def _how_to_run(components: Sequence[Component], repo_id: str, base: str | None) -> Iterator[str]:
+    shown = base or "BASE"
+    usages = list_usages(components[0])
+    if base is None and any("{base}" in usage.code for usage in usages):
+        yield "BASE stands for the Hub id or the folder of the pipeline that this was made from."
+    for usage in usages:
+        needs = f" ({usage.needs})" if usage.needs else ""
+        text = commands(usage, tuple(components), repo_id, shown)
+        yield f"**{usage.title}**{needs}\n\n```{usage.language}\n{text}\n```"
+    yield f"Check a copy, every byte of it: `hf download {repo_id} --local-dir COPY && run-ckpt verify COPY`."
+
+
+def _hardware(components: Sequence[Component]) -> Iterator[str]:
+    keys = {hardware_key(layer) for component in components for layer in component.manifest.layers.values()}
+    for key in sorted(keys):
+        yield HARDWARE[key]
+
+
+def _measured(components: Sequence[Component]) -> Iterator[str]:
+    quantized = [row for component in components for row in component.rows if row.is_quantized]
+    yield (
+        "SQNR of a layer is 10 log10(sum w² / sum (w - decoded)²) over its weights, in dB: more is better, and 6 dB are"
+        " a factor of two. It says how well weights survived, not how a picture or a text looks."
+    )
+    kinds: dict[tuple[str, str, tuple[int, ...]], list[Row]] = {}
+    for row in quantized:
+        kinds.setdefault((_path(row.component, row.kind), row.fate, row.shape), []).append(row)
+    lines = []
+    for (kind, fate, shape), rows in kinds.items():
+        values = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+        size = " × ".join(map(str, shape))
+        lines.append((f"`{kind}`", str(len(rows)), size, fate, _db(mean(values)), _db(min(values, default=None))))
+    yield _table(("layer", "count", "N × K", "format", "mean SQNR", "worst SQNR"), lines, right=2)
+    measured = sorted((row for row in quantized if row.sqnr_db is not None), key=lambda row: row.sqnr_db or 0.0)
+    worst = [
+        (f"`{_path(row.component, row.name)}`", _db(row.sqnr_db), f"{row.max_abs_error:.4g}")
+        for row in measured[:_N_WORST]
+    ]
+    title = f"The {len(worst)} worst layers:" if len(measured) > len(worst) else "All layers, worst first:"
+    yield title + "\n\n" + _table(("layer", "SQNR", "largest error of a weight"), worst, right=1)
+
+
+def _kept(components: Sequence[Component]) -> Iterator[str]:
+    reasons: dict[tuple[str, str], list[Row]] = {}
+    for component in components:
+        for row in component.rows:
+            if row.is_linear and not row.is_quantized:
+                reasons.setdefault((row.reason, row.fate), []).append(row)
+    n_others = sum(not row.is_linear for component in components for row in component.rows)
+    if reasons:
+        lines = [
+            (_kinds(rows), str(len(rows)), dtype, format_nbytes(sum(row.output_nbytes for row in rows)), reason)
+            for (reason, dtype), rows in reasons.items()
+        ]
+        yield _table(("linear layers", "count", "dtype", "size", "why"), lines, right=1)
+    yield f"And {n_others} tensors that are no weights of linear layers: biases, norms, embeddings, tables."
+
+
+def _reproduce(components: Sequence[Component]) -> Iterator[str]:
+    base = hub_id(components)
+    source = components[0].manifest.source
+    yield f"The same command gives the same bytes, on any machine ({components[0].summary.tool}):"
+    command = _convert_command(components)
+    if base:
+        inside = "/".join(str(source["name"]).split("/")[2:])
+        parts = [f"{component.name}/*" for component in components if component.name] or [
+            f"{inside}/*" if inside else ""
+        ]
+        includes = "".join(f" --include {shlex.quote(part)}" for part in parts if part)
+        extra = " --include README.md --include model_index.json" if includes else ""
+        folder = "SOURCE" + (f"/{inside}" if inside and not components[0].name else "")
+        yield (
+            f"```sh\nSOURCE=$(hf download -q {base} --revision {source['revision']}{includes}{extra})\n"
+            f'convert-ckpt "${folder}" OUTPUT {command}\n```'
+        )
+    else:
+        yield f"```sh\nconvert-ckpt {shlex.quote(str(source['name']))} OUTPUT {command}\n```"
+    for key, title in (("recipe", "Its recipe file"), ("calibration", "Its calibration file")):
+        if name := components[0].manifest.recipe.get(key):
+            yield f"{title} was `{name}`."
+    made = [entry for component in components for entry in _checksums(component, component.manifest.files)]
+    used = [entry for component in components for entry in _checksums(component, component.manifest.source["files"])]
+    yield _details(f"SHA-256 of the files ({MANIFEST_NAME} holds more)", _table(("file", "bytes", "SHA-256"), made))
+    yield _details("SHA-256 of the source's shards", _table(("file", "bytes", "SHA-256"), used))
+
+
+def _convert_command(components: Sequence[Component]) -> str:
+    recipe = components[0].manifest.recipe
+    words = ["--format", recipe["format"]]
+    words += ["--layout", recipe["layout"], "--scale-rule", recipe["scale_rule"]]
+    words += ["--granularity", recipe["granularity"], "--dialect", recipe["dialect"]]
+    if len({component.manifest.recipe["preset"] for component in components}) == 1:
+        words += ["--preset", recipe["preset"]]
+    for pattern in recipe["ignore"]:
+        words += ["--ignore", pattern]
+    for option in ("recipe", "calibration"):
+        words += [f"--{option}", recipe[option]] if recipe[option] else []
+    words += ["--allow-unaligned-k"] if recipe["allow_unaligned_k"] else []
+    return shlex.join(words)
+
+
+def _checksums(component: Component, files: dict[str, dict[str, object]]) -> list[tuple[str, str, str]]:
+    return [
+        (f"`{_path(component.name, name)}`", f"{entry['nbytes']:,}", f"`{entry['sha256']}`")
+        for name, entry in sorted(files.items())
+    ]
+
+
+def _kinds(rows: list[Row]) -> str:
+    return ", ".join(dict.fromkeys(f"`{_path(row.component, row.kind)}`" for row in rows))
+
+
+def _path(component: str, name: str) -> str:
+    return f"{component}/{name}" if component else name
+
+
+def _db(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} dB"
+
+
+def _details(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: int | None = None) -> str:
+    """Return a Markdown table; columns 1 to ``right`` hold numbers."""
+    marks = ["---:" if right and 0 < i <= right else "---" for i in range(len(columns))]
+    lines = [columns, marks, *([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,50 @@
+"""The YAML at the top of a model card: what the source's card says, and what is new."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from run_ckpt.tools.publish.rows import Component
+
+# Of the source's card; the rest (evaluation results, widgets, gating) speaks of the source alone.
+_CARRIED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+_DROPPED_TAGS = ("safetensors", "diffusion-single-file", "region:us")
+_DROPPED_TAG_PREFIXES = ("base_model:", "license:", "arxiv:", "doi:", "diffusers:", "endpoints_")
+
+
+def make_metadata(components: Sequence[Component], *, base_model: str | None) -> dict[str, Any]:
+    """Return the metadata. base_model: Hub id; default: the source, where it is a Hub repo."""
+    first = components[0].manifest
+    source_card = first.source.get("card") or {}
+    base = base_model or hub_id(components)
+    metadata = {key: source_card[key] for key in _CARRIED if source_card.get(key)}
+    metadata.setdefault("library_name", first.recipe["naming"])
+    link = metadata.get("license_link")
+    if base and link and "://" not in link and link not in first.files:
+        metadata["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+    if base:
+        metadata["base_model"] = base
+        metadata["base_model_relation"] = "quantized"
+    metadata["tags"] = _tags(components, source_card)
+    return metadata
+
+
+def hub_id(components: Sequence[Component]) -> str | None:
+    """Return the Hub repo that the result was made from, None where it was made from a folder."""
+    source = components[0].manifest.source
+    parts = str(source["name"]).split("/")
+    return "/".join(parts[:2]) if source.get("revision") and len(parts) > 1 else None
+
+
+def front_matter(metadata: dict[str, Any]) -> str:
+    """Return the metadata as YAML between its marks."""
+    import yaml
+
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _tags(components: Sequence[Component], source_card: dict[str, Any]) -> list[str]:
+    carried = [str(tag) for tag in source_card.get("tags") or []]
+    kept = [tag for tag in carried if tag not in _DROPPED_TAGS and not tag.startswith(_DROPPED_TAG_PREFIXES)]
+    formats = sorted({layer.format for component in components for layer in component.manifest.layers.values()})
+    dialects = sorted({component.manifest.dialect for component in components})
+    return list(dict.fromkeys([*kept, *formats, *dialects, "quantized", "convert-ckpt"]))

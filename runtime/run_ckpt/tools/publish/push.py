@@ -1,0 +1,176 @@
+"""`run-ckpt push`: a result to the Hub, shard by shard, and what makes it complete in the last commit."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from run_ckpt.contract.errors import ProblemsError, PublishError
+from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX
+from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.progress import Progress
+from run_ckpt.storage.atomic import describe_file
+from run_ckpt.storage.units import format_nbytes
+from run_ckpt.tools.publish.card import make_card
+from run_ckpt.tools.publish.heatmap import draw_heatmap, make_grids
+from run_ckpt.tools.publish.repository import LocalFile, Repository, Target, open_repository
+from run_ckpt.tools.publish.rows import Component, read_result
+from run_ckpt.tools.verify.files import file_faults
+
+_CARD_FILES = (CARD_NAME, HEATMAP_NAME)
+_LAST_MESSAGE = "Add configuration, manifest and model card"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did."""
+
+    url: str
+    n_files: int
+    sent: tuple[LocalFile, ...] = ()
+    removed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.sent and not self.removed:
+            return f"{self.url} holds all {self.n_files} files: nothing to push."
+        nbytes = format_nbytes(sum(file.nbytes for file in self.sent))
+        removed = f", removed {len(self.removed)} that were there" if self.removed else ""
+        return f"Pushed {len(self.sent)} of {self.n_files} files ({nbytes}) to {self.url}{removed}"
+
+
+def push_result(output: Path, target: Target, *, base_model: str | None, say: Say, progress: Progress) -> Pushed:
+    """Make the repo hold the result at ``output``; send what it lacks, shards first, all else in the last commit.
+
+    Raises PublishError where the repo holds something else (unless ``target.overwrite``) or the Hub refuses,
+    ProblemsError where a file is not as its manifest says: then nothing was sent.
+    """
+    components = read_result(output)
+    repository = open_repository(target)
+    files = _verified_files(components, progress)
+    files += card_files(components, target.repo_id, base_model, say)
+    return _send(repository, files, target, say)
+
+
+class ShardUploads:
+    """Shards uploaded while later ones are still being made, on a thread of its own.
+
+    Best effort: a failure is said, and push_result() sends what is missing.
+    """
+
+    def __init__(self, target: Target, say: Say):
+        self._repository = open_repository(target, show_bars=False)
+        self._overwrite = target.overwrite
+        self._say = say
+        self._queue: SimpleQueue[LocalFile | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._stopped = False
+        self.sent: list[LocalFile] = []
+
+    def start(self, names: Iterable[str]) -> None:
+        """Begin, with the names of all shards to come. Raises PublishError if the repo holds something else.
+
+        A finished result in it may be the very one that is being made: then nothing is sent before the end.
+        """
+        held = _visible(self._repository)
+        if any(name.endswith(MANIFEST_NAME) for name in held) or (self._overwrite and held):
+            self._say(f"{self._repository.url} is not empty: it is compared, and shards are sent, at the end")
+            self._stopped = True
+        elif foreign := sorted(held - set(names)):
+            raise _holds_something_else(self._repository, foreign)
+        self._thread.start()
+
+    def add(self, name: str, path: Path, nbytes: int, sha256: str) -> None:
+        """Note that a shard is finished."""
+        self._queue.put(LocalFile(name, path, nbytes, sha256))
+
+    def stop(self) -> None:
+        """Return once the shard that is being sent is done. The others are left to push_result()."""
+        self._stopped = True
+        self._queue.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (file := self._queue.get()) is not None:
+            if self._stopped or self._repository.holds(file):
+                continue
+            try:
+                if file.name in self._repository.files:
+                    raise _holds_something_else(self._repository, [file.name])
+                self._repository.commit([file], f"Add {file.name}")
+                self.sent.append(file)
+                self._say(f"pushed {file.name} ({format_nbytes(file.nbytes)})")
+            except PublishError as error:
+                self._say(f"not pushed for now: {error}")
+
+
+def _verified_files(components: Sequence[Component], progress: Progress) -> list[LocalFile]:
+    """Return every file that the manifests list, and the manifests, each found to be as it should."""
+    files, problems = [], []
+    for component in components:
+        listed = component.manifest.files
+        progress.start(f"hash {component.name}".strip(), sum(entry["nbytes"] for entry in listed.values()))
+        problems += file_faults(component.path, listed, "the manifest", progress)
+        listed = {**listed, MANIFEST_NAME: describe_file(component.path / MANIFEST_NAME)}
+        for name, entry in listed.items():
+            path_in_repo = f"{component.name}/{name}" if component.name else name
+            files.append(LocalFile(path_in_repo, component.path / name, entry["nbytes"], entry["sha256"]))
+    if problems:
+        raise ProblemsError("nothing was pushed: the checkpoint is damaged", problems)
+    return files
+
+
+def card_files(components: Sequence[Component], repo_id: str, base_model: str | None, say: Say) -> Iterator[LocalFile]:
+    picture = draw_heatmap(make_grids(row for component in components for row in component.rows))
+    if picture is None:
+        say('the model card goes without its heat map: pip install ".[hub]" brings matplotlib, which draws it')
+    else:
+        yield _in_memory(HEATMAP_NAME, picture)
+    card = make_card(components, repo_id, base_model=base_model, has_heatmap=picture is not None)
+    yield _in_memory(CARD_NAME, card.encode())
+
+
+def _in_memory(name: str, data: bytes) -> LocalFile:
+    return LocalFile(name, data, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _send(repository: Repository, files: list[LocalFile], target: Target, say: Say) -> Pushed:
+    ours = {file.name: file for file in files}
+    other = sorted(name for name in _visible(repository) if name not in ours or not repository.holds(ours[name]))
+    if other and _is_complete(repository, files) and set(other) <= set(_CARD_FILES) and not target.overwrite:
+        say(f"{' and '.join(other)} differ there and stay as they are; --overwrite replaces them")
+        return Pushed(repository.url, len(files))
+    if other and not target.overwrite:
+        raise _holds_something_else(repository, other)
+    missing = [file for file in files if not repository.holds(file)]
+    for file in missing:
+        if file.name.endswith(SUFFIX):
+            # Beside other content a shard must not be seen before the last commit takes that away.
+            repository.stage([file]) if other else repository.commit([file], f"Add {file.name}")
+            say(f"pushed {file.name} ({format_nbytes(file.nbytes)})")
+    last = [file for file in missing if not file.name.endswith(SUFFIX)]
+    stale = [name for name in other if name not in ours]
+    if last or other:
+        repository.commit(last, target.commit_message or _LAST_MESSAGE, deleted=stale)
+    return Pushed(repository.url, len(files), tuple(missing), tuple(stale))
+
+
+def _is_complete(repository: Repository, files: list[LocalFile]) -> bool:
+    return all(repository.holds(file) for file in files if file.name not in _CARD_FILES)
+
+
+def _visible(repository: Repository) -> set[str]:
+    """Return the files of the repo, less those that the Hub makes itself (.gitattributes)."""
+    return {name for name in repository.files if not name.startswith(".")}
+
+
+def _holds_something_else(repository: Repository, names: list[str]) -> PublishError:
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return PublishError(
+        f"{repository.url}: holds something else ({some}). Choose another repo or --revision,"
+        " or replace it with --overwrite."
+    )

@@ -1,0 +1,104 @@
+"""`run-ckpt report`: results as one HTML page that needs nothing else (pure)."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from run_ckpt.contract.manifest import WEIGHT
+from run_ckpt.tools.publish.heatmap import color_ranges
+from run_ckpt.tools.publish.rows import Component, Row, mean
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+_PLACEHOLDER = "__DATA__"
+# In JSON these mean the same, and no text of a manifest can end the element that holds it.
+_ESCAPES: dict[str, str | int | None] = {
+    "<": "\\u003c",
+    ">": "\\u003e",
+    "&": "\\u0026",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
+
+
+def make_report(results: Mapping[str, Sequence[Component]]) -> str:
+    """Return the page of one result, or of several to compare. results: label -> components."""
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    text = json.dumps(report_data(results), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return page.replace(_PLACEHOLDER, text.translate(str.maketrans(_ESCAPES)))
+
+
+def report_data(results: Mapping[str, Sequence[Component]]) -> dict[str, Any]:
+    """Return what the page shows: a summary of each result, and a row for each tensor with its fate in each.
+
+    Rows are lists, in the order in which report.html takes them apart.
+    """
+    by_name = [
+        {(row.component, row.name): row for component in components for row in component.rows}
+        for components in results.values()
+    ]
+    names = dict.fromkeys(name for rows in by_name for name in rows)
+    return {
+        "results": [_summary(label, components) for label, components in results.items()],
+        "color_ranges": color_ranges(row for rows in by_name for row in rows.values()),
+        "rows": [_row([rows.get(name) for rows in by_name]) for name in names],
+    }
+
+
+def _summary(label: str, components: Sequence[Component]) -> dict[str, Any]:
+    rows = [row for component in components for row in component.rows]
+    measured = {_path(row): row.sqnr_db for row in rows if row.sqnr_db is not None}
+    worst = min(measured, key=measured.__getitem__, default=None)
+    weights = sum(
+        layer.specs()[WEIGHT].nbytes for component in components for layer in component.manifest.layers.values()
+    )
+    fused = sum(fused.spec.nbytes for component in components for fused in component.manifest.fused_scales.values())
+    quantized = [row for row in rows if row.is_quantized]
+    n_parameters = sum(_count(row) for row in rows)
+    first = components[0].summary
+    return {
+        "name": label,
+        "source": first.source,
+        "revision": first.source_revision,
+        "tool": first.tool,
+        "format": ", ".join(dict.fromkeys(f"{c.summary.format}, layout {c.summary.layout}" for c in components)),
+        "target_arch": first.target_arch,
+        "dialect": ", ".join(dict.fromkeys(component.summary.dialect for component in components)),
+        "source_nbytes": sum(component.summary.source_nbytes for component in components),
+        "output_nbytes": sum(component.summary.output_nbytes for component in components),
+        "weight_nbytes": weights,
+        "scale_nbytes": sum(row.output_nbytes for row in quantized) - weights + fused,
+        "kept_nbytes": sum(row.output_nbytes for row in rows if not row.is_quantized),
+        "n_layers": len(quantized),
+        "share": sum(_count(row) for row in quantized) / max(1, n_parameters),
+        "mean_sqnr_db": mean(list(measured.values())),
+        "worst_sqnr_db": measured[worst] if worst else None,
+        "worst_layer": worst,
+    }
+
+
+def _row(fates: Sequence[Row | None]) -> list[Any]:
+    row = next(row for row in fates if row is not None)
+    return [
+        row.component,
+        row.name,
+        row.stack,
+        row.block,
+        row.projection,
+        row.is_linear,
+        row.shape,
+        row.source_nbytes,
+        [
+            None if fate is None else [fate.fate, fate.reason, fate.output_nbytes, fate.sqnr_db, fate.max_abs_error]
+            for fate in fates
+        ],
+    ]
+
+
+def _path(row: Row) -> str:
+    return f"{row.component}/{row.name}" if row.component else row.name
+
+
+def _count(row: Row) -> int:
+    return math.prod(row.shape)

@@ -1,0 +1,211 @@
+"""A model repo on the Hugging Face Hub to write to: what it holds, uploads, commits, and clear errors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from run_ckpt.contract.errors import PublishError, UsageError
+from run_ckpt.version import VERSION
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+_AGAIN = "Push again later: it goes on where it stopped."
+_REMEDIES = {
+    401: "the Hub does not accept your login. Log in with `hf auth login`, or set HF_TOKEN, to a token that may write.",
+    403: "your login may not write there. Use a token with write permission, or a repo of your own.",
+    404: "not found on the Hub. Check the name of the user or organization, and the revision.",
+    409: f"it exists and you may not see it, or another change to it is going on. {_AGAIN}",
+    412: "it was changed by someone else during the push. Push again: what is there is compared anew.",
+    429: f"the Hub allows no more requests for now. {_AGAIN}",
+}
+
+# SGLang 0.5.23 (multimodal_gen/registry.py) hands such a --model-path to plain diffusers.
+_MISREAD_NAME = re.compile(r"-(4bit|awq|gptq)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to push to and how. ``revision`` is a branch, None for main; it is made where it does not exist."""
+
+    repo_id: str
+    revision: str | None = None
+    private: bool = False
+    commit_message: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.repo_id.count("/") != 1:
+            raise UsageError(f"{self.repo_id}: not the name of a repo. Give owner/name.")
+        if match := _MISREAD_NAME.search(self.repo_id):
+            raise UsageError(
+                f"{self.repo_id}: SGLang takes a model whose name contains {match[0]} for one that plain diffusers"
+                " reads, which this is not. Choose another name."
+            )
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to push: ``name`` is its path in the repo, ``content`` where its bytes are, or they themselves."""
+
+    name: str
+    content: Path | bytes
+    nbytes: int
+    sha256: str
+
+
+class Repository:
+    """An open repo. ``files`` maps each path in it to (size, SHA-256 of an LFS file or None, git's blob id)."""
+
+    def __init__(self, api: HfApi, target: Target):
+        from huggingface_hub import RepoFile
+
+        self._api = api
+        self._target = target
+        self._head = _find_head(api, target)
+        self._staged: list[CommitOperationAdd] = []
+        self.url = f"{api.endpoint}/{target.repo_id}"
+        self.files = {
+            entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+            for entry in api.list_repo_tree(target.repo_id, recursive=True, revision=self._head)
+            if isinstance(entry, RepoFile)
+        }
+
+    def holds(self, file: LocalFile) -> bool:
+        """True where the repo has this very file."""
+        if file.name not in self.files:
+            return False
+        nbytes, sha256, blob_id = self.files[file.name]
+        if nbytes != file.nbytes:
+            return False
+        return sha256 == file.sha256 if sha256 else blob_id == _git_blob_id(file)
+
+    def stage(self, files: Iterable[LocalFile]) -> None:
+        """Upload bytes; the repo does not show them until commit(). Bytes that the Hub has are not sent again."""
+        operations = [_addition(file) for file in files]
+        with hub_errors(self._target.repo_id):
+            self._api.preupload_lfs_files(
+                self._target.repo_id, operations, revision=self._target.revision, free_memory=False
+            )
+        self._staged += operations
+
+    def commit(self, files: Iterable[LocalFile], message: str, deleted: Iterable[str] = ()) -> None:
+        """Make the repo show ``files`` and all staged ones, and ``deleted`` no longer, in one step."""
+        from huggingface_hub import CommitOperationDelete
+
+        self.stage(files)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [*self._staged]
+        operations += [CommitOperationDelete(name, is_folder=False) for name in deleted]
+        with hub_errors(self._target.repo_id):
+            commit = self._api.create_commit(
+                self._target.repo_id,
+                operations,
+                commit_message=message,
+                revision=self._target.revision,
+                parent_commit=self._head,
+            )
+        self._head = commit.oid
+        self._staged.clear()
+
+
+def open_repository(target: Target, *, show_bars: bool = True) -> Repository:
+    """Return the repo, made where it does not exist. Raises PublishError, UsageError for a name that can't be.
+
+    show_bars: let the client draw its progress bars, where standard error is a terminal.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not show_bars:
+        disable_progress_bars()
+    with hub_errors(target.repo_id):
+        return Repository(HfApi(library_name="convert-ckpt", library_version=VERSION), target)
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line with a remedy. Nothing of a token or a signed URL is in it."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id}: not the name of a repo. Give owner/name of letters, digits, - _ and .") from error
+    except OfflineModeIsEnabled as error:
+        raise PublishError(f"{repo_id}: the Hub is switched off by HF_HUB_OFFLINE. Unset it.") from error
+    # RuntimeError is what a failed upload is wrapped in, ValueError what a refused README.md or LFS answer is.
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        answer = next((e for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
+        if answer is not None:
+            raise PublishError(f"{repo_id}: {_describe_answer(answer)}") from error
+        cause = list(_causes(error))[-1]
+        lines = str(cause).strip().splitlines() or [""]
+        raise PublishError(
+            f"{repo_id}: the Hub can't be reached or broke off ({type(cause).__name__}: {lines[0]}). {_AGAIN}"
+        ) from error
+
+
+def _find_head(api: HfApi, target: Target) -> str | None:
+    """Return the commit at the head of the branch; make repo and branch where they do not exist."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    repo_id, revision = target.repo_id, target.revision
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=target.private or None)
+        info = api.model_info(repo_id)
+    api.auth_check(repo_id, write=True)
+    if target.private and not info.private:
+        raise PublishError(
+            f"{repo_id}: exists and is public; --private holds for new repos. Make it private in its settings,"
+            " or leave --private out."
+        )
+    if revision is None:
+        return info.sha
+    try:
+        return api.model_info(repo_id, revision=revision).sha
+    except RevisionNotFoundError:
+        # From the first commit, so that the branch does not start with another result's files.
+        first = api.list_repo_commits(repo_id)[-1].commit_id
+        api.create_branch(repo_id, branch=revision, revision=first)
+        return first
+
+
+def _addition(file: LocalFile) -> CommitOperationAdd:
+    from huggingface_hub import CommitOperationAdd
+
+    content = file.content if isinstance(file.content, bytes) else str(file.content)
+    operation = CommitOperationAdd(file.name, content)
+    # Known from the manifest, and just verified: saves reading the file once more.
+    operation.upload_info.sha256 = bytes.fromhex(file.sha256)
+    return operation
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _describe_answer(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if status in _REMEDIES:
+        return f"{status}: {_REMEDIES[status]}"
+    if status >= 500:
+        return f"{status}: the Hub is in trouble. {_AGAIN}"
+    said = f" ({error.server_message})" if error.server_message else ""
+    return f"{status}: the Hub refuses{said}."
+
+
+def _git_blob_id(file: LocalFile) -> str:
+    data = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

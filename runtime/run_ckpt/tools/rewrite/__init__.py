@@ -1,0 +1,1 @@
+"""A new checkpoint made of a converted one."""

@@ -1,0 +1,181 @@
+"""A converted checkpoint written anew, shard by shard: the frame that dequantize and relayout share."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
+from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.progress import Progress
+from run_ckpt.storage.atomic import describe_file, sync_folder, target_faults, write_durably
+from run_ckpt.storage.components import find_components
+from run_ckpt.storage.header import Header, build_header
+from run_ckpt.storage.rows import Checkpoint, cut_bytes, open_checkpoint
+from run_ckpt.storage.shards import Shard
+from run_ckpt.storage.threads import map_threads
+from run_ckpt.storage.writer import ShardWriter
+from run_ckpt.tools.verify.files import file_faults
+
+_LOCK = "run-ckpt.lock"
+_RESULT = "result"
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What becomes of one component.
+
+    ``replaced`` maps a stored tensor to the specs that take its place, none to drop it; all other
+    tensors are copied. ``write_layer`` writes the tensors of one layer, called where its weight is
+    in ``replaced``. ``rename`` gives a shard its new name. ``config`` is the new config.json, None
+    for no such file; ``manifest`` gives the manifest's text for the table of files, None for none.
+    """
+
+    replaced: Mapping[str, tuple[TensorSpec, ...]]
+    write_layer: Callable[[Checkpoint, Layer, ShardWriter], None]
+    metadata: dict[str, str]
+    config: dict[str, Any] | None
+    rename: Callable[[str], str] = str
+    manifest: Callable[[dict[str, dict[str, Any]]], str] | None = None
+
+
+def rewrite(output: Path, target: Path, plan: Callable[[Checkpoint], Rewrite], progress: Progress) -> None:
+    """Write every component of ``output`` to ``target`` as ``plan`` says, which appears complete or not at all.
+
+    Before a byte is written all components are planned, and their files hashed: a damaged shard must
+    not come out with a fresh, matching manifest. Raises CheckpointError.
+    """
+    problems = target_faults(output, target)
+    if problems:
+        raise ProblemsError("nothing was written", problems)
+    components = find_components(output)
+    for name, path in components.items():
+        with open_checkpoint(path) as checkpoint:
+            plan(checkpoint)
+            files = checkpoint.manifest.files
+            progress.start(f"hash {name}".strip(), sum(entry["nbytes"] for entry in files.values()))
+            problems += file_faults(path, files, "the manifest", progress)
+    if problems:
+        raise ProblemsError("nothing was written: the checkpoint is damaged", problems)
+    with _build_folder(target) as result:
+        for name, path in components.items():
+            (result / name).mkdir(exist_ok=True)
+            with open_checkpoint(path) as checkpoint:
+                progress.start(f"write {name}".strip(), sum(s.header.file_nbytes for s in checkpoint.folder.shards))
+                _write_component(checkpoint, result / name, plan(checkpoint), progress)
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return config.json, None where there is none. Raises CheckpointError if it is not readable."""
+    path = checkpoint.path / CONFIG_NAME
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable ({error}). Fetch it again, or convert again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: not a JSON object. Fetch it again, or convert again.")
+    return config
+
+
+def _write_component(checkpoint: Checkpoint, folder: Path, steps: Rewrite, progress: Progress) -> None:
+    headers = {shard.name: _new_header(shard, steps) for shard in checkpoint.folder.shards}
+    files = {}
+    with ThreadPoolExecutor(2, thread_name_prefix="flush") as background:
+        for shard in checkpoint.folder.shards:
+            name = steps.rename(shard.name)
+            writer = ShardWriter(folder / name, headers[shard.name], background)
+            _write_tensors(checkpoint, shard, steps, writer, progress)
+            nbytes, digest = writer.finish()
+            files[name] = {"nbytes": nbytes, "sha256": digest}
+    for name, text in _texts(checkpoint, headers, steps).items():
+        write_durably(folder / name, text)
+        files[name] = describe_file(folder / name)
+    for name in sorted(checkpoint.manifest.files):
+        if name not in files and name != CONFIG_NAME and not name.endswith((SUFFIX, INDEX_SUFFIX)):
+            shutil.copyfile(checkpoint.path / name, folder / name)
+            files[name] = describe_file(folder / name)
+    if steps.manifest:
+        write_durably(folder / MANIFEST_NAME, steps.manifest(files))
+    sync_folder(folder)
+
+
+def _new_header(shard: Shard, steps: Rewrite) -> Header:
+    specs: list[TensorSpec] = []
+    for tensor in shard.header.tensors:
+        specs += steps.replaced.get(tensor.spec.name, (tensor.spec,))
+    return build_header(specs, steps.metadata)
+
+
+def _write_tensors(
+    checkpoint: Checkpoint, shard: Shard, steps: Rewrite, writer: ShardWriter, progress: Progress
+) -> None:
+    layers = {layer.tensors[WEIGHT]: layer for layer in checkpoint.manifest.layers.values()}
+
+    def write_tensor(spec: TensorSpec) -> None:
+        if spec.name not in steps.replaced:
+            for start, count in cut_bytes(spec.nbytes):
+                writer.write(spec.name, start, checkpoint.reader.read(spec.name, start, count).numpy().data)
+        elif spec.name in layers:
+            steps.write_layer(checkpoint, layers[spec.name], writer)
+        progress.advance(spec.nbytes)
+
+    map_threads(write_tensor, [tensor.spec for tensor in shard.header.tensors])
+
+
+def _texts(checkpoint: Checkpoint, headers: Mapping[str, Header], steps: Rewrite) -> dict[str, str]:
+    """Return config.json and index, in the bytes convert-ckpt would write."""
+    texts = {}
+    if steps.config is not None:
+        texts[CONFIG_NAME] = json.dumps(steps.config, indent=2, ensure_ascii=False) + "\n"
+    if checkpoint.folder.index_name:
+        stored = [(tensor.spec, steps.rename(name)) for name, header in headers.items() for tensor in header.tensors]
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for spec, _ in stored)},
+            "weight_map": {spec.name: name for spec, name in stored},
+        }
+        texts[checkpoint.folder.index_name] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return texts
+
+
+@contextmanager
+def _build_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that becomes ``target`` at the end, and is removed where the work fails.
+
+    It lies in ``target``.partial. What a killed run of ours left there is thrown away; anything
+    else there (an unfinished convert-ckpt run) is refused.
+    """
+    target = target.resolve()
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists() and not (partial / _LOCK).exists() and any(partial.iterdir()):
+        raise CheckpointError(
+            f"{partial}: is in the way and not ours; an unfinished convert-ckpt run, perhaps."
+            " Finish that run, remove the folder, or choose another DIR."
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise CheckpointError(f"{partial}: another run is at work on it. Wait for it or stop it.") from error
+    result = partial / _RESULT
+    try:
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        yield result
+        sync_folder(result)
+        result.rename(target)
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(partial)
+        os.close(lock)

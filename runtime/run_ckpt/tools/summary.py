@@ -1,0 +1,175 @@
+"""`run-ckpt inspect`: what a converted checkpoint is, from its manifest alone (no torch)."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Layer, Manifest, read_manifest
+from run_ckpt.contract.manifest_checks import manifest_faults
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One component at a glance. Sizes are sums of files; SQNR is over layers, unweighted, in dB."""
+
+    component: str
+    source: str
+    source_revision: str | None
+    tool: str
+    format: str
+    dialect: str
+    layout: str
+    target_arch: str
+    source_nbytes: int
+    output_nbytes: int
+    n_layers: int
+    n_tensors: int
+    share_of_parameters: float
+    mean_sqnr_db: float | None
+    worst_sqnr_db: float | None
+    worst_layer: str | None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One quantized layer, or ``count`` like ones whose names differ in block numbers only ("*").
+
+    ``sqnr_db`` is the worst and ``max_abs_error`` the largest of them.
+    """
+
+    module: str
+    count: int
+    format: str
+    N: int
+    K: int
+    scale: str
+    sqnr_db: float | None
+    max_abs_error: float | None
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """A linear layer left as it was (or ``count`` like ones), and why."""
+
+    module: str
+    count: int
+    dtype: str
+    N: int
+    K: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `inspect` shows of one component."""
+
+    summary: Summary
+    layers: tuple[LayerRow, ...]
+    kept_linears: tuple[KeptRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "summary": asdict(self.summary),
+            "layers": [asdict(row) for row in self.layers],
+            "kept_linears": [asdict(row) for row in self.kept_linears],
+        }
+
+
+def inspect_component(name: str, path: Path, *, every_layer: bool) -> Inspection:
+    """Return what the manifest in ``path`` says. every_layer: one row for each, nothing collapsed.
+
+    Raises ManifestError where there is no readable manifest, ProblemsError where it contradicts itself.
+    """
+    manifest = read_manifest(path)
+    problems = manifest_faults(manifest)
+    if problems:
+        raise ProblemsError(f"{path / MANIFEST_NAME}: contradicts itself", problems)
+    layers = [_layer_row(layer) for layer in manifest.layers.values()]
+    kept = [
+        _kept_row(module, manifest.kept[f"{module}.weight"])
+        for module in manifest.unquantized_linears
+        if f"{module}.weight" in manifest.kept
+    ]
+    if not every_layer:
+        layers, kept = _collapse_layers(layers), _collapse_kept(kept)
+    return Inspection(summarize(name, manifest), tuple(layers), tuple(kept))
+
+
+def summarize(name: str, manifest: Manifest) -> Summary:
+    """Return one component at a glance."""
+    layers = list(manifest.layers.values())
+    measured = {layer.module: layer.sqnr_db for layer in layers if layer.sqnr_db is not None}
+    worst = min(measured, key=measured.__getitem__, default=None)
+    quantized = sum(layer.N * layer.K for layer in layers)
+    kept = sum(math.prod(kept.spec.shape) for kept in manifest.kept.values())
+    return Summary(
+        component=name,
+        source=str(manifest.source.get("name")),
+        source_revision=manifest.source.get("revision"),
+        tool=" ".join(str(manifest.tool.get(key)) for key in ("name", "version")),
+        format=_list(layer.format for layer in layers),
+        dialect=manifest.dialect,
+        layout=_list(layer.layout for layer in layers),
+        target_arch=_list(layer.to_json()["target_arch"] for layer in layers),
+        source_nbytes=_total_nbytes(manifest.source["files"]),
+        output_nbytes=_total_nbytes(manifest.files),
+        n_layers=len(layers),
+        n_tensors=len(layers) + len(manifest.kept),
+        share_of_parameters=quantized / max(1, quantized + kept),
+        mean_sqnr_db=round(sum(measured.values()) / len(measured), 2) if measured else None,
+        worst_sqnr_db=measured[worst] if worst else None,
+        worst_layer=worst,
+    )
+
+
+def _layer_row(layer: Layer) -> LayerRow:
+    scale = layer.scale_rule if layer.format == "mxfp4" else f"per {layer.granularity}"
+    return LayerRow(layer.module, 1, layer.format, layer.N, layer.K, scale, layer.sqnr_db, layer.max_abs_error)
+
+
+def _kept_row(module: str, kept: KeptTensor) -> KeptRow:
+    N, K = (*kept.spec.shape, 1, 1)[:2]
+    return KeptRow(module, 1, kept.spec.dtype, N, K, kept.reason)
+
+
+def _collapse_layers(rows: list[LayerRow]) -> list[LayerRow]:
+    groups: dict[tuple[str | int, ...], list[LayerRow]] = {}
+    for row in rows:
+        groups.setdefault((_pattern(row.module), row.format, row.N, row.K, row.scale), []).append(row)
+    return [
+        replace(
+            group[0],
+            module=_pattern(group[0].module) if len(group) > 1 else group[0].module,
+            count=len(group),
+            sqnr_db=min((row.sqnr_db for row in group if row.sqnr_db is not None), default=None),
+            max_abs_error=max((row.max_abs_error for row in group if row.max_abs_error is not None), default=None),
+        )
+        for group in groups.values()
+    ]
+
+
+def _collapse_kept(rows: list[KeptRow]) -> list[KeptRow]:
+    groups: dict[tuple[str | int, ...], list[KeptRow]] = {}
+    for row in rows:
+        groups.setdefault((_pattern(row.module), row.dtype, row.N, row.K, row.reason), []).append(row)
+    return [
+        replace(group[0], module=_pattern(group[0].module), count=len(group)) if len(group) > 1 else group[0]
+        for group in groups.values()
+    ]
+
+
+def _pattern(module: str) -> str:
+    """Return the name with the number of its block (the first number in it) as "*"."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module, count=1)
+
+
+def _total_nbytes(files: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(entry["nbytes"] for entry in files.values())
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))

@@ -1,0 +1,1 @@
+"""A converted checkpoint checked, byte by byte."""

@@ -1,0 +1,167 @@
+"""Re-open a converted checkpoint and compare it with its manifest, and with the source if that is given."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.manifest import Layer, read_manifest
+from run_ckpt.contract.manifest_checks import manifest_faults
+from run_ckpt.contract.tensors import DTYPE_BITS
+from run_ckpt.progress import Progress
+from run_ckpt.storage.checks import config_faults, header_faults
+from run_ckpt.storage.components import find_components
+from run_ckpt.storage.rows import Checkpoint, TensorReader
+from run_ckpt.storage.shards import read_folder
+from run_ckpt.storage.threads import map_threads
+from run_ckpt.tools.verify.files import file_faults, index_faults, source_faults, unlisted_faults
+from run_ckpt.tools.verify.tensors import (
+    Measured,
+    code_faults,
+    copy_fault,
+    fused_scale_fault,
+    group_faults,
+    measure,
+    measured_faults,
+    scale_faults,
+)
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """What was found in one component; ``measured`` is empty where no source was given."""
+
+    name: str
+    n_files: int
+    n_layers: int
+    n_kept: int
+    nbytes: int
+    measured: tuple[Measured, ...]
+    faults: tuple[str, ...]
+
+
+def verify_output(output: Path, source: Path | None, progress: Progress) -> list[ComponentReport]:
+    """Return a report for every component of a conversion's result.
+
+    source: folder, single file, or the pipeline folder of all components. It is only read. Raises
+    CheckpointError only where there is nothing to look at; all other faults are in the reports.
+    """
+    for path in filter(None, (output, source)):
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or folder.")
+    components = find_components(output)
+    reports = []
+    for name, path in components.items():
+        part = source / name if source and name else source
+        reports.append(verify_component(name, path, part, progress))
+    return reports
+
+
+def verdict(reports: list[ComponentReport]) -> str:
+    """Return the result in one sentence."""
+    n_faults = sum(len(report.faults) for report in reports)
+    if n_faults:
+        return f"{n_faults} fault{'s' if n_faults > 1 else ''} found: do not use this checkpoint."
+    n_layers, n_kept, n_files = (sum(getattr(r, name) for r in reports) for name in ("n_layers", "n_kept", "n_files"))
+    against = "source" if any(report.measured for report in reports) else "manifest"
+    what = f"{n_layers} quantized and {n_kept} copied tensors in {n_files} files"
+    return f"Verified {what} against the {against}: no fault."
+
+
+def verify_component(name: str, path: Path, source_path: Path | None, progress: Progress) -> ComponentReport:
+    """Return the report of one converted component."""
+    faults: list[str] = []
+    measured: list[Measured] = []
+    manifest = _collect(faults, lambda: read_manifest(path))
+    if manifest is not None:
+        faults += manifest_faults(manifest)
+    if manifest is None or faults:
+        return ComponentReport(name, 0, 0, 0, 0, (), tuple(faults))
+    nbytes = sum(entry["nbytes"] for entry in manifest.files.values())
+    progress.start(_label("hash", name), nbytes)
+    faults += file_faults(path, manifest.files, "the manifest", progress)
+    faults += unlisted_faults(path, manifest)
+    faults += config_faults(path, manifest)
+    folder = _collect(faults, lambda: read_folder(path))
+    if folder is not None:
+        faults += header_faults(manifest, folder)
+        faults += index_faults(manifest, folder)
+        with TensorReader(folder) as reader:
+            checkpoint = Checkpoint(path, manifest, folder, reader)
+            faults += _tensor_faults(name, checkpoint, progress)
+            if source_path is not None:
+                measured = _compare_source(name, checkpoint, source_path, faults, progress)
+    return ComponentReport(
+        name, len(manifest.files), len(manifest.layers), len(manifest.kept), nbytes, tuple(measured), tuple(faults)
+    )
+
+
+def _tensor_faults(name: str, checkpoint: Checkpoint, progress: Progress) -> Iterator[str]:
+    """Yield the faults that tensors show without a source. Layers with wrong headers are passed over."""
+    manifest, reader = checkpoint.manifest, checkpoint.reader
+    layers = [layer for layer in manifest.layers.values() if _is_stored(reader, layer)]
+    progress.start(_label("check", name), sum(layer.N * layer.K for layer in layers if layer.format == "fp8"))
+    for faults in map_threads(lambda layer: scale_faults(reader, layer) + code_faults(reader, layer, progress), layers):
+        yield from faults
+    if len(layers) == len(manifest.layers):
+        yield from group_faults(reader, manifest)
+        for fused in manifest.fused_scales.values():
+            fault = fused_scale_fault(reader, manifest, fused) if reader.spec(fused.spec.name) == fused.spec else None
+            if fault:
+                yield fault
+
+
+def _compare_source(
+    name: str, checkpoint: Checkpoint, source_path: Path, faults: list[str], progress: Progress
+) -> list[Measured]:
+    """Append every difference from the source to ``faults``; return what was measured."""
+    manifest, reader = checkpoint.manifest, checkpoint.reader
+    source_folder = _collect(faults, lambda: read_folder(source_path))
+    if source_folder is None:
+        return []
+    progress.start(_label("hash source", name), sum(entry["nbytes"] for entry in manifest.source["files"].values()))
+    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, progress)
+    with TensorReader(source_folder) as source:
+        layers = [
+            layer for layer in manifest.layers.values() if _is_stored(reader, layer) and _is_source(source, layer)
+        ]
+        kept = [kept.spec for kept in manifest.kept.values() if _both_hold(reader, source, kept.spec.name)]
+        nbytes = sum(layer.N * layer.K * DTYPE_BITS[layer.source_dtype] // 8 for layer in layers)
+        progress.start(_label("compare", name), nbytes + sum(spec.nbytes for spec in kept))
+        measured = map_threads(lambda layer: measure(reader, source, layer, progress), layers)
+        for result in measured:
+            faults += measured_faults(result)
+        copied = map_threads(lambda spec: copy_fault(reader, source, spec.name, progress), kept)
+        faults += [fault for fault in copied if fault]
+    return measured
+
+
+def _collect(faults: list[str], read: Callable[[], Read]) -> Read | None:
+    """Return what ``read`` returns, or None with its faults appended."""
+    try:
+        return read()
+    except ProblemsError as error:
+        faults += error.problems
+    except CheckpointError as error:
+        faults.append(str(error))
+    return None
+
+
+def _is_stored(reader: TensorReader, layer: Layer) -> bool:
+    return all(reader.spec(spec.name) == spec for spec in layer.specs().values())
+
+
+def _is_source(source: TensorReader, layer: Layer) -> bool:
+    spec = source.spec(layer.source_tensor)
+    return spec is not None and (spec.dtype, spec.shape) == (layer.source_dtype, (layer.N, layer.K))
+
+
+def _both_hold(reader: TensorReader, source: TensorReader, name: str) -> bool:
+    return source.spec(name) is not None and reader.spec(name) == source.spec(name)
+
+
+def _label(step: str, name: str) -> str:
+    return f"{step} {name}" if name else step

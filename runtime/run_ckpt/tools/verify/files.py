@@ -1,0 +1,130 @@
+"""Files of a converted checkpoint against its manifest, config.json and index: every fault, as sentences."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, HEATMAP_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
+from run_ckpt.contract.manifest_checks import spec_faults
+from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.progress import Progress
+from run_ckpt.storage.checks import CONFIG_KEY
+from run_ckpt.storage.json_files import read_json_object
+from run_ckpt.storage.shards import TensorFolder
+
+_READ_NBYTES = 4 * 2**20
+_REFETCH = "Fetch it again, or convert again."
+
+
+def file_faults(folder: Path, files: Mapping[str, Mapping[str, Any]], authority: str, progress: Progress) -> list[str]:
+    """Return a sentence for every file that is missing or not of the size and SHA-256 in ``files``."""
+    faults, to_hash = [], []
+    for name in sorted(files):
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name}: missing, but {authority} lists it. {_REFETCH}")
+        elif path.stat().st_size != files[name]["nbytes"]:
+            size = f"{path.stat().st_size:,} bytes, {authority} says {files[name]['nbytes']:,}"
+            faults.append(f"{name}: {size}. {_REFETCH}")
+        else:
+            to_hash.append(name)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(lambda name: _hash(folder / name, progress), to_hash)
+        for name, digest in zip(to_hash, digests, strict=True):
+            if digest != files[name]["sha256"]:
+                says = f"SHA-256 is {digest[:12]}..., {authority} says {files[name]['sha256'][:12]}..."
+                faults.append(f"{name}: {says}: its bytes have changed. {_REFETCH}")
+    return faults
+
+
+def unlisted_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """Return a sentence for every file or folder the manifest does not list.
+
+    Names with a dot in front are free, and so is the model card.
+    """
+    listed = {*manifest.files, MANIFEST_NAME, CARD_NAME, HEATMAP_NAME}
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return [f"{name}: not listed in the manifest. Remove it." for name in names if name not in listed]
+
+
+def index_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
+    """Return a sentence for everything in the index that is not exactly what the shards hold."""
+    listed = sorted(name for name in manifest.files if name.endswith(INDEX_SUFFIX))
+    name = folder.index_name
+    if name is None:
+        if len(folder.shards) > 1:
+            return [f"{len(folder.shards)} shards but no *{INDEX_SUFFIX}: from_pretrained finds none. {_REFETCH}"]
+        return [f"{missing}: not found where the index belongs. {_REFETCH}" for missing in listed]
+    if listed != [name]:
+        return [f"{name}: is the index here, but the manifest lists {listed}. {_REFETCH}"]
+    index, faults = read_json_object(folder.root / name)
+    if faults or index is None:
+        return faults
+    stored = {tensor.spec.name: shard.name for shard, tensor in folder.tensors()}
+    total = sum(tensor.spec.nbytes for _, tensor in folder.tensors())
+    if index.get("weight_map") != stored:
+        faults.append(f"{name}: weight_map is not what the shards hold. {_REFETCH}")
+    if index.get("metadata") != {"total_size": total}:
+        faults.append(f"{name}: metadata is {index.get('metadata')}, the tensors make total_size {total}. {_REFETCH}")
+    return faults
+
+
+def source_faults(
+    manifest: Manifest, output: TensorFolder, source_path: Path, source: TensorFolder, progress: Progress
+) -> list[str]:
+    """Return a sentence for everything in SOURCE that is not what the checkpoint says it was made from."""
+    files = manifest.source["files"]
+    faults = [
+        f"source {shard.name}: the checkpoint was not made from it. Give the SOURCE it was made from."
+        for shard in source.shards
+        if shard.name not in files
+    ]
+    faults += [f"source {fault}" for fault in file_faults(source.root, files, "the manifest", progress)]
+    expected = {
+        layer.source_tensor: TensorSpec(layer.source_tensor, layer.source_dtype, (layer.N, layer.K))
+        for layer in manifest.layers.values()
+    } | {kept.spec.name: kept.spec for kept in manifest.kept.values()}
+    stored = {tensor.spec.name: tensor.spec for _, tensor in source.tensors()}
+    shard_of = {tensor.spec.name: f"source {shard.name}" for shard, tensor in source.tensors()}
+    faults += spec_faults(expected, stored, shard_of, "the manifest")
+    if source.index_name and output.index_name not in (source.index_name, None):
+        faults.append(f"{output.index_name}: the source calls its index {source.index_name}. Convert again.")
+    if source_path.is_dir():
+        faults += _config_difference(source_path, output.root)
+        faults += _side_file_differences(manifest, output, source_path)
+    return faults
+
+
+def _config_difference(source_path: Path, output_path: Path) -> list[str]:
+    configs = []
+    for path in (source_path / CONFIG_NAME, output_path / CONFIG_NAME):
+        config, faults = read_json_object(path)
+        if faults:
+            return faults
+        configs.append({key: value for key, value in (config or {}).items() if key != CONFIG_KEY})
+    before, after = configs
+    wrong = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [f"{CONFIG_NAME}: {wrong} differ from the source's. Convert again."] if wrong else []
+
+
+def _side_file_differences(manifest: Manifest, output: TensorFolder, source_path: Path) -> Iterator[str]:
+    for name in sorted(manifest.files):
+        if name == CONFIG_NAME or name.endswith((SUFFIX, INDEX_SUFFIX)) or not (output.root / name).is_file():
+            continue
+        if not (source_path / name).is_file():
+            yield f"{name}: the source has no such file. Give the SOURCE it was made from."
+        elif (source_path / name).read_bytes() != (output.root / name).read_bytes():
+            yield f"{name}: differs from the source's. Convert again."
+
+
+def _hash(path: Path, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while data := file.read(_READ_NBYTES):
+            digest.update(data)
+            progress.advance(len(data))
+    return digest.hexdigest()

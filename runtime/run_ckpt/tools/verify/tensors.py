@@ -1,0 +1,179 @@
+"""Tensors of a converted checkpoint: what no scale or code may be, and how far the weights are from the source's."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from run_ckpt.contract.formats import E4M3_NAN_MAGNITUDE, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
+from run_ckpt.progress import Progress
+from run_ckpt.storage.decode import decode_rows
+from run_ckpt.storage.rows import (
+    TensorReader,
+    cut_bytes,
+    cut_rows,
+    holds_nan_code,
+    read_fp8_codes,
+    read_fp8_scale,
+    read_scale_codes,
+    read_source_rows,
+)
+
+# The manifest rounds to 0.01 dB; the order of the sums may turn the last digit.
+_SQNR_TOLERANCE_DB = 0.011
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far a layer's decoded weight is from the source's, measured here."""
+
+    layer: Layer
+    sqnr_db: float | None
+    max_abs_error: float
+
+
+def scale_faults(reader: TensorReader, layer: Layer) -> list[str]:
+    """Return a sentence for every kind of value in a layer's scales that no consumer may meet."""
+    if layer.format == "mxfp4":
+        return _e8m0_faults(reader, layer)
+    faults = []
+    for role in sorted({WEIGHT_SCALE, INPUT_SCALE} & layer.tensors.keys()):
+        scale = read_fp8_scale(reader, layer, role)
+        bad = ~(torch.isfinite(scale) & (scale > 0))
+        if bad.any():
+            where = [int(i) for i in bad.nonzero()[0]]
+            value = scale[tuple(where)].item()
+            faults.append(f"{_place(reader, layer, role)}{where} is {value}, not finite and above 0. Convert again.")
+    return faults
+
+
+def code_faults(reader: TensorReader, layer: Layer, progress: Progress) -> list[str]:
+    """Return a sentence if an FP8 weight holds a NaN code. Every E2M1 code is a number."""
+    if layer.format != "fp8":
+        return []
+    n_nan, first = 0, None
+    for start, stop in cut_rows(layer):
+        is_nan = read_fp8_codes(reader, layer, start, stop).bitwise_and_(E4M3_NAN_MAGNITUDE) == E4M3_NAN_MAGNITUDE
+        if is_nan.any():
+            n_nan += int(is_nan.sum())
+            row, col = is_nan.nonzero()[0].tolist()
+            first = first or [start + row, col]
+        progress.advance((stop - start) * layer.K)
+    if not n_nan:
+        return []
+    return [f"{_place(reader, layer, WEIGHT)}: {n_nan} NaN codes, the first at {first}. Convert again."]
+
+
+def group_faults(reader: TensorReader, manifest: Manifest) -> Iterator[str]:
+    """Yield a sentence for every fused group whose members have different scales."""
+    groups: dict[tuple[str, str], list[Layer]] = {}
+    for layer in manifest.layers.values():
+        roles = {INPUT_SCALE} | ({WEIGHT_SCALE} if layer.granularity == "tensor" else set())
+        for role in roles & layer.tensors.keys():
+            if layer.fused_group and layer.format == "fp8":
+                groups.setdefault((layer.fused_group, role), []).append(layer)
+    for (group, role), layers in sorted(groups.items()):
+        scales = {layer.module: read_fp8_scale(reader, layer, role).item() for layer in layers}
+        if len(set(scales.values())) > 1:
+            yield f"fused group {group}: its members need one {role}, but have {scales}. Convert again."
+
+
+def fused_scale_fault(reader: TensorReader, manifest: Manifest, fused: FusedScale) -> str | None:
+    """Return a sentence if a fused scale does not repeat its members' scales."""
+    parts = [reader.read_all(manifest.layers[member].tensors[fused.role]) for member in fused.members]
+    if torch.equal(reader.read_all(fused.spec.name), torch.cat(parts)):
+        return None
+    name = f"{reader.shard_name(fused.spec.name)}: {fused.spec.name}"
+    return f"{name}: does not repeat the {fused.role} of {', '.join(fused.members)}. Convert again."
+
+
+def measure(reader: TensorReader, source: TensorReader, layer: Layer, progress: Progress) -> Measured:
+    """Decode a whole weight and compare it with the source's own values.
+
+    Both in float32, the difference too; squares are summed in float64.
+    """
+    scale = read_fp8_scale(reader, layer) if layer.format == "fp8" else None
+    signals, errors, largest = [], [], 0.0
+    for start, stop in cut_rows(layer):
+        raw = read_source_rows(source, layer, start, stop)
+        weight = raw.float()
+        difference = weight - decode_rows(reader, layer, scale, start, stop)
+        signals.append(_squared_sum(weight))
+        errors.append(_squared_sum(difference))
+        largest = max(largest, *map(abs, (value.item() for value in torch.aminmax(difference))))
+        progress.advance(raw.nbytes)
+    return Measured(layer, _sqnr_db(math.fsum(signals), math.fsum(errors)), largest)
+
+
+def measured_faults(measured: Measured) -> list[str]:
+    """Return a sentence for each number that is not the manifest's."""
+    layer, faults = measured.layer, []
+    if not _close(measured.sqnr_db, layer.sqnr_db):
+        faults.append(f"{layer.module}: SQNR is {measured.sqnr_db} dB, the manifest says {layer.sqnr_db}.")
+    if measured.max_abs_error != layer.max_abs_error:
+        faults.append(
+            f"{layer.module}: the largest error is {measured.max_abs_error}, the manifest says {layer.max_abs_error}."
+        )
+    return [fault + " Codes, scales, source or manifest were changed: convert again." for fault in faults]
+
+
+def copy_fault(reader: TensorReader, source: TensorReader, name: str, progress: Progress) -> str | None:
+    """Return a sentence if a copied tensor is not bit for bit the source's."""
+    spec = source.spec(name)
+    assert spec is not None
+    for start, count in cut_bytes(spec.nbytes):
+        data, original = reader.read(name, start, count), source.read(name, start, count)
+        if not torch.equal(data, original):
+            byte = start + int((data != original).nonzero()[0])
+            return f"{reader.shard_name(name)}: {name}: differs from the source from byte {byte} on. Convert again."
+        progress.advance(count)
+    return None
+
+
+def _e8m0_faults(reader: TensorReader, layer: Layer) -> list[str]:
+    n_blocks = layer.K // MXFP4_BLOCK_SIZE
+    faults = set()
+    for start, stop in _cut_scale_rows(layer):
+        codes = read_scale_codes(reader, layer, start, stop)
+        n_rows = max(0, min(stop, layer.N) - start)
+        if codes[n_rows:].any() or codes[:, n_blocks:].any():
+            faults.add("padding is not 0x00, which AITER's kernels multiply with")
+        if holds_nan_code(codes[:n_rows, :n_blocks]):
+            faults.add("holds code 255 (NaN)")
+    return [f"{_place(reader, layer, WEIGHT_SCALE)}: {fault}. Convert again." for fault in sorted(faults)]
+
+
+def _cut_scale_rows(layer: Layer) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) over all stored rows of a scale, padding included, in whole tiles."""
+    last = 0
+    for start, last in cut_rows(layer):
+        yield start, last
+    if last < layer.scale_shape[0]:
+        yield last, layer.scale_shape[0]
+
+
+def _place(reader: TensorReader, layer: Layer, role: str) -> str:
+    return f"{reader.shard_name(layer.tensors[role])}: {layer.tensors[role]}"
+
+
+def _squared_sum(x: Tensor) -> float:
+    flat = x.flatten().double()
+    return float(torch.dot(flat, flat))
+
+
+def _sqnr_db(squared_signal: float, squared_error: float) -> float | None:
+    """10 log10(signal / error) to two decimals, None where either is zero (the manifest's definition)."""
+    if squared_signal == 0 or squared_error == 0:
+        return None
+    if not math.isfinite(squared_error):
+        return -math.inf
+    return round(10 * math.log10(squared_signal / squared_error), 2)
+
+
+def _close(measured: float | None, stated: float | None) -> bool:
+    if measured is None or stated is None:
+        return measured is stated
+    return abs(measured - stated) < _SQNR_TOLERANCE_DB
