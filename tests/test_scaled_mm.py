@@ -1,5 +1,7 @@
 """The scaled_mm backend on torch's own kernel, which runs on a CPU too."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,18 @@ def test_values_beyond_a_static_scale_saturate() -> None:
     assert_bits_equal(y, torch.full((1, 16), 448.0 * 16))
 
 
+@pytest.fixture
+def portable_kernel() -> Iterator[None]:
+    """Multiply by ATen's own CPU kernel: where a CPU has AMX, torch calls oneDNN, which refuses e4m3fnuz.
+
+    ATen asks for the flag before it looks at the CPU (_scaled_mm_out_cpu in aten/src/ATen/native/Blas.cpp).
+    """
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+@pytest.mark.usefixtures("portable_kernel")
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("input_scale", STATIC, ids=["dynamic", "static"])
 def test_gfx942_multiplies_fnuz_to_the_same(
@@ -89,6 +103,8 @@ def test_gfx942_multiplies_fnuz_to_the_same(
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     operands = SCALED_MM.prepare(layer, tensors)
     assert operands[WEIGHT].dtype == FNUZ
+    # The same numbers, -0 aside, which e4m3fnuz has not.
+    assert_bits_equal(operands[WEIGHT].float() * operands[WEIGHT_SCALE].reshape(-1, 1), decoded + 0.0)
     # A static scale doubles with the weight's.
     expected = emulate(x, decoded, input_scale and 2 * input_scale, FNUZ)
     y = SCALED_MM.matmul(x, operands, None)
