@@ -14,7 +14,7 @@ from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, read_manifest
 from run_ckpt.progress import Silent
-from run_ckpt.storage.rows import Checkpoint
+from run_ckpt.storage.components import Checkpoint
 from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
 from run_ckpt.tools.rewrite.relayout import relayout

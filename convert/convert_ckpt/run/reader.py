@@ -10,8 +10,8 @@ import numpy as np
 
 from convert_ckpt.run.digest import Digest
 from convert_ckpt.run.slab import weight_bits
-from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.storage.header import StoredTensor
+from run_ckpt.storage.reader import read_fully
 from run_ckpt.storage.shards import Shard
 
 
@@ -56,12 +56,7 @@ class ShardReader:
     def read(self, out: np.ndarray, offset: int) -> None:
         """Fill ``out`` from byte ``offset`` of the file."""
         assert self._fd is not None
-        view = memoryview(out.data)
-        while view:
-            n_read = os.preadv(self._fd, [view], offset)
-            if n_read == 0:
-                raise CheckpointError(f"{self._shard.name}: ended at byte {offset} while it was read. Fetch it again.")
-            view, offset = view[n_read:], offset + n_read
+        read_fully(self._fd, out.data, offset, self._shard.name)
 
     def describe(self) -> dict[str, Any]:
         """Return the file's size in bytes and SHA-256, once all of it has passed."""

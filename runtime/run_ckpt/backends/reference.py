@@ -9,8 +9,7 @@ from run_ckpt.backends.operators import define_operator
 from run_ckpt.contract.formats import MXFP4_BLOCK_SIZE
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
-from run_ckpt.storage.decode import decode_fp8, decode_mxfp4
-from run_ckpt.storage.rows import cut_rows, scale_rows
+from run_ckpt.storage.rows import cut_rows, decode_fp8, decode_mxfp4, scale_rows
 
 # What the operands are called where the bytes stay in AITER's order.
 _SHUFFLED_WEIGHT = "shuffled_weight"

@@ -12,7 +12,7 @@ from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.loading.linear import STORED_DTYPES
 from run_ckpt.progress import Progress
-from run_ckpt.storage.rows import COPY_NBYTES, TensorReader, cut_bytes
+from run_ckpt.storage.reader import COPY_NBYTES, TensorReader, cut_bytes
 from run_ckpt.storage.threads import map_threads
 
 _DTYPES = {
@@ -112,7 +112,7 @@ def fill_places(
 
 
 def _map_tensor(reader: TensorReader, spec: TensorSpec) -> Tensor:
-    raw, dtype = reader.map(spec.name), _DTYPES[spec.dtype]
+    raw, dtype = reader.mapped(spec.name), _DTYPES[spec.dtype]
     # Files of other tools may not be aligned.
     aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
     return aligned.view(dtype).reshape(spec.shape)

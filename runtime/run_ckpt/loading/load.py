@@ -16,7 +16,7 @@ from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.opened import open_to_load
 from run_ckpt.loading.replace import replace_linears
 from run_ckpt.progress import Progress, Silent
-from run_ckpt.storage.rows import Checkpoint
+from run_ckpt.storage.components import Checkpoint
 
 _logger = logging.getLogger(__name__)
 

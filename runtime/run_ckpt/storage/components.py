@@ -1,8 +1,16 @@
-"""Which components a conversion's result holds."""
+"""A conversion's result: which components it holds, and one of them opened."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest, read_manifest
+from run_ckpt.contract.manifest_checks import manifest_faults
+from run_ckpt.storage.checks import header_faults
+from run_ckpt.storage.reader import TensorReader
+from run_ckpt.storage.shards import TensorFolder, read_folder
 
 
 def find_components(output: Path) -> dict[str, Path]:
@@ -16,3 +24,30 @@ def find_components(output: Path) -> dict[str, Path]:
     if any((folder / MANIFEST_NAME).exists() for folder in folders.values()):
         return folders
     return {"": output}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A converted component, open. From open_checkpoint its headers are exactly what its manifest implies."""
+
+    path: Path
+    manifest: Manifest
+    folder: TensorFolder
+    reader: TensorReader
+
+
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
+    """Yield the converted component in folder ``path``, strictly checked but for its tensors' bytes.
+
+    Raises ManifestError, or ProblemsError with every fault of manifest and headers.
+    """
+    manifest = read_manifest(path)
+    problems = manifest_faults(manifest)
+    if not problems:
+        folder = read_folder(path)
+        problems = header_faults(manifest, folder)
+    if problems:
+        raise ProblemsError(f"{path}: not the checkpoint that its manifest describes", problems)
+    with TensorReader(folder) as reader:
+        yield Checkpoint(path, manifest, folder, reader)

@@ -16,7 +16,7 @@ from run_ckpt.contract.manifest import Layer
 from run_ckpt.loading.linear import STORED_DTYPES, QuantizedLinear
 from run_ckpt.loading.load import load_quantized
 from run_ckpt.loading.opened import open_to_load
-from run_ckpt.storage.rows import Checkpoint
+from run_ckpt.storage.components import Checkpoint
 from run_ckpt.tools.memory import peak_nbytes, tensor_nbytes
 
 _MIN_SECONDS = 0.2

@@ -9,8 +9,8 @@ from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.manifest import WEIGHT, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
 from run_ckpt.progress import Progress
-from run_ckpt.storage.decode import decode_rows
-from run_ckpt.storage.rows import TORCH_DTYPES, Checkpoint, cut_rows, read_fp8_scale
+from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.rows import TORCH_DTYPES, cut_rows, decode_rows, read_fp8_scale
 from run_ckpt.storage.shards import MAIN_STEMS
 from run_ckpt.storage.writer import ShardWriter
 from run_ckpt.tools.rewrite.frame import Rewrite, read_config, rewrite

@@ -17,9 +17,9 @@ from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import describe_file, sync_folder, target_faults, write_durably
-from run_ckpt.storage.components import find_components
+from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
 from run_ckpt.storage.header import Header, build_header
-from run_ckpt.storage.rows import Checkpoint, cut_bytes, open_checkpoint
+from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.writer import ShardWriter

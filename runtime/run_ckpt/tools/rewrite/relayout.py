@@ -21,7 +21,8 @@ from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, Manifest
 from run_ckpt.contract.manifest_checks import alignment
 from run_ckpt.progress import Progress
-from run_ckpt.storage.rows import Checkpoint, cut_rows, read_packed, read_scale_codes
+from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.rows import cut_rows, read_packed, read_scale_codes
 from run_ckpt.storage.writer import ShardWriter
 from run_ckpt.tools.rewrite.frame import Rewrite, read_config, rewrite
 

@@ -11,8 +11,8 @@ from run_ckpt.contract.manifest_checks import manifest_faults
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
 from run_ckpt.storage.checks import config_faults, header_faults
-from run_ckpt.storage.components import find_components
-from run_ckpt.storage.rows import Checkpoint, TensorReader
+from run_ckpt.storage.components import Checkpoint, find_components
+from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import read_folder
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.tools.verify.files import file_faults, index_faults, source_faults, unlisted_faults

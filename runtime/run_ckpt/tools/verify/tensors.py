@@ -10,11 +10,10 @@ from torch import Tensor
 from run_ckpt.contract.formats import E4M3_NAN_MAGNITUDE, MXFP4_BLOCK_SIZE
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
 from run_ckpt.progress import Progress
-from run_ckpt.storage.decode import decode_rows
+from run_ckpt.storage.reader import TensorReader, cut_bytes
 from run_ckpt.storage.rows import (
-    TensorReader,
-    cut_bytes,
     cut_rows,
+    decode_rows,
     holds_nan_code,
     read_fp8_codes,
     read_fp8_scale,
