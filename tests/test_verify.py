@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from run_ckpt.contract.codec import dequantize_mxfp4
-from run_ckpt.contract.manifest import read_manifest
+from run_ckpt.contract.manifest import read_manifest, sqnr_db
 from run_ckpt.progress import Silent
 from run_ckpt.tools.verify.component import ComponentReport, verdict, verify_output
 from tests.converted import (
@@ -120,6 +120,23 @@ def test_a_fault_in_one_component_is_found(tmp_path: Path) -> None:
 def test_fused_scales_of_z_image_pass(z_image: Path) -> None:
     assert len(read_manifest(z_image).fused_scales) > 0
     assert check(z_image) == []
+
+
+@pytest.mark.parametrize(
+    ("squared_signal", "squared_error", "expected"),
+    [
+        (100.0, 1.0, 20.0),
+        (1.0, 2.0, -3.01),
+        (0.0, 0.0, None),
+        (1.0, 0.0, None),
+        (1.0, float("inf"), float("-inf")),
+        (1.0, float("nan"), float("-inf")),
+    ],
+)
+def test_sqnr_is_ten_times_the_log_of_signal_by_error(
+    squared_signal: float, squared_error: float, expected: float | None
+) -> None:
+    assert sqnr_db(squared_signal, squared_error) == expected
 
 
 def test_measured_sqnr_is_that_of_the_reference_codec(converted: dict[str, Path]) -> None:

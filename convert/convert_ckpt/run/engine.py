@@ -24,7 +24,6 @@ from convert_ckpt.run.schedule import (
     list_batches,
     list_slabs,
     scale_group,
-    sqnr_db,
     still_finished,
 )
 from convert_ckpt.run.slab import (
@@ -40,7 +39,7 @@ from convert_ckpt.run.slab import (
 from convert_ckpt.run.wait import Gate
 from convert_ckpt.source.shards import LocalSupply, Supply
 from run_ckpt.contract.errors import NonFiniteError
-from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, sqnr_db
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.writer import ShardWriter
 

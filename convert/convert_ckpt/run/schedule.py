@@ -1,6 +1,5 @@
 """The work of a plan as an ordered list of slabs: what to read, and what to do with it."""
 
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -230,10 +229,3 @@ def _cut(action: Action, tensor: TensorPlan) -> Iterator[tuple[Action, TensorPla
     for start in range(0, max(nbytes, 1), step):
         row = start // row_nbytes if row_nbytes else 0
         yield action, tensor, start, min(step, nbytes - start), row
-
-
-def sqnr_db(squared_signal: float, squared_error: float) -> float | None:
-    """Return 10 log10(signal / error) to two decimals, None where either is zero."""
-    if squared_signal == 0 or squared_error == 0:
-        return None
-    return round(10 * math.log10(squared_signal / squared_error), 2)

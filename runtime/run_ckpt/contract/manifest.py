@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Layer:
     ``granularity`` is the reach of one FP8 scale (formats.Granularity) or "group" for MXFP4.
     ``tensors`` maps a role (weight, weight_scale, input_scale) to the tensor that plays it.
     ``scale_shape`` is the weight scale's shape on disk, which consumers spell differently.
-    ``sqnr_db`` is 10 log10(sum w^2 / sum (w - decoded)^2), None where either sum is zero.
+    ``sqnr_db`` is that of the decoded weight, see sqnr_db().
     """
 
     module: str
@@ -88,6 +89,18 @@ _LAYOUT_FACTS: dict[tuple[str, str], dict[str, Any]] = {
     ("plain", "mxfp4"): {"weight_layout": "row_major", "scale_layout": "row_major", "target_arch": "any"},
     ("plain", "fp8"): {"weight_layout": "row_major", "scale_layout": "row_major", "target_arch": "any"},
 }
+
+
+def sqnr_db(squared_signal: float, squared_error: float) -> float | None:
+    """Return 10 log10(sum w^2 / sum (w - decoded)^2) to two decimals, in dB.
+
+    None where either sum is zero; -inf where the error is infinite or NaN, which no converted weight is.
+    """
+    if squared_signal == 0 or squared_error == 0:
+        return None
+    if not math.isfinite(squared_error):
+        return -math.inf
+    return round(10 * math.log10(squared_signal / squared_error), 2)
 
 
 @dataclass(frozen=True)

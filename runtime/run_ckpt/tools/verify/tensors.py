@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from run_ckpt.contract.formats import E4M3_NAN_MAGNITUDE, MXFP4_BLOCK_SIZE
-from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest, sqnr_db
 from run_ckpt.progress import Progress
 from run_ckpt.storage.reader import TensorReader, cut_bytes
 from run_ckpt.storage.rows import (
@@ -104,7 +104,7 @@ def measure(reader: TensorReader, source: TensorReader, layer: Layer, progress: 
         errors.append(_squared_sum(difference))
         largest = max(largest, *map(abs, (value.item() for value in torch.aminmax(difference))))
         progress.advance(raw.nbytes)
-    return Measured(layer, _sqnr_db(math.fsum(signals), math.fsum(errors)), largest)
+    return Measured(layer, sqnr_db(math.fsum(signals), math.fsum(errors)), largest)
 
 
 def measured_faults(measured: Measured) -> list[str]:
@@ -161,15 +161,6 @@ def _place(reader: TensorReader, layer: Layer, role: str) -> str:
 def _squared_sum(x: Tensor) -> float:
     flat = x.flatten().double()
     return float(torch.dot(flat, flat))
-
-
-def _sqnr_db(squared_signal: float, squared_error: float) -> float | None:
-    """10 log10(signal / error) to two decimals, None where either is zero (the manifest's definition)."""
-    if squared_signal == 0 or squared_error == 0:
-        return None
-    if not math.isfinite(squared_error):
-        return -math.inf
-    return round(10 * math.log10(squared_signal / squared_error), 2)
 
 
 def _close(measured: float | None, stated: float | None) -> bool:
