@@ -9,8 +9,8 @@ import pytest
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import Summary, convert_checkpoint
 from convert_ckpt.progress import Silent
-from convert_ckpt.source.opened import Wanted
-from convert_ckpt.source.reference import parse_location
+from convert_ckpt.source.opened import Selection
+from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.hub_server import HubServer, serve_hub
@@ -68,13 +68,13 @@ def convert_remote(
 ) -> Summary:
     """Convert with the options of the command."""
     return convert_checkpoint(
-        parse_location(source),
+        parse_reference(source),
         output,
         Options(**options),
         n_workers=2,
         restart=restart,
         progress=progress or Silent(),
-        wanted=Wanted(components, keep_source),
+        selection=Selection(components, keep_source),
     )
 
 

@@ -345,8 +345,8 @@ def test_a_repo_with_other_content_stops_a_conversion_before_it_starts(hub: Hub,
     hub.create(REPO, files={"pytorch_model.bin": b"old"})
     started = []
 
-    def convert_nothing(taker: object) -> None:
-        taker.start(SHARDS)  # type: ignore[attr-defined]
+    def convert_nothing(listener: object) -> None:
+        listener.start(SHARDS)  # type: ignore[attr-defined]
         started.append(True)
 
     options = {"base_model": None, "at_end": False, "say": lambda line: None}

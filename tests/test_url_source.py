@@ -88,14 +88,14 @@ def test_an_object_that_changes_during_the_run_is_noticed(
         s3.pipe(f"bucket/llm/{shard.name}", bytes(data))
         start(self, steps)
 
-    from convert_ckpt.source.shards import Fetcher
+    from convert_ckpt.source.shards import FetchedShards
 
-    start = Fetcher.start
+    start = FetchedShards.start
     with monkeypatch.context() as patch:
-        patch.setattr(Fetcher, "start", change)
+        patch.setattr(FetchedShards, "start", change)
         with pytest.raises(FetchError, match=r"00002-of-00003.safetensors: changed since the run began.*--restart"):
             convert_remote("s3://bucket/llm", tmp_path / "out", format="fp8")
-    with pytest.raises(CheckpointError, match=r"00002-of-00003.safetensors.mark was .*--restart"):
+    with pytest.raises(CheckpointError, match=r"00002-of-00003.safetensors.version was .*--restart"):
         convert_remote("s3://bucket/llm", tmp_path / "out", format="fp8")
     shard.write_bytes(data)
     convert_remote("s3://bucket/llm", tmp_path / "out", format="fp8", restart=True)

@@ -13,7 +13,7 @@ import pytest
 from convert_ckpt.options import Options
 from convert_ckpt.plan.plan import Plan, make_plan
 from convert_ckpt.run.schedule import Slab, list_batches, list_slabs, scale_group
-from convert_ckpt.source.component import open_source
+from convert_ckpt.source.component import open_component
 from tests.checkpoints import convert, random_weight, save_checkpoint
 
 
@@ -31,7 +31,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
         {attention.format(i, "v"): random_weight(256, 256) for i in range(2)},
         {"model.embed_tokens.weight": random_weight(300, 256)},
     ]
-    source = open_source(save_checkpoint(tmp_path / "in", shards, {"architectures": ["LlamaForCausalLM"]}))
+    source = open_component(save_checkpoint(tmp_path / "in", shards, {"architectures": ["LlamaForCausalLM"]}))
     return make_plan(source, Options(format="fp8"))
 
 

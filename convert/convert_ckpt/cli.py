@@ -146,43 +146,43 @@ def _show_plan(output: Path | None, options: Options, arguments: dict[str, Any])
     from convert_ckpt.progress import PlainLines
     from convert_ckpt.run.disk import check_disk
     from convert_ckpt.run.partial_output import Staging
-    from convert_ckpt.source.opened import Wanted, open_origin
-    from convert_ckpt.source.reference import parse_location
+    from convert_ckpt.source.opened import Selection, open_source
+    from convert_ckpt.source.reference import parse_reference
 
-    location = parse_location(arguments["source"])
+    reference = parse_reference(arguments["source"])
     if output is not None:
-        check_output(location, output)
-    wanted = Wanted(arguments["component"], arguments["keep_source"])
+        check_output(reference, output)
+    selection = Selection(arguments["component"], arguments["keep_source"])
     with (
         tempfile.TemporaryDirectory(prefix="convert-ckpt-") as scratch,
-        open_origin(location, wanted, PlainLines().log, Path(scratch) / "outline") as origin,
+        open_source(reference, selection, PlainLines().log, Path(scratch) / "skeleton") as opened,
     ):
-        jobs = plan_checkpoint(origin, options)
+        jobs = plan_checkpoint(opened, options)
         if output is not None:
-            check_disk(origin, jobs, Staging(output))
+            check_disk(opened, jobs, Staging(output))
         if arguments["as_json"]:
             click.echo(json.dumps(plan_json(jobs), indent=1))
         else:
-            click.echo("\n".join(plan_lines(origin, jobs)))
+            click.echo("\n".join(plan_lines(opened, jobs)))
 
 
 def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
     from convert_ckpt.pipeline import convert_checkpoint
     from convert_ckpt.progress import choose_progress
-    from convert_ckpt.source.opened import Wanted
-    from convert_ckpt.source.reference import parse_location
+    from convert_ckpt.source.opened import Selection
+    from convert_ckpt.source.reference import parse_reference
 
     quiet, as_json = arguments["quiet"], arguments["as_json"]
     with choose_progress(quiet=quiet or as_json) as progress:
         convert = partial(
             convert_checkpoint,
-            parse_location(arguments["source"]),
+            parse_reference(arguments["source"]),
             output,
             options,
             n_workers=arguments["workers"],
             restart=arguments["restart"],
             progress=progress,
-            wanted=Wanted(arguments["component"], arguments["keep_source"]),
+            selection=Selection(arguments["component"], arguments["keep_source"]),
         )
         if arguments["push_to_hub"]:
             from convert_ckpt.push import convert_and_push

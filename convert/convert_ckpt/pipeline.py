@@ -16,9 +16,9 @@ from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.engine import Engine, FileRecord
 from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.side_files import write_side_files
-from convert_ckpt.source.opened import EVERYTHING, Origin, Wanted, open_origin
-from convert_ckpt.source.reference import Location
-from convert_ckpt.source.shards import Fetcher, LocalSupply, Supply
+from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open_source
+from convert_ckpt.source.reference import Reference
+from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
 from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
@@ -27,7 +27,7 @@ from run_ckpt.storage.units import format_nbytes
 from run_ckpt.version import VERSION
 
 
-class ShardTaker(Protocol):
+class ShardListener(Protocol):
     """Told which shards will come, of each that is finished (from any thread), and before they get another path."""
 
     def start(self, names: Iterable[str]) -> None: ...
@@ -57,14 +57,14 @@ class Summary:
         )
 
 
-def plan_checkpoint(origin: Origin, options: Options) -> list[Job]:
+def plan_checkpoint(opened: OpenedSource, options: Options) -> list[Job]:
     """Return a planned job for every component. Raises with all faults of all of them together."""
     jobs: list[Job] = []
     problems: list[str] = []
     usage_errors: list[UsageError] = []
-    for name in origin.components:
+    for name in opened.components:
         try:
-            source = origin.open_component(name)
+            source = opened.open_component(name)
             jobs.append(Job(name, source, make_plan(source, options)))
         except ProblemsError as error:
             problems += error.problems
@@ -73,62 +73,62 @@ def plan_checkpoint(origin: Origin, options: Options) -> list[Job]:
     if usage_errors:
         raise usage_errors[0]
     if problems:
-        raise ProblemsError(f"{origin.location}: can't be converted", problems)
+        raise ProblemsError(f"{opened.reference}: can't be converted", problems)
     return jobs
 
 
 def convert_checkpoint(
-    location: Location,
+    reference: Reference,
     output: Path,
     options: Options,
     *,
     n_workers: int,
     restart: bool,
     progress: Silent,
-    wanted: Wanted = EVERYTHING,
-    taker: ShardTaker | None = None,
+    selection: Selection = EVERYTHING,
+    listener: ShardListener | None = None,
 ) -> Summary:
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped.
 
-    taker: gets each shard as soon as it is finished, those of the earlier run first.
+    listener: gets each shard as soon as it is finished, those of the earlier run first.
     """
     started = time.monotonic()
     n_resumed = 0
     staging = Staging(output)
     if restart or not staging.is_published():
-        check_output(location, output)
+        check_output(reference, output)
     with staging:
-        pinned_revision = None if restart else staging.pinned_revision(str(location))
-        with open_origin(location, wanted, progress.log, staging.outline, pinned_revision) as origin:
-            jobs = plan_checkpoint(origin, options)
+        pinned_revision = None if restart else staging.pinned_revision(str(reference))
+        with open_source(reference, selection, progress.log, staging.skeleton, pinned_revision) as opened:
+            jobs = plan_checkpoint(opened, options)
             if not staging.is_published():
-                check_disk(origin, jobs, staging)
-            if origin.store:
-                for line in plan_lines(origin, jobs):
+                check_disk(opened, jobs, staging)
+            if opened.store:
+                for line in plan_lines(opened, jobs):
                     progress.log(line)
-            staging.adopt(_fingerprint(origin, jobs, options), restart=restart)
-            if taker:
-                taker.start(_join(job.name, file.name) for job in jobs for file in job.plan.files)
+            staging.adopt(_fingerprint(opened, jobs, options), restart=restart)
+            if listener:
+                listener.start(_join(job.name, file.name) for job in jobs for file in job.plan.files)
             if not staging.is_published():
-                n_resumed = sum(_convert_job(origin, job, staging, n_workers, progress, taker) for job in jobs)
-            if taker:
-                taker.stop()
+                n_resumed = sum(_convert_job(opened, job, staging, n_workers, progress, listener) for job in jobs)
+            if listener:
+                listener.stop()
             staging.publish()
     return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
 
 
-def check_output(location: Location, output: Path) -> None:
+def check_output(reference: Reference, output: Path) -> None:
     """Raise ProblemsError with every reason why OUTPUT is not a place to write to."""
-    problems = target_faults(location if isinstance(location, Path) else None, output)
+    problems = target_faults(reference if isinstance(reference, Path) else None, output)
     if problems:
         raise ProblemsError("nothing was written", problems)
 
 
 def _convert_job(
-    origin: Origin, job: Job, staging: Staging, n_workers: int, progress: Silent, taker: ShardTaker | None
+    opened: OpenedSource, job: Job, staging: Staging, n_workers: int, progress: Silent, listener: ShardListener | None
 ) -> int:
     """Convert one component into the staging folder; return how many files were finished before."""
-    before = _shard_identities(origin, job)
+    before = _shard_identities(opened, job)
     folder = staging.result / job.name
     folder.mkdir(exist_ok=True)
     component = job.name or "root"
@@ -136,8 +136,8 @@ def _convert_job(
     n_resumed = len(records)
 
     def hand_over(name: str, record: FileRecord) -> None:
-        if taker:
-            taker.add(_join(job.name, name), folder / name, **record.file)
+        if listener:
+            listener.add(_join(job.name, name), folder / name, **record.file)
 
     def on_file(name: str, record: FileRecord) -> None:
         staging.write_record(component, name, asdict(record))
@@ -149,16 +149,16 @@ def _convert_job(
         hand_over(name, record)
 
     shards = job.source.folder.shards
-    supply: Supply = LocalSupply(shards)
-    if origin.store:
+    provider: ShardProvider = LocalShards(shards)
+    if opened.store:
         fetched = staging.fetched / component
-        supply = Fetcher(
-            origin.store, origin.remote_path(job.name, ""), shards, fetched, progress, keep=origin.keep_source
+        provider = FetchedShards(
+            opened.store, opened.remote_path(job.name, ""), shards, fetched, progress, keep=opened.keep_source
         )
-    engine = Engine(job.plan, shards, folder, records.copy(), on_file, progress, supply)
+    engine = Engine(job.plan, shards, folder, records.copy(), on_file, progress, provider)
     progress.start(job.name, engine.progress_nbytes)
     engine.run(n_workers)
-    _check_unchanged(before, _shard_identities(origin, job))
+    _check_unchanged(before, _shard_identities(opened, job))
     manifest = _complete_manifest(job.plan.manifest, records, write_side_files(folder, job.source, job.plan))
     write_durably(folder / MANIFEST_NAME, manifest.to_json())
     return n_resumed
@@ -177,34 +177,34 @@ def _complete_manifest(
     )
 
 
-def _fingerprint(origin: Origin, jobs: list[Job], options: Options) -> dict[str, Any]:
+def _fingerprint(opened: OpenedSource, jobs: list[Job], options: Options) -> dict[str, Any]:
     """Everything that decides the bytes: a run goes on only where all of it is the same."""
     contents = {name: hash_path(path) for name in ("recipe", "calibration") if (path := getattr(options, name))}
     fingerprint = {
         "tool_version": VERSION,
         "options": {**options.to_json(), **contents},
-        "source": {job.name: _identity(origin, job) for job in jobs},
+        "source": {job.name: _identity(opened, job) for job in jobs},
     }
-    if origin.store:
-        fingerprint["origin"] = {"location": origin.location, "revision": origin.store.revision}
+    if opened.store:
+        fingerprint["remote"] = {"reference": opened.reference, "revision": opened.store.revision}
     return fingerprint
 
 
-def _identity(origin: Origin, job: Job) -> dict[str, Any]:
+def _identity(opened: OpenedSource, job: Job) -> dict[str, Any]:
     source = job.source
     side_files = {path.name: hash_path(path) for path in source.side_files}
-    shards = _shard_identities(origin, job)
+    shards = _shard_identities(opened, job)
     return {"name": source.name, "shards": shards, CONFIG_NAME: source.config, "side_files": side_files}
 
 
-def _shard_identities(origin: Origin, job: Job) -> dict[str, dict[str, Any]]:
+def _shard_identities(opened: OpenedSource, job: Job) -> dict[str, dict[str, Any]]:
     """Return shard -> what changes when its content does, as far as that is known without reading it."""
     identities = {}
     for shard in job.source.folder.shards:
         header = hashlib.sha256(shard.header.data).hexdigest()
-        file = origin.remote_file(job.name, shard.name)
+        file = opened.remote_file(job.name, shard.name)
         if file:
-            identities[shard.name] = {"nbytes": file.nbytes, "mark": file.mark, "header_sha256": header}
+            identities[shard.name] = {"nbytes": file.nbytes, "version": file.version, "header_sha256": header}
         else:
             stat = shard.path.stat()
             identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_sha256": header}

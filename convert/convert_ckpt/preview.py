@@ -7,7 +7,7 @@ from typing import Any
 
 from convert_ckpt.plan.plan import Job, TensorPlan
 from convert_ckpt.run.disk import source_nbytes_here
-from convert_ckpt.source.opened import Origin
+from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.storage.units import format_nbytes
 
 
@@ -39,15 +39,15 @@ def plan_json(jobs: list[Job]) -> list[dict[str, Any]]:
     ]
 
 
-def plan_lines(origin: Origin, jobs: list[Job]) -> Iterator[str]:
+def plan_lines(opened: OpenedSource, jobs: list[Job]) -> Iterator[str]:
     """Yield the lines of the whole plan; of a remote source also where it is and how much of it comes here."""
     for job in jobs:
         yield from plan_text(job)
-    if origin.store:
-        here, to_fetch = source_nbytes_here(origin, jobs), sum(job.plan.source_nbytes for job in jobs)
-        commit = f" at commit {origin.store.revision}" if origin.store.revision else ""
-        stays = "all of it stays in the cache" if origin.keep_source else f"at most {format_nbytes(here)} of it at once"
-        yield f"From {origin.location}{commit}: {format_nbytes(to_fetch)} in shards, fetched one by one, {stays}"
+    if opened.store:
+        here, to_fetch = source_nbytes_here(opened, jobs), sum(job.plan.source_nbytes for job in jobs)
+        commit = f" at commit {opened.store.revision}" if opened.store.revision else ""
+        stays = "all of it stays in the cache" if opened.keep_source else f"at most {format_nbytes(here)} of it at once"
+        yield f"From {opened.reference}{commit}: {format_nbytes(to_fetch)} in shards, fetched one by one, {stays}"
 
 
 def plan_text(job: Job) -> Iterator[str]:

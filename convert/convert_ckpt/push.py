@@ -21,7 +21,7 @@ def convert_and_push(
     at_end: bool,
     say: Callable[[str], None],
 ) -> tuple[Summary, Pushed]:
-    """Convert and push. convert: convert_checkpoint() with all but its ``taker`` bound.
+    """Convert and push. convert: convert_checkpoint() with all but its ``listener`` bound.
 
     A repo that can't be written to stops it before anything is converted. What fails later leaves
     ``output`` complete: PublishError then says how to go on.
@@ -34,7 +34,7 @@ def convert_and_push(
     else:
         uploads = ShardUploads(target, say)
         try:
-            summary = convert(taker=uploads)
+            summary = convert(listener=uploads)
         finally:
             uploads.stop()
         early = uploads.sent

@@ -7,7 +7,7 @@ from convert_ckpt.options import Options
 from convert_ckpt.plan.preset import GENERIC, Preset
 from convert_ckpt.plan.recipe import KEEP, Fate
 from convert_ckpt.plan.sglang_names import overmatched, sglang_prefixes
-from convert_ckpt.source.component import Source
+from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects import DIALECT_SCHEMES, STATIC_DIALECTS, TENSOR_FP8, default_dialect
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.manifest import Layer, Manifest
@@ -18,7 +18,7 @@ from run_ckpt.contract.tensors import TensorSpec
 class Model:
     """What the planning steps share. ``linears`` maps a module to its weight [N, K]."""
 
-    source: Source
+    source: Component
     options: Options
     preset: Preset
     linears: dict[str, TensorSpec]

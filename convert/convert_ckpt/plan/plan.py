@@ -26,7 +26,7 @@ from convert_ckpt.plan.recipe import (
     unmatched_rules,
 )
 from convert_ckpt.plan.shape_rules import guard, in_numbered_block, linear_module, reason_not_linear
-from convert_ckpt.source.component import Source
+from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects import header_metadata, scale_shape, tensor_names
 from run_ckpt.contract.errors import ProblemsError, UsageError
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT_SCALE, FusedScale, KeptTensor, Layer, Manifest
@@ -99,11 +99,11 @@ class Job:
     """One component to convert: ``name`` is its folder in OUTPUT, "" for OUTPUT itself."""
 
     name: str
-    source: Source
+    source: Component
     plan: Plan
 
 
-def make_plan(source: Source, options: Options) -> Plan:
+def make_plan(source: Component, options: Options) -> Plan:
     """Return the plan for one component.
 
     Raises UsageError for options that contradict each other or match nothing, ProblemsError with
@@ -146,7 +146,7 @@ def _nothing_to_convert(fates: Mapping[str, Fate]) -> str:
     )
 
 
-def _choose_rules(source: Source, options: Options) -> tuple[Preset, list[Rule]]:
+def _choose_rules(source: Component, options: Options) -> tuple[Preset, list[Rule]]:
     base, recipe_rules = read_recipe(options.recipe) if options.recipe else (None, [])
     name = options.preset or base
     preset = load_preset(name) if name else find_preset(source.class_name)
@@ -214,7 +214,7 @@ def _with_input_scale(layer: Layer) -> Layer:
     return replace(layer, tensors={**layer.tensors, INPUT_SCALE: f"{layer.module}.{INPUT_SCALE}"})
 
 
-def _make_tensors(source: Source, layers: Mapping[str, Layer], fates: Mapping[str, Fate]) -> tuple[TensorPlan, ...]:
+def _make_tensors(source: Component, layers: Mapping[str, Layer], fates: Mapping[str, Fate]) -> tuple[TensorPlan, ...]:
     tensors = []
     for shard, stored in source.folder.tensors():
         module = linear_module(stored.spec)
@@ -256,7 +256,7 @@ def _make_manifest(
     )
 
 
-def _card(source: Source) -> dict[str, Any]:
+def _card(source: Component) -> dict[str, Any]:
     return {"card": source.card} if source.card else {}
 
 

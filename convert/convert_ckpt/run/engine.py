@@ -37,7 +37,7 @@ from convert_ckpt.run.slab import (
     weight_bits,
 )
 from convert_ckpt.run.wait import Gate
-from convert_ckpt.source.shards import LocalSupply, Supply
+from convert_ckpt.source.shards import LocalShards, ShardProvider
 from run_ckpt.contract.errors import NonFiniteError
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, sqnr_db
 from run_ckpt.storage.shards import Shard
@@ -75,10 +75,10 @@ class Engine:
         finished: dict[str, FileRecord],
         on_file: Callable[[str, FileRecord], None],
         progress: Silent,
-        supply: Supply | None = None,
+        supply: ShardProvider | None = None,
     ):
         shards = tuple(shards)
-        supply = supply or LocalSupply(shards)
+        supply = supply or LocalShards(shards)
         self._plan = plan
         self._folder = folder
         self._on_file = on_file

@@ -17,7 +17,7 @@ _LOCK = "lock"
 _RESULT = "result"
 _RECORDS = "records"
 _FETCHED = "fetched"
-_OUTLINE = "outline"
+_SKELETON = "skeleton"
 
 
 class Staging:
@@ -41,15 +41,15 @@ class Staging:
         return self.folder / _FETCHED
 
     @property
-    def outline(self) -> Path:
-        """Where a remote source is outlined for the plan."""
-        return self.folder / _OUTLINE
+    def skeleton(self) -> Path:
+        """Where a remote source is laid out for the plan, without its weights."""
+        return self.folder / _SKELETON
 
-    def pinned_revision(self, location: str) -> str | None:
+    def pinned_revision(self, reference: str) -> str | None:
         """Return the commit that an unfinished run of the same remote source began with."""
         path = self.folder / _FINGERPRINT
-        origin = json.loads(path.read_text()).get("origin") if path.exists() else None
-        return origin["revision"] if origin and origin["location"] == location else None
+        remote = json.loads(path.read_text()).get("remote") if path.exists() else None
+        return remote["revision"] if remote and remote["reference"] == reference else None
 
     def __enter__(self) -> "Staging":
         self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
@@ -63,7 +63,7 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.folder.exists() and {path.name for path in self.folder.iterdir()} <= {_LOCK, _OUTLINE}:
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} <= {_LOCK, _SKELETON}:
             self._discard()
         if self._lock_fd is not None:
             os.close(self._lock_fd)

@@ -11,14 +11,14 @@ from convert_ckpt.run.digest import Hasher
 from convert_ckpt.run.reader import ShardReader
 from convert_ckpt.run.schedule import Batch, Slab, list_fetches
 from convert_ckpt.run.wait import Gate
-from convert_ckpt.source.shards import Supply
+from convert_ckpt.source.shards import ShardProvider
 from run_ckpt.storage.shards import Shard
 
 
 class Sources:
     """What the workers read. ``slabs`` are all that will be read, in the order in which work is taken."""
 
-    def __init__(self, shards: Iterable[Shard], supply: Supply, hasher: Hasher, slabs: list[Slab], gate: Gate):
+    def __init__(self, shards: Iterable[Shard], supply: ShardProvider, hasher: Hasher, slabs: list[Slab], gate: Gate):
         self._supply = supply
         self._hasher = hasher
         self._gate = gate

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from convert_ckpt.plan.plan import Plan
-from convert_ckpt.source.component import Source
+from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects import quantization_config
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.storage.atomic import describe_file, write_durably
 
 
-def write_side_files(folder: Path, source: Source, plan: Plan) -> dict[str, dict[str, Any]]:
+def write_side_files(folder: Path, source: Component, plan: Plan) -> dict[str, dict[str, Any]]:
     """Write config.json, the index and the copies; return name -> size and sha256 of each."""
     texts = {}
     config = make_config(source.config, plan.manifest)
@@ -48,7 +48,7 @@ def make_index(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _index_name(source: Source, plan: Plan) -> str | None:
+def _index_name(source: Component, plan: Plan) -> str | None:
     if plan.manifest.dialect == "rowwise":
         return None
     if source.folder.index_name or len(plan.files) == 1:

@@ -40,7 +40,7 @@ _HUB_CACHE = re.compile(
 
 
 @dataclass(frozen=True)
-class Source:
+class Component:
     """One model component: its shards, its config.json and the small files beside them.
 
     ``name`` is a folder name or a Hub repo id, never a path; ``config`` is None without config.json;
@@ -89,7 +89,7 @@ def find_components(path: Path) -> dict[str, Path]:
     return components
 
 
-def open_source(path: Path) -> Source:
+def open_component(path: Path) -> Component:
     """Return the checked source at ``path``. Raises ProblemsError with every fault found."""
     folder = read_folder(path)
     problems: list[str] = []
@@ -102,7 +102,7 @@ def open_source(path: Path) -> Source:
         raise ProblemsError(f"{path.name}: can't be converted", problems)
     name, revision = _identify(path)
     card = read_source_card(path) if path.is_dir() else {}
-    return Source(folder, name, revision, config, tuple(side_files), tuple(notes), card)
+    return Component(folder, name, revision, config, tuple(side_files), tuple(notes), card)
 
 
 def is_side_file(path: Path) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert_ckpt.source.reference import HubLocation
+from convert_ckpt.source.reference import HubRef
 from convert_ckpt.source.store import GIT_BLOB, SHA256, Patience, RemoteFile, first_line
 from run_ckpt.contract.errors import FetchError, TransientError
 from run_ckpt.version import VERSION
@@ -21,9 +21,9 @@ _CONTENT_RANGE = re.compile(r"bytes (?P<start>\d+)-\d+/(?P<total>\d+)")
 
 
 def open_repo(
-    location: HubLocation, patience: Patience, pinned_revision: str | None, log: Callable[[str], None]
+    reference: HubRef, patience: Patience, pinned_revision: str | None, log: Callable[[str], None]
 ) -> "HubRepo":
-    """Return the repo at the commit that ``location`` names now, or at ``pinned_revision``.
+    """Return the repo at the commit that ``reference`` names now, or at ``pinned_revision``.
 
     Raises FetchError where there is no such repo, revision or folder, or no permission.
     """
@@ -31,18 +31,18 @@ def open_repo(
 
     api = HfApi(library_name="convert-ckpt", library_version=VERSION)
     if pinned_revision:
-        now = _model_info(api, location.repo_id, location.revision, patience, files=False).sha
-        info = _pinned_info(api, location, patience, pinned_revision, now)
+        now = _model_info(api, reference.repo_id, reference.revision, patience, files=False).sha
+        info = _pinned_info(api, reference, patience, pinned_revision, now)
         if now != pinned_revision:
-            log(f"{location} has moved to {now}; this run goes on with {pinned_revision}, as it began.")
+            log(f"{reference} has moved to {now}; this run goes on with {pinned_revision}, as it began.")
     else:
-        info = _model_info(api, location.repo_id, location.revision, patience, files=True)
+        info = _model_info(api, reference.repo_id, reference.revision, patience, files=True)
     files = {sibling.rfilename: _remote_file(sibling) for sibling in info.siblings or ()}
-    root = location.folder
+    root = reference.folder
     if not any(name == root or name.startswith(f"{root}/" if root else "") for name in files):
-        raise FetchError(f"{location}: no {root or 'file'} in this repo. Check the name on its page.")
+        raise FetchError(f"{reference}: no {root or 'file'} in this repo. Check the name on its page.")
     assert info.sha is not None
-    return HubRepo(api, location.repo_id, f"{location.repo_id}/{root}".rstrip("/"), info.sha, files, root)
+    return HubRepo(api, reference.repo_id, f"{reference.repo_id}/{root}".rstrip("/"), info.sha, files, root)
 
 
 @dataclass(frozen=True)
@@ -131,16 +131,16 @@ def _model_info(api: "HfApi", repo_id: str, revision: str | None, patience: Pati
 
 
 def _pinned_info(
-    api: "HfApi", location: HubLocation, patience: Patience, pinned_revision: str, now: str | None
+    api: "HfApi", reference: HubRef, patience: Patience, pinned_revision: str, now: str | None
 ) -> "ModelInfo":
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        return _model_info(api, location.repo_id, pinned_revision, patience, files=True)
+        return _model_info(api, reference.repo_id, pinned_revision, patience, files=True)
     except FetchError as error:
         if isinstance(error.__cause__, RevisionNotFoundError):
             raise FetchError(
-                f"{location} has moved to {now}, and {pinned_revision}, with which this run began, is gone."
+                f"{reference} has moved to {now}, and {pinned_revision}, with which this run began, is gone."
                 " Start again with --restart."
             ) from error
         raise

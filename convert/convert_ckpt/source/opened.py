@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from convert_ckpt.source.component import Source, find_components, is_side_file, open_source
-from convert_ckpt.source.reference import HubLocation, Location, UrlLocation
+from convert_ckpt.source.component import Component, find_components, is_side_file, open_component
+from convert_ckpt.source.reference import HubRef, Reference, UrlRef
 from convert_ckpt.source.store import Patience, RemoteFile, Store, read_file, read_range
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, unsafe_file_name
@@ -24,32 +24,32 @@ _PIPELINE_FILES = ("model_index.json", "README.md")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Selection:
     """What of SOURCE is wanted: patterns of component names (none: all), and whether what is fetched stays."""
 
     components: tuple[str, ...] = ()
     keep_source: bool = False
 
 
-EVERYTHING = Wanted()
+EVERYTHING = Selection()
 
 
 @dataclass(frozen=True)
-class Origin:
+class OpenedSource:
     """An opened SOURCE. ``components`` maps a name ("" for a single one) to its folder or file.
 
-    With a ``store``, these are an outline: small files whole, shards as headers with a hole behind them.
+    With a ``store``, these are a skeleton: small files whole, shards as headers with a hole behind them.
     """
 
     path: Path
-    location: str
+    reference: str
     components: dict[str, Path]
     store: Store | None = None
     keep_source: bool = False
 
-    def open_component(self, name: str) -> Source:
+    def open_component(self, name: str) -> Component:
         """Return the checked source of a component. Raises ProblemsError with every fault found."""
-        source = open_source(self.components[name])
+        source = open_component(self.components[name])
         if self.store is None:
             return source
         return replace(source, name=_join(self.store.name, name), revision=self.store.revision)
@@ -71,69 +71,68 @@ class Origin:
 
 
 @contextmanager
-def open_origin(
-    location: Location,
-    wanted: Wanted,
+def open_source(
+    reference: Reference,
+    selection: Selection,
     log: Callable[[str], None],
     scratch: Path,
     pinned_revision: str | None = None,
-) -> Iterator[Origin]:
-    """Yield SOURCE, opened; a remote one is outlined in the folder ``scratch``, which is removed at the end.
+) -> Iterator[OpenedSource]:
+    """Yield SOURCE, opened; a remote one is laid out in the folder ``scratch``, which is removed at the end.
 
     pinned_revision: the commit that an unfinished run began with. Raises CheckpointError.
     """
-    if isinstance(location, Path):
-        if wanted.keep_source:
-            raise UsageError(f"--keep-source: {location} is here and always stays. Leave it out.")
-        yield Origin(location, str(location), _select(find_components(location), wanted))
+    if isinstance(reference, Path):
+        if selection.keep_source:
+            raise UsageError(f"--keep-source: {reference} is here and always stays. Leave it out.")
+        yield OpenedSource(reference, str(reference), _select(find_components(reference), selection))
         return
-    store = _open_store(location, wanted, pinned_revision, log)
+    store = _open_store(reference, selection, pinned_revision, log)
     name = store.name.rpartition("/")[2]
     folder = scratch / ("source" if unsafe_file_name(name) else name)  # messages name it
     shutil.rmtree(scratch, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        path = _outline(store, folder)
-        components = _select(find_components(path), wanted)
+        path = _make_skeleton(store, folder)
+        components = _select(find_components(path), selection)
         _fill(store, components, folder, log)
-        yield Origin(path, str(location), components, store, wanted.keep_source)
+        yield OpenedSource(path, str(reference), components, store, selection.keep_source)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _open_store(
-    location: HubLocation | UrlLocation, wanted: Wanted, pinned_revision: str | None, log: Callable[[str], None]
+    reference: HubRef | UrlRef, selection: Selection, pinned_revision: str | None, log: Callable[[str], None]
 ) -> Store:
     patience = Patience(log, first_contact=True)
-    if isinstance(location, UrlLocation):
+    if isinstance(reference, UrlRef):
         from convert_ckpt.source.url import open_url
 
-        if wanted.keep_source:
-            raise UsageError(f"--keep-source: only the Hub has a cache to keep {location} in. Copy it first instead.")
-        return open_url(location.url, patience)
+        if selection.keep_source:
+            raise UsageError(f"--keep-source: only the Hub has a cache to keep {reference} in. Copy it first instead.")
+        return open_url(reference.url, patience)
     from convert_ckpt.source.hub import open_repo
 
-    return open_repo(location, patience, pinned_revision, log)
+    return open_repo(reference, patience, pinned_revision, log)
 
 
-def _select(components: dict[str, Path], wanted: Wanted) -> dict[str, Path]:
-    if not wanted.components:
+def _select(components: dict[str, Path], selection: Selection) -> dict[str, Path]:
+    patterns = selection.components
+    if not patterns:
         return components
-    unknown = [
-        pattern for pattern in wanted.components if not any(name and fnmatchcase(name, pattern) for name in components)
-    ]
+    unknown = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in components)]
     if unknown:
         known = ", ".join(filter(None, components)) or "none: SOURCE is a single component"
         raise UsageError(f"--component {', '.join(unknown)}: not in SOURCE. Its components: {known}.")
-    return {
-        name: path
-        for name, path in components.items()
-        if any(fnmatchcase(name, pattern) for pattern in wanted.components)
-    }
+    return {name: path for name, path in components.items() if any(_matches(name, pattern) for pattern in patterns)}
 
 
-def _outline(store: Store, folder: Path) -> Path:
-    """Make a hole of the right size for every file of the location, of the folders in it, and of its pipeline."""
+def _matches(name: str, pattern: str) -> bool:
+    return bool(name) and fnmatchcase(name, pattern)
+
+
+def _make_skeleton(store: Store, folder: Path) -> Path:
+    """Make a hole of the right size for every file of the reference, of the folders in it, and of its pipeline."""
     of_pipeline = _pipeline_files(store)
     for name, file in store.files.items():
         if (_is_near(name, store.root) or name in of_pipeline) and not any(map(unsafe_file_name, name.split("/"))):

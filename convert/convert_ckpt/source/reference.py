@@ -16,7 +16,7 @@ _HUB_URL = re.compile(r"(models/)?" + _REPO + _REVISION + r"(/(?P<folder>.*))?")
 
 
 @dataclass(frozen=True)
-class HubLocation:
+class HubRef:
     """A model repo of the Hub, or the ``folder`` (or file) in it. ``revision`` is None for the default branch."""
 
     repo_id: str
@@ -29,7 +29,7 @@ class HubLocation:
 
 
 @dataclass(frozen=True)
-class UrlLocation:
+class UrlRef:
     """A folder (or file) that fsspec opens: s3://, gs://, az://, memory://, ..."""
 
     url: str
@@ -39,10 +39,10 @@ class UrlLocation:
         return re.sub(r"//[^/@]*@", "//", self.url).partition("?")[0]
 
 
-Location = Path | HubLocation | UrlLocation
+Reference = Path | HubRef | UrlRef
 
 
-def parse_location(source: str | Path) -> Location:
+def parse_reference(source: str | Path) -> Reference:
     """Return what SOURCE names; a path that exists here wins over a repo ``owner/name``.
 
     Raises UsageError for a malformed hf:// URL.
@@ -57,11 +57,11 @@ def parse_location(source: str | Path) -> Location:
     if source.startswith("file://"):
         return Path(unquote(urlsplit(source).path))
     if "://" in source:
-        return UrlLocation(source.rstrip("/"))
+        return UrlRef(source.rstrip("/"))
     match = _HUB_NAME.fullmatch(source)
     return _hub_location(match, "") if match else Path(source)
 
 
-def _hub_location(match: re.Match[str], folder: str) -> HubLocation:
+def _hub_location(match: re.Match[str], folder: str) -> HubRef:
     revision = match["revision"]
-    return HubLocation(match["repo_id"], unquote(revision) if revision else None, folder)
+    return HubRef(match["repo_id"], unquote(revision) if revision else None, folder)

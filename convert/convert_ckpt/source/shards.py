@@ -32,7 +32,7 @@ class FetchStep:
     after: frozenset[str]
 
 
-class Supply(Protocol):
+class ShardProvider(Protocol):
     """Hands the engine its source shards: ``wait`` returns once a shard is here, ``release`` gives it up."""
 
     one_at_a_time: bool
@@ -44,7 +44,7 @@ class Supply(Protocol):
     def stop(self) -> None: ...
 
 
-class LocalSupply:
+class LocalShards:
     """Shards that are here already, and stay."""
 
     one_at_a_time = False
@@ -68,7 +68,7 @@ class LocalSupply:
         pass
 
 
-class Fetcher:
+class FetchedShards:
     """Fetches the shards of one component, in the order of the work, into ``folder`` or the store's cache.
 
     ``store_folder`` is where the store has them.

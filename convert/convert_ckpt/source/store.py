@@ -25,18 +25,18 @@ _NOTICED_SECONDS = 5
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a store. ``mark`` changes with the content; ``checksum`` is (SHA256 or GIT_BLOB, hex digest),
+    """A file of a store. ``version`` changes with the content; ``checksum`` is (SHA256 or GIT_BLOB, hex digest),
     None where the store tells none."""
 
     nbytes: int
-    mark: str
+    version: str
     checksum: tuple[str, str] | None = None
 
 
 class Store(Protocol):
     """Files elsewhere, in one state that does not change while they are used.
 
-    ``files`` maps a path to the file; ``root`` is what the location names of it: a folder, "" for all, or one
+    ``files`` maps a path to the file; ``root`` is what the reference names of it: a folder, "" for all, or one
     of the files. ``name`` and ``revision`` go into the manifest.
     """
 

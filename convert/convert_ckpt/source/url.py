@@ -11,7 +11,17 @@ from convert_ckpt.source.store import Patience, RemoteFile, first_line
 from run_ckpt.contract.errors import FetchError, TransientError, UsageError
 
 # What file systems call the thing that changes with a file's content, the surest first.
-_MARK_KEYS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "generation",
+    "md5Hash",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "mtime",
+    "created",
+)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
 
 
@@ -88,8 +98,8 @@ def _list_files(filesystem: Any, path: str) -> tuple[dict[str, RemoteFile], bool
 
 
 def _remote_file(info: Mapping[str, Any]) -> RemoteFile:
-    mark = next((str(info[key]) for key in _MARK_KEYS if info.get(key)), "")
-    return RemoteFile(info["size"] or 0, mark.strip('"'))
+    version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
+    return RemoteFile(info["size"] or 0, version.strip('"'))
 
 
 @contextmanager
