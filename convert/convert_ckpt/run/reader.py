@@ -41,8 +41,8 @@ class ShardReader:
 
     def announce(self, offset: int, nbytes: int) -> None:
         """Let the kernel begin to read these bytes into its page cache."""
-        assert self._fd is not None
-        os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        if (fd := self._fd) is not None:
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def drop(self, span: range) -> None:
         """Take these bytes out of the kernel's page cache, so that their memory is there for what is written.

@@ -1,5 +1,6 @@
 """The source shards of one component: brought, read ahead, read, hashed in order, and given up."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -32,10 +33,14 @@ class Sources:
         self._supply.start(self._fetches)
 
     def announce(self, batch: Batch) -> None:
-        """Let the kernel begin to read a batch, as far as its shards are here."""
+        """Let the kernel begin to read a batch, as far as its shards are here.
+
+        A thread that comes late may find the shard done with, closed and gone: it needs no advice any more.
+        """
         for slab in batch:
             if self._supply.is_here(slab.tensor.shard):
-                self._open(slab).announce(slab.offset, slab.nbytes)
+                with contextlib.suppress(OSError):
+                    self._open(slab).announce(slab.offset, slab.nbytes)
 
     def read(self, slab: Slab, out: np.ndarray) -> None:
         """Fill ``out``; wait for the shard to come."""
