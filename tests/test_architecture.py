@@ -31,7 +31,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "yaml": ("convert_ckpt/source/source_card.py", "run_ckpt/tools/publish/metadata.py"),
     "fsspec": ("convert_ckpt/source/url.py",),
     "diffusers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/generate.py"),
-    "transformers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py"),
+    "transformers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/compare/text.py"),
+    "torchmetrics": ("run_ckpt/tools/compare/metrics.py",),
+    "PIL": ("run_ckpt/tools/compare/picture.py",),
     "sglang": ("run_ckpt/integrations/sglang/",),
     "accelerate": ("run_ckpt/integrations/", "run_ckpt/loading/build.py"),
 }

@@ -27,7 +27,9 @@ def run(*args: object) -> int:
     return 0
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "verify", "dequantize", "relayout", "push", "card", "report"])
+@pytest.mark.parametrize(
+    "command", ["", "inspect", "verify", "dequantize", "relayout", "compare", "push", "card", "report"]
+)
 def test_help_says_how_it_is_used(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(*filter(None, [command]), "--help") == 0
     assert f"Usage: run-ckpt {command}".strip() in capsys.readouterr().out

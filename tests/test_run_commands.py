@@ -14,48 +14,7 @@ from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.tools.bench import LayerTime
 from tests.checkpoints import convert
 from tests.converted import FLUX_DIGITS
-from tests.models import MODELS
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def make_pipeline(folder: Path) -> Path:
-    """Write a small FLUX.1 pipeline with random weights and tokenizers that know single letters."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
-
-    words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
-    torch.manual_seed(0)
-    clip = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
-    )
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKL(
-            block_out_channels=(8,),
-            latent_channels=4,
-            norm_num_groups=4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.0,
-            scaling_factor=1.0,
-        ),
-        text_encoder=CLIPTextModel(clip),
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
-        text_encoder_2=T5EncoderModel(T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=32, num_layers=1, num_heads=4)),
-        tokenizer_2=T5TokenizerFast(vocab=pieces, extra_ids=0),
-        transformer=MODELS["flux1"].build(),
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+from tests.pipelines import make_pipeline
 
 
 @pytest.fixture(scope="module")

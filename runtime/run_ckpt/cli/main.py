@@ -1,4 +1,4 @@
-"""`run-ckpt`: look at, check and rewrite converted checkpoints; run.py and publish.py have the rest."""
+"""`run-ckpt`: look at, check and rewrite converted checkpoints; run.py, compare.py and publish.py have the rest."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from run_ckpt.cli import publish
+from run_ckpt.cli.compare import compare
 from run_ckpt.cli.run import bench, generate
 from run_ckpt.contract.dialects import DIALECTS
 from run_ckpt.contract.errors import CheckpointError, UsageError
@@ -46,11 +47,12 @@ def run_ckpt() -> None:
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
       run-ckpt report flux-mxfp4 --output report.html
       run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 --prompt "a cat" --output cat.png
+      run-ckpt compare --model-path FLUX --transformer-path flux-mxfp4 --prompts prompts.txt
       run-ckpt push flux-mxfp4 me/flux-mxfp4
     """
 
 
-for command in (generate, bench, *publish.COMMANDS):
+for command in (generate, compare, bench, *publish.COMMANDS):
     run_ckpt.add_command(command)
 
 

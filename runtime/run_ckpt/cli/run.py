@@ -2,18 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+from run_ckpt.cli.model_options import (
+    DTYPES,
+    default_device,
+    pipeline_arguments,
+    pipeline_options,
+    placement,
+    placement_options,
+)
+
 _FOLDER = click.Path(path_type=Path)
-_DTYPES = ("bfloat16", "float16", "float32")
 _SMALL_M = "1,16,256,4096"
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _parse_rows(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -31,21 +34,10 @@ def _parse_rows(_context: click.Context, _parameter: click.Parameter, text: str)
 @click.option("--transformer-path", type=_FOLDER, required=True, help="Converted folder for its transformer.")
 @click.option("--transformer-2-path", type=_FOLDER, help="Converted folder for its transformer_2 (Wan 2.2).")
 @click.option("--prompt", required=True, help="What to generate.")
-@click.option("--negative-prompt", help="What to avoid.")
 @click.option("--output", type=_FOLDER, required=True, help="The image (.png, .jpg, .webp) or video (.mp4, .gif).")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the pipeline's]")
-@click.option("--guidance-scale", type=float, help="[default: the pipeline's]")
-@click.option("--height", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
-@click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
-@click.option("--num-frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
+@pipeline_options
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", help="[default: cuda if there is one, else cpu]")
-@click.option(
-    "--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Of what is not quantized."
-)
-@click.option(
-    "--backend", help="Run quantized layers on this one.  [default: the first that can, see inspect --device]"
-)
+@placement_options
 def generate(
     model_path: str,
     transformer_path: Path,
@@ -53,15 +45,7 @@ def generate(
     prompt: str,
     output: Path,
     seed: int,
-    device: str | None,
-    dtype: str,
-    backend: str | None,
-    negative_prompt: str | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    height: int | None,
-    width: int | None,
-    num_frames: int | None,
+    **options: Any,
 ) -> None:
     """Generate an image or a video with a diffusers pipeline and a converted transformer.
 
@@ -72,34 +56,18 @@ def generate(
       run-ckpt generate --model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers --transformer-path OUT/transformer \\
           --transformer-2-path OUT/transformer_2 --prompt "a cat walks" --output video.mp4
     """
-    import torch
-
     from run_ckpt.cli.tables import show_progress
-    from run_ckpt.tools.generate import Request, check_output, load_pipeline
+    from run_ckpt.tools.generate import Request, check_output, load_pipeline, load_transformers
     from run_ckpt.tools.generate import generate as run
 
     check_output(output)
-    device = device or _default_device()
     paths = {"transformer": transformer_path, "transformer_2": transformer_2_path}
+    given = {name: path for name, path in paths.items() if path}
+    place = placement(options)
     with show_progress() as progress:
-        pipeline = load_pipeline(
-            model_path,
-            {name: path for name, path in paths.items() if path},
-            device=device,
-            dtype=getattr(torch, dtype),
-            backend=backend,
-            progress=progress,
-            say=click.echo,
-        )
-    options = {
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-    }
-    run(pipeline, Request(prompt, output, seed, options), device, click.echo)
+        loaded = load_transformers(given, place, progress, click.echo)
+        pipeline = load_pipeline(model_path, loaded, place, click.echo)
+    run(pipeline, Request(prompt, output, seed, pipeline_arguments(options)), place.device, click.echo)
 
 
 @click.command()
@@ -109,7 +77,7 @@ def generate(
 @click.option(
     "--rows", default=_SMALL_M, show_default=True, callback=_parse_rows, help="The values of M, tokens in a batch."
 )
-@click.option("--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Of activations.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of activations.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(
     output: Path, device: str | None, backend: str | None, rows: tuple[int, ...], dtype: str, as_json: bool
@@ -130,7 +98,7 @@ def bench(
     for name, path in find_components(output).items():
         result = bench_component(
             path,
-            device=device or _default_device(),
+            device=device or default_device(),
             backend=backend,
             rows=rows,
             dtype=getattr(torch, dtype),

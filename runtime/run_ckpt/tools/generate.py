@@ -1,5 +1,6 @@
 """`run-ckpt generate`: an ordinary diffusers pipeline with converted transformers in place of its own."""
 
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,40 +33,47 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_pipeline(
-    base: str,
-    transformers: Mapping[str, Path],
-    *,
-    device: str,
-    dtype: torch.dtype,
-    backend: str | None,
-    progress: Progress,
-    say: Callable[[str], None],
-) -> Any:
-    """Return the diffusers pipeline of ``base`` (folder or Hub repo) on ``device``.
+@dataclass(frozen=True)
+class Placement:
+    """Where and how models run: ``dtype`` is of what is not quantized, ``backend`` of what is (None: the first)."""
 
-    transformers: component name -> converted folder; ``base``'s own weights of these are never read.
-    """
-    from diffusers import DiffusionPipeline
+    device: str
+    dtype: torch.dtype
+    backend: str | None = None
 
+
+def load_transformers(
+    paths: Mapping[str, Path], placement: Placement, progress: Progress, say: Callable[[str], None]
+) -> dict[str, nn.Module]:
+    """Return component name -> the model of its converted folder."""
     loaded = {}
-    for name, path in transformers.items():
+    for name, path in paths.items():
         started = time.perf_counter()
-        model = load_quantized(path, device=device, dtype=dtype, backend=backend, progress=progress)
+        model = load_quantized(path, **vars(placement), progress=progress)
         linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
         say(
             f"loaded {name} ({type(model).__name__}) from {path}: {describe_backends(linears)},"
             f" {format_nbytes(tensor_nbytes(model))}, {time.perf_counter() - started:.1f} s"
         )
         loaded[name] = model
+    return loaded
+
+
+def load_pipeline(base: str, loaded: Mapping[str, nn.Module], placement: Placement, say: Callable[[str], None]) -> Any:
+    """Return the diffusers pipeline of ``base`` (folder or Hub repo).
+
+    loaded: component name -> the model to use; ``base``'s own weights of these are never read.
+    """
+    from diffusers import DiffusionPipeline
+
     try:
         with warnings.catch_warnings():
             # diffusers 0.42 would have it called dtype, which 0.37 does not know.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, **loaded)
+            pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=placement.dtype, **loaded)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"--model-path {base}: no pipeline that diffusers can load ({error}).") from error
-    pipeline.to(device)
+    pipeline.to(placement.device)
     others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name not in loaded]
     say(f"loaded {type(pipeline).__name__} from {base}: {', '.join(others)}")
     return pipeline
@@ -78,23 +86,36 @@ def generate(pipeline: Any, request: Request, device: str, say: Callable[[str], 
     """
     check_output(request.output)
     marks: list[float] = []
-
-    def mark(_pipeline: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        marks.append(time.perf_counter())
-        return kwargs
-
-    options = {key: value for key, value in request.options.items() if value is not None}
-    generator = torch.Generator("cpu").manual_seed(request.seed)
     started = time.perf_counter()
-    try:
-        result = pipeline(prompt=request.prompt, generator=generator, callback_on_step_end=mark, **options)
-    except TypeError as error:
-        raise UsageError(f"{type(pipeline).__name__}: {error}. Leave that option out.") from error
+    result = run_pipeline(
+        pipeline, request.prompt, request.seed, request.options, lambda _: marks.append(time.perf_counter())
+    )
     seconds = time.perf_counter() - started
     write_media(result, request.output, say)
     steps = [after - before for before, after in pairwise(marks)]
     per_step = f"{sorted(steps)[len(steps) // 2]:.3f} s a step (median), " if steps else ""
     say(f"wrote {request.output}: {per_step}{seconds:.1f} s in all, peak memory {format_nbytes(peak_nbytes(device))}")
+
+
+def run_pipeline(
+    pipeline: Any, prompt: str, seed: int, options: Mapping[str, Any], on_step: Callable[[torch.Tensor], object]
+) -> Any:
+    """Return what the pipeline makes of ``prompt``; options that are None are left out.
+
+    on_step: gets the latents after each denoising step. Raises UsageError for an option the pipeline does not have.
+    """
+
+    def callback(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(tensors["latents"])
+        return tensors
+
+    given = {key: value for key, value in options.items() if value is not None}
+    unknown = {*given, "callback_on_step_end"} - inspect.signature(pipeline.__call__).parameters.keys()
+    if unknown:
+        raise UsageError(f"{type(pipeline).__name__}: has no {', '.join(sorted(unknown))}. Leave that option out.")
+    # On the CPU, so that every device starts from the same noise.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return pipeline(prompt=prompt, generator=generator, callback_on_step_end=callback, **given)
 
 
 def check_output(path: Path) -> None:

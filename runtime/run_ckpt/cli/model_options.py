@@ -1,0 +1,69 @@
+"""The options of every command that runs a model: where it runs, and what a pipeline is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:  # it imports torch
+    from run_ckpt.tools.generate import Placement
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+_PIPELINE_OPTIONS = (
+    click.option("--negative-prompt", help="What to avoid."),
+    click.option("--steps", "num_inference_steps", type=click.IntRange(1), help="Denoising steps."),
+    click.option("--guidance-scale", type=float, help="How closely to follow the prompt."),
+    click.option("--height", type=click.IntRange(1), help="In pixels."),
+    click.option("--width", type=click.IntRange(1), help="In pixels."),
+    click.option("--num-frames", type=click.IntRange(1), help="Of a video."),
+)
+_PIPELINE_ARGUMENTS = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "num_frames")
+_PLACEMENT_OPTIONS = (
+    click.option("--device", help="[default: cuda if there is one, else cpu]"),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of what is not quantized."
+    ),
+    click.option(
+        "--backend", help="Run quantized layers on this one.  [default: the first that can, see inspect --device]"
+    ),
+)
+
+
+def default_device() -> str:
+    """Return "cuda" where there is one, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what a diffusers pipeline may be asked for; what is not given is left to it."""
+    return _add(command, _PIPELINE_OPTIONS)
+
+
+def pipeline_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pipeline's own arguments among the values of a command; None where not given."""
+    return {name: options[name] for name in _PIPELINE_ARGUMENTS}
+
+
+def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add where a model runs."""
+    return _add(command, _PLACEMENT_OPTIONS)
+
+
+def placement(options: Mapping[str, Any]) -> Placement:
+    """Return the placement among the values of a command."""
+    import torch
+
+    from run_ckpt.tools.generate import Placement
+
+    return Placement(options["device"] or default_device(), getattr(torch, options["dtype"]), options["backend"])
+
+
+def _add(command: Callable[..., Any], options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,1 @@
+"""Compare what BASE and converted models compute: latents, pictures and the text of a language model."""
