@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from run_ckpt.loading.load import load_quantized
+    from run_ckpt.statistics.record import record_statistics
 
-__all__ = ["load_quantized"]
+__all__ = ["load_quantized", "record_statistics"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from run_ckpt.loading.load import load_quantized
 
         return load_quantized
+    if name == "record_statistics":
+        from run_ckpt.statistics.record import record_statistics
+
+        return record_statistics
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
