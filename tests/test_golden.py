@@ -1,9 +1,11 @@
-"""The torch reference gives the bytes that AITER's own code made (tests/golden)."""
+"""The torch reference gives the bytes that AITER's own code made (tests/golden/README.md)."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,6 +32,12 @@ def golden() -> dict[str, Tensor]:
 
 def names(cases: list[tuple[str, str]]) -> list[str]:
     return [f"{case}-{mode}" for case, mode in cases]
+
+
+def test_readme_and_file_name_the_same_commit_of_aiter() -> None:
+    with safe_open(GOLDEN_FILE, "pt") as file:
+        commit = re.search(r"ROCm/aiter (\w{40}),", file.metadata()["made_with"])[1]
+    assert f"commit {commit} " in GOLDEN_FILE.with_name("README.md").read_text().replace("\n", " ")
 
 
 def test_every_finite_case_of_the_three_modes_is_compared(golden: dict[str, Tensor]) -> None:
@@ -87,7 +95,7 @@ def test_fp8_codes_are_those_of_aiter(golden: dict[str, Tensor], case: str) -> N
 
 
 def test_fp8_weight_layout_is_shuffle_weight(golden: dict[str, Tensor]) -> None:
-    # gemm_a8w8_bpreshuffle takes the tile order of MXFP4 with K bytes a row (kernels.md, 4).
+    # AITER's gemm_a8w8_bpreshuffle takes shuffle_weight(weight): the tile order of MXFP4 with K bytes a row.
     codes = golden["fp8.per_row.q"].view(torch.uint8)
     assert_bits_equal(AITER_WEIGHT.shuffle(codes), golden["fp8.per_row.q_shuf"].view(torch.uint8))
 

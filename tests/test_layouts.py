@@ -1,4 +1,4 @@
-"""Tile layouts put each byte where kernels.md section 0 says, give it back exactly, and slice as section 2 says."""
+"""Tile layouts put each byte where AITER's sources compute it, give it back exactly, and slice where tiles do."""
 
 from collections.abc import Callable
 
@@ -21,12 +21,12 @@ LAYOUT_IDS = [f"{layout.name}-{rows}x{cols}" for layout, (rows, cols) in LAYOUT_
 
 
 def weight_offset(n: int, kb: int, KB: int) -> int:
-    """Byte offset of packed byte (n, kb) of a weight [N, KB]; KB = K / 2 (kernels.md, 0)."""
+    """Byte offset of packed byte (n, kb) of a weight [N, KB]; KB = K / 2. AITER: csrc/kernels/quant_mxfp4.cu."""
     return (n // 16) * 16 * KB + (kb // 16) * 256 + (n % 16) * 16 + kb % 16
 
 
 def scale_offset(n: int, s: int, SP: int) -> int:
-    """Byte offset of scale (n, s) of a padded scale [.., SP] (kernels.md, 0)."""
+    """Byte offset of scale (n, s) of a padded scale [.., SP]. AITER: mx_scale_shuffle_idx, mx_quant_utils.h."""
     return (n // 32) * 32 * SP + (s // 8) * 256 + (s % 4) * 64 + (n % 16) * 4 + ((s % 8) // 4) * 2 + (n % 32) // 16
 
 
@@ -112,7 +112,7 @@ def test_round_up_gives_the_next_multiple(value: int, multiple: int, expected: i
     assert round_up(value, multiple) == expected
 
 
-# Tensor parallelism (kernels.md, 2): which slices of the stored bytes are stored slices.
+# Tensor parallelism: which slices of the stored bytes are stored slices.
 @pytest.mark.parametrize(("first", "last"), [(0, 16), (16, 48), (96, 304)], ids=str)
 def test_weight_rows_in_multiples_of_16_are_contiguous_bytes(first: int, last: int) -> None:
     weight = random_bytes(304, 64)

@@ -54,17 +54,17 @@ def floor_code(amax: Fraction) -> int:
 
 
 def even_code(amax: Fraction) -> int:
-    """As floor, but amax counts as the next power of two from 1.75 times a power of two on (kernels.md, 3)."""
+    """As floor, but amax counts as the next power of two from 1.75 times a power of two on (Quark's even_round)."""
     if not amax:
         return 0
     exponent = floor_log2(amax)
     exponent += amax >= Fraction(7, 4) * Fraction(2) ** exponent
-    # 2^128 is beyond float32, and AITER's Triton quantizer then writes the largest code (kernels.md, 3).
+    # 2^128 is beyond float32, and AITER's Triton quantizer then writes the largest code.
     return LARGEST_CODE if exponent == 128 else clamp_code(exponent - 2)
 
 
 def roundup_code(amax: Fraction) -> int:
-    """The smallest power of two that is at least amax / 6; below 2^-126 AITER takes 2^-126 (kernels.md, 3)."""
+    """The smallest power of two that is at least amax / 6; below 2^-126 AITER takes 2^-126."""
     if not amax:
         return 0
     quotient = amax / 6
