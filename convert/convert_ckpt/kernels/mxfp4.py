@@ -115,7 +115,7 @@ def _scale_place(n: Value, b: Value, pitch: Value, tiled: bool) -> Value:
 def _choose_scale(code: Code, rule: str, magnitude: Value, maximum: Value, scales: Value) -> Value:
     """The scale code, int32, of a block whose largest magnitude has the float32 bits ``maximum``.
 
-    See runtime/contract/scales.py.
+    See contract/scale_rules.py.
     """
     if rule == "roundup":
         sixth = (maximum.reinterpret(F32) / 6.0).reinterpret(I32)

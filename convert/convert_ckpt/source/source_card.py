@@ -5,7 +5,7 @@ from typing import Any
 
 from run_ckpt.contract.file_names import CARD_NAME
 
-# Of the card's metadata, what a card of the result may carry over; runtime/publish chooses from it.
+# Of the card's metadata, what a card of the result may carry over; run_ckpt/tools/publish chooses from it.
 _FACTS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
 _MARK = "---"
 

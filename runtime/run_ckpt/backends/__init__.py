@@ -1,1 +1,1 @@
-"""Ways to multiply by a quantized weight, one file each; table.py holds their order."""
+"""Ways to multiply by a quantized weight, one file each; select.py holds their order."""

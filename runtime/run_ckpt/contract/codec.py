@@ -22,7 +22,7 @@ def quantize_mxfp4(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
     """Return packed E2M1 codes uint8 [N, K/2] and E8M0 scales uint8 [N, K/32], row-major.
 
     weight: float32, bfloat16 or float16 [N, K], finite, K a multiple of 32.
-    scale_rule: one of formats.SCALE_RULES, see scales.py.
+    scale_rule: one of formats.SCALE_RULES, see scale_rules.py.
     Source: OCP MX v1.0, 6.3; rule ``even`` gives the bytes of AITER's Triton quantizer.
     """
     rows, cols = weight.shape
