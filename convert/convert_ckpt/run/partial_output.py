@@ -1,7 +1,6 @@
 """OUTPUT.partial: where a run builds its result, so that OUTPUT appears complete or not at all."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -9,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.errors import CheckpointError, PartialRunError
-from run_ckpt.storage.atomic import sync_folder, write_durably
+from run_ckpt.contract.errors import PartialRunError
+from run_ckpt.storage.atomic import lock_file, partial_folder, publish_folder, write_durably
 
 _FINGERPRINT = "fingerprint.json"
 _LOCK = "lock"
@@ -28,7 +27,7 @@ class Staging:
 
     def __init__(self, output: Path):
         self.output = output.resolve()
-        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.folder = partial_folder(output)
         self._lock_fd: int | None = None
 
     @property
@@ -54,12 +53,7 @@ class Staging:
     def __enter__(self) -> "Staging":
         self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock_fd)
-            raise CheckpointError(f"{self.folder}: another run is at work on it. Wait for it or stop it.") from error
+        self._lock_fd = lock_file(self.folder / _LOCK)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,9 +108,7 @@ class Staging:
     def publish(self) -> None:
         """Rename the result to OUTPUT and remove the rest."""
         if not self.is_published():
-            sync_folder(self.result)
-            self.result.rename(self.output)
-            sync_folder(self.output.parent)
+            publish_folder(self.result, self.output)
         shutil.rmtree(self.folder)
 
 

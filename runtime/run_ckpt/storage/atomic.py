@@ -1,9 +1,12 @@
-"""Files that are whole or absent after a crash, their hashes, and folders that may be written."""
+"""Files and folders that are whole or absent after a crash, their hashes, and folders that may be written."""
 
+import fcntl
 import hashlib
 import os
 from pathlib import Path
 from typing import Any
+
+from run_ckpt.contract.errors import CheckpointError
 
 _READ_NBYTES = 4 * 2**20
 
@@ -43,6 +46,33 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def partial_folder(target: Path) -> Path:
+    """Return the folder in which ``target`` is built: on the same disk, so that the result can be renamed."""
+    target = target.resolve()
+    return target.with_name(target.name + ".partial")
+
+
+def lock_file(path: Path) -> int:
+    """Return a descriptor of ``path`` (made if missing) that locks other processes out until it is closed.
+
+    Raises CheckpointError where another process holds the lock.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise CheckpointError(f"{path.parent}: another run is at work on it. Wait for it or stop it.") from error
+    return fd
+
+
+def publish_folder(result: Path, target: Path) -> None:
+    """Rename the finished folder ``result`` to ``target``: durably, all of it at once."""
+    sync_folder(result)
+    result.rename(target)
+    sync_folder(target.parent)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A converted checkpoint written anew, shard by shard: the frame that dequantize and relayout share."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,15 @@ from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
-from run_ckpt.storage.atomic import describe_file, sync_folder, target_faults, write_durably
+from run_ckpt.storage.atomic import (
+    describe_file,
+    lock_file,
+    partial_folder,
+    publish_folder,
+    sync_folder,
+    target_faults,
+    write_durably,
+)
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
 from run_ckpt.storage.header import Header, build_header
 from run_ckpt.storage.reader import cut_bytes
@@ -154,28 +161,20 @@ def _build_folder(target: Path) -> Iterator[Path]:
     It lies in ``target``.partial. What a killed run of ours left there is thrown away; anything
     else there (an unfinished convert-ckpt run) is refused.
     """
-    target = target.resolve()
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_folder(target)
     if partial.exists() and not (partial / _LOCK).exists() and any(partial.iterdir()):
         raise CheckpointError(
             f"{partial}: is in the way and not ours; an unfinished convert-ckpt run, perhaps."
             " Finish that run, remove the folder, or choose another DIR."
         )
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise CheckpointError(f"{partial}: another run is at work on it. Wait for it or stop it.") from error
+    lock = lock_file(partial / _LOCK)
     result = partial / _RESULT
     try:
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
         yield result
-        sync_folder(result)
-        result.rename(target)
-        sync_folder(target.parent)
+        publish_folder(result, target.resolve())
     finally:
         shutil.rmtree(partial)
         os.close(lock)
