@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from run_ckpt.cli.main import main
+from run_ckpt.contract.module_names import block_pattern, split_name
 from run_ckpt.tools.publish.heatmap import SMALLEST_SPAN_DB, color_ranges, draw_heatmap, make_grids
 from run_ckpt.tools.publish.report import make_report, report_data
-from run_ckpt.tools.publish.rows import read_result, split_name
+from run_ckpt.tools.publish.rows import read_result
 from tests.converted import FLUX_DIGITS, convert, edit_manifest
 
 HOSTILE = "</script><script>document.title = 'broken'</script><!-- \u2028 & <b>"
@@ -46,6 +47,13 @@ def test_a_name_is_cut_at_its_first_number(module: str, parts: tuple[str, int | 
     assert split_name(module) == parts
 
 
+def test_like_modules_of_all_blocks_share_a_pattern() -> None:
+    assert (
+        block_pattern("blocks.3.ff.net.0.proj") == block_pattern("blocks.12.ff.net.0.proj") == "blocks.*.ff.net.0.proj"
+    )
+    assert block_pattern("to_out.0") == "to_out.0"
+
+
 def test_every_tensor_of_the_source_has_a_row_with_its_fate(outputs: dict[str, Path]) -> None:
     results = {name: read_result(path) for name, path in outputs.items()}
     data = report_data(results)
@@ -54,6 +62,15 @@ def test_every_tensor_of_the_source_has_a_row_with_its_fate(outputs: dict[str, P
     assert fates.count(["mxfp4", "fp8"]) == 23
     assert fates.count(["BF16", "BF16"]) == 67
     assert all(fate[1] or fate[0] in ("mxfp4", "fp8") for row in data["rows"] for fate in row[-1])
+
+
+def test_a_tensor_kept_without_a_reason_is_still_kept(tmp_path: Path) -> None:
+    output = convert(FLUX_DIGITS, tmp_path / "out", format="mxfp4")
+    edit_manifest(output, lambda manifest: manifest["kept"]["proj_out.weight"].update(reason=""))
+    components = read_result(output)
+    (row,) = [row for row in components[0].rows if row.name == "proj_out"]
+    assert (row.is_linear, row.is_quantized, row.stored_as) == (True, False, "BF16")
+    assert report_data({"it": components})["results"][0]["n_layers"] == 23
 
 
 def test_sizes_add_up_to_the_files(outputs: dict[str, Path]) -> None:

@@ -1,6 +1,5 @@
 """The plan for people and for machines: what each tensor becomes and why, and exact sizes."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from convert_ckpt.plan.plan import Job, TensorPlan
 from convert_ckpt.run.disk import source_nbytes_here
 from convert_ckpt.source.opened import OpenedSource
+from run_ckpt.contract.module_names import block_pattern
 from run_ckpt.storage.units import format_nbytes
 
 
@@ -77,7 +77,7 @@ def plan_text(job: Job) -> Iterator[str]:
 
 
 def _line(tensor: TensorPlan) -> _Line:
-    name = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.spec.name)
+    name = block_pattern(tensor.spec.name)
     shape = f"{tensor.spec.dtype} {list(tensor.spec.shape)}"
     layer = tensor.layer
     if layer is None:

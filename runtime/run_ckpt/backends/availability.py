@@ -11,7 +11,8 @@ import torch
 from run_ckpt.backends.backend import Machine, describe_machine
 from run_ckpt.backends.select import BACKENDS, choose_backend
 from run_ckpt.contract.errors import BackendError, UsageError
-from run_ckpt.contract.manifest import Layer, read_manifest
+from run_ckpt.contract.manifest import Layer
+from run_ckpt.contract.manifest_checks import read_checked_manifest
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Survey:
 def survey_device(path: Path, device: str) -> Survey:
     """Return the survey of the component in folder ``path`` on a torch device.
 
-    Raises ManifestError, or UsageError where this machine has no such device.
+    Raises ManifestError, ProblemsError, or UsageError where this machine has no such device.
     """
     try:
         machine = describe_machine(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"--device {device}: {reason}. Choose one that this machine has, or cpu.") from error
-    return survey_backends(read_manifest(path).layers.values(), machine)
+    return survey_backends(read_checked_manifest(path).layers.values(), machine)
 
 
 def survey_backends(layers: Iterable[Layer], machine: Machine) -> Survey:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from run_ckpt.progress import Progress, Silent
 from run_ckpt.storage.units import format_nbytes
-from run_ckpt.tools.summary import Inspection, Summary
+from run_ckpt.tools.summary import CheckpointSummary, Inspection
 
 if TYPE_CHECKING:  # it imports torch
     from run_ckpt.backends.availability import Survey
@@ -130,7 +130,7 @@ class _Bar:
             self._bars.advance(self._task, nbytes)
 
 
-def _summary_table(summary: Summary) -> Table:
+def _summary_table(summary: CheckpointSummary) -> Table:
     table = Table(title=summary.component or None, show_header=False, box=None, title_justify="left")
     source = summary.source + (f" @ {summary.source_revision[:12]}" if summary.source_revision else "")
     saved = summary.source_nbytes / max(1, summary.output_nbytes)

@@ -10,6 +10,11 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
+def join_component(component: str, name: str) -> str:
+    """Return the path, within a result, of what is called ``name`` in a component; "" is the result itself."""
+    return f"{component}/{name}" if component else name
+
+
 def unsafe_file_name(name: str) -> bool:
     """True where ``name`` is not the plain name of a file in the same folder."""
     parts = PurePosixPath(name).parts + PureWindowsPath(name).parts

@@ -2,18 +2,29 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.dialects import DIALECT_SCHEMES, Scheme, scale_shape, scheme_of, tensor_names
+from run_ckpt.contract.errors import ProblemsError
 from run_ckpt.contract.file_names import unsafe_file_name
 from run_ckpt.contract.formats import MXFP4_BLOCK_SIZE
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from run_ckpt.contract.manifest import INPUT_SCALE, MANIFEST_NAME, WEIGHT, WEIGHT_SCALE, Layer, Manifest
+from run_ckpt.contract.manifest import INPUT_SCALE, MANIFEST_NAME, WEIGHT, WEIGHT_SCALE, Layer, Manifest, read_manifest
 from run_ckpt.contract.tensors import TensorSpec
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
 _RECIPE_KEYS = ("format", "dialect", "naming", "granularity", "scale_rule")
 _ADVICE = "The manifest was edited or damaged: fetch it again, or convert again."
+
+
+def read_checked_manifest(folder: Path) -> Manifest:
+    """Return the manifest in ``folder``. Raises ManifestError, or ProblemsError where it contradicts itself."""
+    manifest = read_manifest(folder)
+    problems = manifest_faults(manifest)
+    if problems:
+        raise ProblemsError(f"{folder / MANIFEST_NAME}: contradicts itself", problems)
+    return manifest
 
 
 def manifest_faults(manifest: Manifest) -> list[str]:

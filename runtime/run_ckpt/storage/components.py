@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from run_ckpt.contract.errors import ProblemsError
-from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest, read_manifest
-from run_ckpt.contract.manifest_checks import manifest_faults
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
+from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.storage.checks import header_faults
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import TensorFolder, read_folder
@@ -42,11 +42,9 @@ def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
 
     Raises ManifestError, or ProblemsError with every fault of manifest and headers.
     """
-    manifest = read_manifest(path)
-    problems = manifest_faults(manifest)
-    if not problems:
-        folder = read_folder(path)
-        problems = header_faults(manifest, folder)
+    manifest = read_checked_manifest(path)
+    folder = read_folder(path)
+    problems = header_faults(manifest, folder)
     if problems:
         raise ProblemsError(f"{path}: not the checkpoint that its manifest describes", problems)
     with TensorReader(folder) as reader:

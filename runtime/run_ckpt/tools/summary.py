@@ -1,19 +1,19 @@
 """`run-ckpt inspect`: what a converted checkpoint is, from its manifest alone (no torch)."""
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
-from run_ckpt.contract.errors import ProblemsError
-from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Layer, Manifest, read_manifest
-from run_ckpt.contract.manifest_checks import manifest_faults
+from run_ckpt.contract.manifest import KeptTensor, Layer, Manifest
+from run_ckpt.contract.manifest_checks import read_checked_manifest
+from run_ckpt.contract.module_names import block_pattern
 
 
 @dataclass(frozen=True)
-class Summary:
+class CheckpointSummary:
     """One component at a glance. Sizes are sums of files; SQNR is over layers, unweighted, in dB."""
 
     component: str
@@ -63,11 +63,14 @@ class KeptRow:
     reason: str
 
 
+Row = TypeVar("Row", LayerRow, KeptRow)
+
+
 @dataclass(frozen=True)
 class Inspection:
     """Everything `inspect` shows of one component."""
 
-    summary: Summary
+    summary: CheckpointSummary
     layers: tuple[LayerRow, ...]
     kept_linears: tuple[KeptRow, ...]
 
@@ -84,10 +87,7 @@ def inspect_component(name: str, path: Path, *, every_layer: bool) -> Inspection
 
     Raises ManifestError where there is no readable manifest, ProblemsError where it contradicts itself.
     """
-    manifest = read_manifest(path)
-    problems = manifest_faults(manifest)
-    if problems:
-        raise ProblemsError(f"{path / MANIFEST_NAME}: contradicts itself", problems)
+    manifest = read_checked_manifest(path)
     layers = [_layer_row(layer) for layer in manifest.layers.values()]
     kept = [
         _kept_row(module, manifest.kept[f"{module}.weight"])
@@ -99,14 +99,14 @@ def inspect_component(name: str, path: Path, *, every_layer: bool) -> Inspection
     return Inspection(summarize(name, manifest), tuple(layers), tuple(kept))
 
 
-def summarize(name: str, manifest: Manifest) -> Summary:
+def summarize(name: str, manifest: Manifest) -> CheckpointSummary:
     """Return one component at a glance."""
     layers = list(manifest.layers.values())
     measured = {layer.module: layer.sqnr_db for layer in layers if layer.sqnr_db is not None}
     worst = min(measured, key=measured.__getitem__, default=None)
     quantized = sum(layer.N * layer.K for layer in layers)
     kept = sum(math.prod(kept.spec.shape) for kept in manifest.kept.values())
-    return Summary(
+    return CheckpointSummary(
         component=name,
         source=str(manifest.source.get("name")),
         source_revision=manifest.source.get("revision"),
@@ -120,7 +120,7 @@ def summarize(name: str, manifest: Manifest) -> Summary:
         n_layers=len(layers),
         n_tensors=len(layers) + len(manifest.kept),
         share_of_parameters=quantized / max(1, quantized + kept),
-        mean_sqnr_db=round(sum(measured.values()) / len(measured), 2) if measured else None,
+        mean_sqnr_db=round(fmean(measured.values()), 2) if measured else None,
         worst_sqnr_db=measured[worst] if worst else None,
         worst_layer=worst,
     )
@@ -137,34 +137,28 @@ def _kept_row(module: str, kept: KeptTensor) -> KeptRow:
 
 
 def _collapse_layers(rows: list[LayerRow]) -> list[LayerRow]:
-    groups: dict[tuple[str | int, ...], list[LayerRow]] = {}
-    for row in rows:
-        groups.setdefault((_pattern(row.module), row.format, row.N, row.K, row.scale), []).append(row)
     return [
         replace(
             group[0],
-            module=_pattern(group[0].module) if len(group) > 1 else group[0].module,
+            module=module,
             count=len(group),
             sqnr_db=min((row.sqnr_db for row in group if row.sqnr_db is not None), default=None),
             max_abs_error=max((row.max_abs_error for row in group if row.max_abs_error is not None), default=None),
         )
-        for group in groups.values()
+        for module, group in _group(rows, lambda row: replace(row, sqnr_db=None, max_abs_error=None))
     ]
 
 
 def _collapse_kept(rows: list[KeptRow]) -> list[KeptRow]:
-    groups: dict[tuple[str | int, ...], list[KeptRow]] = {}
+    return [replace(group[0], module=module, count=len(group)) for module, group in _group(rows, lambda row: row)]
+
+
+def _group(rows: list[Row], alike: Callable[[Row], Row]) -> list[tuple[str, list[Row]]]:
+    """Return (name, rows) for those that ``alike`` makes equal but for their block number."""
+    groups: dict[Row, list[Row]] = {}
     for row in rows:
-        groups.setdefault((_pattern(row.module), row.dtype, row.N, row.K, row.reason), []).append(row)
-    return [
-        replace(group[0], module=_pattern(group[0].module), count=len(group)) if len(group) > 1 else group[0]
-        for group in groups.values()
-    ]
-
-
-def _pattern(module: str) -> str:
-    """Return the name with the number of its block (the first number in it) as "*"."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module, count=1)
+        groups.setdefault(replace(alike(row), module=block_pattern(row.module)), []).append(row)
+    return [(key.module if len(group) > 1 else group[0].module, group) for key, group in groups.items()]
 
 
 def _total_nbytes(files: Mapping[str, Mapping[str, Any]]) -> int:

@@ -2,14 +2,15 @@
 
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
 
-from run_ckpt.contract.file_names import HEATMAP_NAME
+from run_ckpt.contract.file_names import HEATMAP_NAME, join_component
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.storage.units import format_nbytes
-from run_ckpt.tools.publish.consumers import commands, list_usages
+from run_ckpt.tools.publish.consumers import commands, list_consumers
 from run_ckpt.tools.publish.hardware import HARDWARE, hardware_key
 from run_ckpt.tools.publish.metadata import front_matter, hub_id, make_metadata
-from run_ckpt.tools.publish.rows import Component, Row, mean
+from run_ckpt.tools.publish.rows import ConvertedComponent, TensorRow
 
 _N_WORST = 10
 _FORMAT_NAMES = {("mxfp4", "aiter"): "pre-shuffled MXFP4", ("mxfp4", "plain"): "MXFP4", ("fp8", "plain"): "FP8"}
@@ -17,7 +18,7 @@ _HUB_URL = "https://huggingface.co"
 
 
 def make_card(
-    components: Sequence[Component], repo_id: str, *, base_model: str | None = None, has_heatmap: bool = False
+    components: Sequence[ConvertedComponent], repo_id: str, *, base_model: str | None = None, has_heatmap: bool = False
 ) -> str:
     """Return README.md for a result that is to be found as ``repo_id``; every number in it is from the manifests."""
     base = base_model or hub_id(components)
@@ -34,13 +35,13 @@ def make_card(
     return "\n\n".join(paragraph for section in sections for paragraph in section) + "\n"
 
 
-def format_name(components: Iterable[Component]) -> str:
+def format_name(components: Iterable[ConvertedComponent]) -> str:
     """Return the formats of the layers as people call them."""
     layers = [layer for component in components for layer in component.manifest.layers.values()]
     return " and ".join(sorted({_FORMAT_NAMES[layer.format, layer.layout] for layer in layers}))
 
 
-def _what_it_is(components: Sequence[Component], base: str | None) -> Iterator[str]:
+def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> Iterator[str]:
     source = components[0].manifest.source
     recipe = components[0].manifest.recipe
     name = f"[{base}]({_HUB_URL}/{base})" if base else f"`{source['name']}`"
@@ -71,54 +72,52 @@ def _what_it_is(components: Sequence[Component], base: str | None) -> Iterator[s
     yield _table(("", "before", "after", "times smaller", "parameters quantized"), rows, right=4)
 
 
-def _how_to_run(components: Sequence[Component], repo_id: str, base: str | None) -> Iterator[str]:
+def _how_to_run(components: Sequence[ConvertedComponent], repo_id: str, base: str | None) -> Iterator[str]:
     shown = base or "BASE"
-    usages = list_usages(components[0])
-    if base is None and any("{base}" in usage.code for usage in usages):
+    consumers = list_consumers(components[0])
+    if base is None and any("{base}" in consumer.code for consumer in consumers):
         yield "BASE stands for the Hub id or the folder of the pipeline that this was made from."
-    for usage in usages:
-        needs = f" ({usage.needs})" if usage.needs else ""
-        text = commands(usage, tuple(components), repo_id, shown)
-        yield f"**{usage.title}**{needs}\n\n```{usage.language}\n{text}\n```"
+    for consumer in consumers:
+        needs = f" ({consumer.needs})" if consumer.needs else ""
+        text = commands(consumer, tuple(components), repo_id, shown)
+        yield f"**{consumer.title}**{needs}\n\n```{consumer.language}\n{text}\n```"
     yield f"Check a copy, every byte of it: `hf download {repo_id} --local-dir COPY && run-ckpt verify COPY`."
 
 
-def _hardware(components: Sequence[Component]) -> Iterator[str]:
+def _hardware(components: Sequence[ConvertedComponent]) -> Iterator[str]:
     keys = {hardware_key(layer) for component in components for layer in component.manifest.layers.values()}
     for key in sorted(keys):
         yield HARDWARE[key]
 
 
-def _measured(components: Sequence[Component]) -> Iterator[str]:
+def _measured(components: Sequence[ConvertedComponent]) -> Iterator[str]:
     quantized = [row for component in components for row in component.rows if row.is_quantized]
     yield (
         "SQNR of a layer is 10 log10(sum w² / sum (w - decoded)²) over its weights, in dB: more is better, and 6 dB are"
         " a factor of two. It says how well weights survived, not how a picture or a text looks."
     )
-    kinds: dict[tuple[str, str, tuple[int, ...]], list[Row]] = {}
+    kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorRow]] = {}
     for row in quantized:
-        kinds.setdefault((_path(row.component, row.kind), row.fate, row.shape), []).append(row)
+        kinds.setdefault((row.kind, row.stored_as, row.shape), []).append(row)
     lines = []
-    for (kind, fate, shape), rows in kinds.items():
+    for (kind, stored_as, shape), rows in kinds.items():
         values = [row.sqnr_db for row in rows if row.sqnr_db is not None]
+        mean, worst_of_kind = (fmean(values), min(values)) if values else (None, None)
         size = " × ".join(map(str, shape))
-        lines.append((f"`{kind}`", str(len(rows)), size, fate, _db(mean(values)), _db(min(values, default=None))))
+        lines.append((f"`{kind}`", str(len(rows)), size, stored_as, _db(mean), _db(worst_of_kind)))
     yield _table(("layer", "count", "N × K", "format", "mean SQNR", "worst SQNR"), lines, right=2)
     measured = sorted((row for row in quantized if row.sqnr_db is not None), key=lambda row: row.sqnr_db or 0.0)
-    worst = [
-        (f"`{_path(row.component, row.name)}`", _db(row.sqnr_db), f"{row.max_abs_error:.4g}")
-        for row in measured[:_N_WORST]
-    ]
+    worst = [(f"`{row.path}`", _db(row.sqnr_db), f"{row.max_abs_error:.4g}") for row in measured[:_N_WORST]]
     title = f"The {len(worst)} worst layers:" if len(measured) > len(worst) else "All layers, worst first:"
     yield title + "\n\n" + _table(("layer", "SQNR", "largest error of a weight"), worst, right=1)
 
 
-def _kept(components: Sequence[Component]) -> Iterator[str]:
-    reasons: dict[tuple[str, str], list[Row]] = {}
+def _kept(components: Sequence[ConvertedComponent]) -> Iterator[str]:
+    reasons: dict[tuple[str, str], list[TensorRow]] = {}
     for component in components:
         for row in component.rows:
             if row.is_linear and not row.is_quantized:
-                reasons.setdefault((row.reason, row.fate), []).append(row)
+                reasons.setdefault((row.reason, row.stored_as), []).append(row)
     n_others = sum(not row.is_linear for component in components for row in component.rows)
     if reasons:
         lines = [
@@ -129,7 +128,7 @@ def _kept(components: Sequence[Component]) -> Iterator[str]:
     yield f"And {n_others} tensors that are no weights of linear layers: biases, norms, embeddings, tables."
 
 
-def _reproduce(components: Sequence[Component]) -> Iterator[str]:
+def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
     base = hub_id(components)
     source = components[0].manifest.source
     yield f"The same command gives the same bytes, on any machine ({components[0].summary.tool}):"
@@ -157,7 +156,7 @@ def _reproduce(components: Sequence[Component]) -> Iterator[str]:
     yield _details("SHA-256 of the source's shards", _table(("file", "bytes", "SHA-256"), used))
 
 
-def _convert_command(components: Sequence[Component]) -> str:
+def _convert_command(components: Sequence[ConvertedComponent]) -> str:
     recipe = components[0].manifest.recipe
     words = ["--format", recipe["format"]]
     words += ["--layout", recipe["layout"], "--scale-rule", recipe["scale_rule"]]
@@ -172,19 +171,15 @@ def _convert_command(components: Sequence[Component]) -> str:
     return shlex.join(words)
 
 
-def _checksums(component: Component, files: dict[str, dict[str, object]]) -> list[tuple[str, str, str]]:
+def _checksums(component: ConvertedComponent, files: dict[str, dict[str, object]]) -> list[tuple[str, str, str]]:
     return [
-        (f"`{_path(component.name, name)}`", f"{entry['nbytes']:,}", f"`{entry['sha256']}`")
+        (f"`{join_component(component.name, name)}`", f"{entry['nbytes']:,}", f"`{entry['sha256']}`")
         for name, entry in sorted(files.items())
     ]
 
 
-def _kinds(rows: list[Row]) -> str:
-    return ", ".join(dict.fromkeys(f"`{_path(row.component, row.kind)}`" for row in rows))
-
-
-def _path(component: str, name: str) -> str:
-    return f"{component}/{name}" if component else name
+def _kinds(rows: list[TensorRow]) -> str:
+    return ", ".join(dict.fromkeys(f"`{row.kind}`" for row in rows))
 
 
 def _db(value: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from run_ckpt.tools.publish.rows import Component
+from run_ckpt.tools.publish.rows import ConvertedComponent
 
 # Presets of classes that SGLang's diffusion runtime builds, and those of them that make videos.
 _SGLANG_DIFFUSION = ("flux1", "flux2", "hunyuan-video", "ltx2", "qwen-image", "wan", "z-image")
@@ -12,10 +12,10 @@ _ROWWISE = ("flux1", "flux2", "qwen-image")
 
 
 @dataclass(frozen=True)
-class Usage:
-    """One consumer. ``code`` is a template (see commands()); it holds where naming, dialect and the rest fit.
+class Consumer:
+    """One consumer and what it reads. ``code`` is a template (see commands()), ``needs`` what to install.
 
-    ``formats`` and ``presets`` are None where any will do.
+    ``formats``, ``granularities`` and ``presets`` are None where any will do.
     """
 
     title: str
@@ -24,15 +24,17 @@ class Usage:
     naming: str
     dialects: tuple[str, ...]
     formats: tuple[str, ...] | None = None
+    granularities: tuple[str, ...] | None = None
     presets: tuple[str, ...] | None = None
     needs: str = ""
 
-    def fits(self, component: Component) -> bool:
+    def reads(self, component: ConvertedComponent) -> bool:
         recipe = component.manifest.recipe
         return (
             recipe["naming"] == self.naming
             and recipe["dialect"] in self.dialects
             and (self.formats is None or recipe["format"] in self.formats)
+            and (self.granularities is None or recipe["granularity"] in self.granularities)
             and (self.presets is None or recipe["preset"] in self.presets)
         )
 
@@ -47,11 +49,11 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, 
 _SGLANG = 'sglang generate --model-path {base} {sglang_paths} --prompt "{prompt}" --save-output'
 
 # In the order of the card. tests/test_consumers.py and scripts/check_sglang.py run what is installed here.
-_USAGES = (
-    Usage(
+_CONSUMERS = (
+    Consumer(
         "SGLang", "sh", _SGLANG, "diffusers", ("fp8", "modelopt"), presets=_SGLANG_DIFFUSION, needs="sglang >= 0.5.23"
     ),
-    Usage(
+    Consumer(
         "SGLang",
         "sh",
         _SGLANG,
@@ -60,7 +62,7 @@ _USAGES = (
         presets=_SGLANG_DIFFUSION,
         needs=f'sglang >= 0.5.23 with our plug-in: `pip install ".[sglang]"` {_OURS}',
     ),
-    Usage(
+    Consumer(
         "SGLang",
         "sh",
         'sglang generate --model-path {base} --transformer-weights-path {repo} --prompt "{prompt}" --save-output',
@@ -69,7 +71,7 @@ _USAGES = (
         presets=_ROWWISE,
         needs="sglang >= 0.5.23",
     ),
-    Usage(
+    Consumer(
         "diffusers",
         "python",
         """import torch
@@ -89,7 +91,7 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, 
         presets=_ROWWISE,
         needs="diffusers >= 0.42",
     ),
-    Usage(
+    Consumer(
         "diffusers",
         "python",
         _REGISTER.replace("{register}", "from run_ckpt.integrations.diffusers import register\n\nregister()"),
@@ -97,7 +99,7 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, 
         ("mxfp4", "fp8", "modelopt"),
         needs=f'`pip install ".[diffusers]"` {_OURS}',
     ),
-    Usage(
+    Consumer(
         "diffusers",
         "python",
         _REGISTER.replace("{register}", "import quark.integrations.diffusers  # makes diffusers know the format"),
@@ -105,7 +107,7 @@ pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, 
         ("quark",),
         needs="`pip install amd-quark`",
     ),
-    Usage(
+    Consumer(
         "Our loader, from the command line",
         "sh",
         """hf download {repo_id} --local-dir {folder}
@@ -114,7 +116,7 @@ run-ckpt generate --model-path {base} {loader_paths} --prompt "{prompt}" --outpu
         ("mxfp4", "fp8", "modelopt"),
         needs=f'`pip install ".[diffusers]"` {_OURS}',
     ),
-    Usage(
+    Consumer(
         "transformers",
         "python",
         """from transformers import AutoModelForCausalLM
@@ -124,7 +126,7 @@ model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map=
         ("compressed-tensors",),
         needs="transformers with `pip install compressed-tensors accelerate`",
     ),
-    Usage(
+    Consumer(
         "transformers",
         "python",
         """from transformers import AutoModelForCausalLM
@@ -132,9 +134,10 @@ model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map=
 model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")""",
         "transformers",
         ("fp8",),
-        needs="transformers with `pip install accelerate`; block scales only",
+        granularities=("block",),
+        needs="transformers with `pip install accelerate`",
     ),
-    Usage(
+    Consumer(
         "transformers",
         "python",
         """from run_ckpt.integrations.transformers import register
@@ -146,15 +149,15 @@ model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")""",
         ("mxfp4",),
         needs=f"`pip install .` {_OURS}",
     ),
-    Usage("vLLM", "sh", "vllm serve {repo}", "transformers", ("compressed-tensors", "quark", "fp8", "modelopt")),
-    Usage(
+    Consumer("vLLM", "sh", "vllm serve {repo}", "transformers", ("compressed-tensors", "quark", "fp8", "modelopt")),
+    Consumer(
         "SGLang",
         "sh",
         "python -m sglang.launch_server --model-path {repo}",
         "transformers",
         ("quark", "fp8", "modelopt"),
     ),
-    Usage(
+    Consumer(
         "SGLang",
         "sh",
         "python -m sglang.launch_server --model-path {repo}",
@@ -162,7 +165,7 @@ model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")""",
         ("compressed-tensors",),
         formats=("fp8",),
     ),
-    Usage(
+    Consumer(
         "Our loader, in Python",
         "python",
         """from huggingface_hub import snapshot_download
@@ -176,25 +179,19 @@ model = load_quantized(snapshot_download("{repo_id}"){subpath}, device="cuda")""
 )
 
 
-def list_usages(component: Component) -> list[Usage]:
-    """Return the consumers that read a component of this dialect and class."""
-    granularity = component.manifest.recipe["granularity"]
-    blocks_only = "block scales only"
-    return [
-        usage
-        for usage in _USAGES
-        if usage.fits(component) and (blocks_only not in usage.needs or granularity == "block")
-    ]
+def list_consumers(component: ConvertedComponent) -> list[Consumer]:
+    """Return who reads a component of this dialect and class, in the order of the card."""
+    return [consumer for consumer in _CONSUMERS if consumer.reads(component)]
 
 
-def commands(usage: Usage, components: tuple[Component, ...], repo_id: str, base: str) -> str:
+def commands(consumer: Consumer, components: tuple[ConvertedComponent, ...], repo_id: str, base: str) -> str:
     """Return the commands as a reader types them. base: Hub id of the model that lends all other components."""
     first = components[0]
     folder = repo_id.rpartition("/")[2]
     inside = f"/{first.name}" if first.name else ""
     names = [component.name for component in components]
-    return usage.code.format(
-        repo=repo_id + (inside if usage.language == "sh" else ""),
+    return consumer.code.format(
+        repo=repo_id + (inside if consumer.language == "sh" else ""),
         repo_id=repo_id,
         base=base,
         folder=folder,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from run_ckpt.tools.publish.rows import Row
+from run_ckpt.tools.publish.rows import TensorRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,16 +32,16 @@ class Grid:
     stack: str
     projections: tuple[str, ...]
     blocks: tuple[int, ...]
-    cells: Mapping[tuple[str, int], Row]
+    cells: Mapping[tuple[str, int], TensorRow]
 
     @property
     def title(self) -> str:
         return "/".join(filter(None, (self.component, self.stack)))
 
 
-def make_grids(rows: Iterable[Row]) -> list[Grid]:
+def make_grids(rows: Iterable[TensorRow]) -> list[Grid]:
     """Return a grid for each stack that holds a quantized layer, in the order of the rows."""
-    stacks: dict[tuple[str, str], dict[tuple[str, int], Row]] = {}
+    stacks: dict[tuple[str, str], dict[tuple[str, int], TensorRow]] = {}
     for row in rows:
         if row.is_linear and row.block is not None:
             stacks.setdefault((row.component, row.stack), {})[row.projection, row.block] = row
@@ -58,12 +58,12 @@ def make_grids(rows: Iterable[Row]) -> list[Grid]:
     ]
 
 
-def color_ranges(rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
+def color_ranges(rows: Iterable[TensorRow]) -> dict[str, tuple[float, float]]:
     """Return format -> (weakest, strongest) SQNR that colours tell apart: each format has its own usual level."""
     values: dict[str, list[float]] = {}
     for row in rows:
         if row.sqnr_db is not None:
-            values.setdefault(row.fate, []).append(row.sqnr_db)
+            values.setdefault(row.stored_as, []).append(row.sqnr_db)
     return {
         name: (min(*sqnr, max(sqnr) - SMALLEST_SPAN_DB), max(sqnr))
         for name, sqnr in sorted(values.items(), reverse=True)
@@ -127,9 +127,9 @@ def _draw_grid(axes: Axes, grid: Grid, norms: Mapping[str, Normalize], n_columns
     axes.spines[:].set_visible(False)
 
 
-def _shade(row: Row | None, norms: Mapping[str, Normalize]) -> float:
+def _shade(row: TensorRow | None, norms: Mapping[str, Normalize]) -> float:
     """Return 0 for the weakest layer of its format to 1 for the strongest, NaN where there is none."""
-    return float("nan") if row is None or row.sqnr_db is None else float(norms[row.fate](row.sqnr_db))
+    return float("nan") if row is None or row.sqnr_db is None else float(norms[row.stored_as](row.sqnr_db))
 
 
 def _kept_cell(corner: tuple[int, int]) -> Rectangle:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from run_ckpt.tools.publish.rows import Component
+from run_ckpt.tools.publish.rows import ConvertedComponent
 
 # Of the source's card; the rest (evaluation results, widgets, gating) speaks of the source alone.
 _CARRIED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
@@ -11,7 +11,7 @@ _DROPPED_TAGS = ("safetensors", "diffusion-single-file", "region:us")
 _DROPPED_TAG_PREFIXES = ("base_model:", "license:", "arxiv:", "doi:", "diffusers:", "endpoints_")
 
 
-def make_metadata(components: Sequence[Component], *, base_model: str | None) -> dict[str, Any]:
+def make_metadata(components: Sequence[ConvertedComponent], *, base_model: str | None) -> dict[str, Any]:
     """Return the metadata. base_model: Hub id; default: the source, where it is a Hub repo."""
     first = components[0].manifest
     source_card = first.source.get("card") or {}
@@ -28,7 +28,7 @@ def make_metadata(components: Sequence[Component], *, base_model: str | None) ->
     return metadata
 
 
-def hub_id(components: Sequence[Component]) -> str | None:
+def hub_id(components: Sequence[ConvertedComponent]) -> str | None:
     """Return the Hub repo that the result was made from, None where it was made from a folder."""
     source = components[0].manifest.source
     parts = str(source["name"]).split("/")
@@ -42,7 +42,7 @@ def front_matter(metadata: dict[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _tags(components: Sequence[Component], source_card: dict[str, Any]) -> list[str]:
+def _tags(components: Sequence[ConvertedComponent], source_card: dict[str, Any]) -> list[str]:
     carried = [str(tag) for tag in source_card.get("tags") or []]
     kept = [tag for tag in carried if tag not in _DROPPED_TAGS and not tag.startswith(_DROPPED_TAG_PREFIXES)]
     formats = sorted({layer.format for component in components for layer in component.manifest.layers.values()})

@@ -8,7 +8,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from run_ckpt.contract.errors import ProblemsError, PublishError
-from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX
+from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX, join_component
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import describe_file
@@ -16,7 +16,7 @@ from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.card import make_card
 from run_ckpt.tools.publish.heatmap import draw_heatmap, make_grids
 from run_ckpt.tools.publish.repository import LocalFile, Repository, Target, open_repository
-from run_ckpt.tools.publish.rows import Component, read_result
+from run_ckpt.tools.publish.rows import ConvertedComponent, read_result
 from run_ckpt.tools.verify.files import file_faults
 
 _CARD_FILES = (CARD_NAME, HEATMAP_NAME)
@@ -108,7 +108,7 @@ class ShardUploads:
                 self._say(f"not pushed for now: {error}")
 
 
-def _verified_files(components: Sequence[Component], progress: Progress) -> list[LocalFile]:
+def _verified_files(components: Sequence[ConvertedComponent], progress: Progress) -> list[LocalFile]:
     """Return every file that the manifests list, and the manifests, each found to be as it should."""
     files, problems = [], []
     for component in components:
@@ -117,14 +117,16 @@ def _verified_files(components: Sequence[Component], progress: Progress) -> list
         problems += file_faults(component.path, listed, "the manifest", progress)
         listed = {**listed, MANIFEST_NAME: describe_file(component.path / MANIFEST_NAME)}
         for name, entry in listed.items():
-            path_in_repo = f"{component.name}/{name}" if component.name else name
+            path_in_repo = join_component(component.name, name)
             files.append(LocalFile(path_in_repo, component.path / name, entry["nbytes"], entry["sha256"]))
     if problems:
         raise ProblemsError("nothing was pushed: the checkpoint is damaged", problems)
     return files
 
 
-def card_files(components: Sequence[Component], repo_id: str, base_model: str | None, say: Say) -> Iterator[LocalFile]:
+def card_files(
+    components: Sequence[ConvertedComponent], repo_id: str, base_model: str | None, say: Say
+) -> Iterator[LocalFile]:
     picture = draw_heatmap(make_grids(row for component in components for row in component.rows))
     if picture is None:
         say('the model card goes without its heat map: pip install ".[hub]" brings matplotlib, which draws it')

@@ -4,11 +4,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from run_ckpt.contract.manifest import WEIGHT
 from run_ckpt.tools.publish.heatmap import color_ranges
-from run_ckpt.tools.publish.rows import Component, Row, mean
+from run_ckpt.tools.publish.rows import ConvertedComponent, TensorRow
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _PLACEHOLDER = "__DATA__"
@@ -22,15 +23,15 @@ _ESCAPES: dict[str, str | int | None] = {
 }
 
 
-def make_report(results: Mapping[str, Sequence[Component]]) -> str:
+def make_report(results: Mapping[str, Sequence[ConvertedComponent]]) -> str:
     """Return the page of one result, or of several to compare. results: label -> components."""
     page = _TEMPLATE.read_text(encoding="utf-8")
     text = json.dumps(report_data(results), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return page.replace(_PLACEHOLDER, text.translate(str.maketrans(_ESCAPES)))
 
 
-def report_data(results: Mapping[str, Sequence[Component]]) -> dict[str, Any]:
-    """Return what the page shows: a summary of each result, and a row for each tensor with its fate in each.
+def report_data(results: Mapping[str, Sequence[ConvertedComponent]]) -> dict[str, Any]:
+    """Return what the page shows: a summary of each result, and a row for each tensor with what it became in each.
 
     Rows are lists, in the order in which report.html takes them apart.
     """
@@ -46,9 +47,9 @@ def report_data(results: Mapping[str, Sequence[Component]]) -> dict[str, Any]:
     }
 
 
-def _summary(label: str, components: Sequence[Component]) -> dict[str, Any]:
+def _summary(label: str, components: Sequence[ConvertedComponent]) -> dict[str, Any]:
     rows = [row for component in components for row in component.rows]
-    measured = {_path(row): row.sqnr_db for row in rows if row.sqnr_db is not None}
+    measured = {row.path: row.sqnr_db for row in rows if row.sqnr_db is not None}
     worst = min(measured, key=measured.__getitem__, default=None)
     weights = sum(
         layer.specs()[WEIGHT].nbytes for component in components for layer in component.manifest.layers.values()
@@ -72,14 +73,14 @@ def _summary(label: str, components: Sequence[Component]) -> dict[str, Any]:
         "kept_nbytes": sum(row.output_nbytes for row in rows if not row.is_quantized),
         "n_layers": len(quantized),
         "share": sum(_count(row) for row in quantized) / max(1, n_parameters),
-        "mean_sqnr_db": mean(list(measured.values())),
+        "mean_sqnr_db": fmean(measured.values()) if measured else None,
         "worst_sqnr_db": measured[worst] if worst else None,
         "worst_layer": worst,
     }
 
 
-def _row(fates: Sequence[Row | None]) -> list[Any]:
-    row = next(row for row in fates if row is not None)
+def _row(rows: Sequence[TensorRow | None]) -> list[Any]:
+    row = next(row for row in rows if row is not None)
     return [
         row.component,
         row.name,
@@ -90,15 +91,13 @@ def _row(fates: Sequence[Row | None]) -> list[Any]:
         row.shape,
         row.source_nbytes,
         [
-            None if fate is None else [fate.fate, fate.reason, fate.output_nbytes, fate.sqnr_db, fate.max_abs_error]
-            for fate in fates
+            None
+            if row is None
+            else [row.stored_as, row.reason, row.output_nbytes, row.sqnr_db, row.max_abs_error, row.is_quantized]
+            for row in rows
         ],
     ]
 
 
-def _path(row: Row) -> str:
-    return f"{row.component}/{row.name}" if row.component else row.name
-
-
-def _count(row: Row) -> int:
+def _count(row: TensorRow) -> int:
     return math.prod(row.shape)

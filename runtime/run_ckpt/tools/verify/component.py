@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from run_ckpt.contract.errors import CheckpointError, ProblemsError
-from run_ckpt.contract.manifest import Layer, read_manifest
-from run_ckpt.contract.manifest_checks import manifest_faults
+from run_ckpt.contract.manifest import Layer
+from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
 from run_ckpt.storage.checks import config_faults, header_faults
@@ -75,10 +75,8 @@ def verify_component(name: str, path: Path, source_path: Path | None, progress: 
     """Return the report of one converted component."""
     faults: list[str] = []
     measured: list[Measured] = []
-    manifest = _collect(faults, lambda: read_manifest(path))
-    if manifest is not None:
-        faults += manifest_faults(manifest)
-    if manifest is None or faults:
+    manifest = _collect(faults, lambda: read_checked_manifest(path))
+    if manifest is None:
         return ComponentReport(name, 0, 0, 0, 0, (), tuple(faults))
     nbytes = sum(entry["nbytes"] for entry in manifest.files.values())
     progress.start(_label("hash", name), nbytes)
