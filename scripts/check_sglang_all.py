@@ -28,9 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 from convert_ckpt.options import Options  # noqa: E402
 from convert_ckpt.pipeline import convert_checkpoint  # noqa: E402
-from convert_ckpt.progress import Silent  # noqa: E402
 from run_ckpt.contract.manifest import Layer, read_manifest  # noqa: E402
-from run_ckpt.progress import Silent as SilentReading  # noqa: E402
+from run_ckpt.progress import Silent  # noqa: E402
 from run_ckpt.tools.rewrite.dequantize import dequantize  # noqa: E402
 from tests.models import MODELS, save  # noqa: E402
 
@@ -158,7 +157,7 @@ def check(python: Path, name: str, source: Path, session: Session) -> int:
 
 def check_forward(python: Path, name: str, source: Path, variant: str) -> int:
     converted, plain = source.parent / variant, source.parent / f"{variant}-dequantized"
-    dequantize(converted, plain, dtype="bfloat16", progress=SilentReading())
+    dequantize(converted, plain, dtype="bfloat16", progress=Silent())
     return run(python, name, "forward_sglang.py", [str(converted), str(plain), str(source)], 1)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import Summary, convert_checkpoint
-from convert_ckpt.progress import Silent
+from run_ckpt.progress import Silent
 
 FLUX_DIGITS = Path(__file__).parents[1] / "examples" / "flux-digits"
 

@@ -8,10 +8,10 @@ import pytest
 
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import Summary, convert_checkpoint
-from convert_ckpt.progress import Silent
 from convert_ckpt.source.opened import Selection
 from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.progress import Progress, Silent
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.hub_server import HubServer, serve_hub
 
@@ -61,7 +61,7 @@ def convert_remote(
     output: Path,
     *,
     restart: bool = False,
-    progress: Silent | None = None,
+    progress: Progress | None = None,
     components: tuple[str, ...] = (),
     keep_source: bool = False,
     **options: object,

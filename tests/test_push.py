@@ -19,7 +19,6 @@ import pytest
 
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import convert_checkpoint
-from convert_ckpt.progress import Silent as NoProgress
 from convert_ckpt.push import convert_and_push
 from run_ckpt.contract.errors import CheckpointError, ProblemsError, PublishError, UsageError
 from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME
@@ -31,6 +30,7 @@ from run_ckpt.tools.publish.repository import Target
 from run_ckpt.tools.publish.rows import read_result
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.converted import convert, make_linear
+from tests.hub_fixtures import Lines
 from tests.hub_upload_server import TOKEN, Hub, serve_hub
 
 REPO = "me/digits-mxfp4"
@@ -75,7 +75,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, picture: bytes | None) -> Iterator[Hub]
 
 def push(output: Path, repo_id: str = REPO, **options: object) -> Pushed:
     target = Target(repo_id, **options)  # type: ignore[arg-type]
-    return push_result(output, target, base_model=None, say=lambda line: None, progress=Silent())
+    return push_result(output, target, base_model=None, progress=Silent())
 
 
 def sha256(path: Path) -> str:
@@ -238,11 +238,11 @@ def test_without_matplotlib_the_card_goes_without_picture_and_says_so(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("run_ckpt.tools.publish.heatmap.can_draw", lambda: False)
-    said: list[str] = []
-    (card,) = card_files(read_result(output), REPO, None, said.append)
+    lines = Lines()
+    (card,) = card_files(read_result(output), REPO, None, lines)
     assert card.name == CARD_NAME
     assert b"sqnr_heatmap" not in card.content  # type: ignore[operator]
-    assert "matplotlib" in said[0]
+    assert "matplotlib" in lines.lines[0]
 
 
 @pytest.mark.parametrize("name", ["me/flux-4bit", "me/flux-AWQ", "me/flux-gptq-v2", "flux", "a/b/c", "me/flux digits"])
@@ -349,7 +349,7 @@ def test_a_repo_with_other_content_stops_a_conversion_before_it_starts(hub: Hub,
         listener.start(SHARDS)  # type: ignore[attr-defined]
         started.append(True)
 
-    options = {"base_model": None, "at_end": False, "say": lambda line: None}
+    options = {"base_model": None, "at_end": False, "progress": Silent()}
     with pytest.raises(CheckpointError, match="holds something else"):
         convert_and_push(convert_nothing, tmp_path, {"repo_id": REPO}, **options)  # type: ignore[arg-type]
     assert not started
@@ -360,14 +360,14 @@ def test_a_conversion_whose_result_is_there_already_sends_nothing(
 ) -> None:
     push(output)
     hub.sent.clear()
-    said: list[str] = []
+    lines = Lines()
     run = partial(convert_checkpoint, source, tmp_path / "again", Options("mxfp4"))
-    run = partial(run, n_workers=2, restart=False, progress=NoProgress())
-    options = {"base_model": None, "at_end": False, "say": said.append}
+    run = partial(run, n_workers=2, restart=False, progress=Silent())
+    options = {"base_model": None, "at_end": False, "progress": lines}
     _, pushed = convert_and_push(run, tmp_path / "again", {"repo_id": REPO}, **options)  # type: ignore[arg-type]
     assert "nothing to push" in str(pushed)
     assert hub.sent == []
-    assert "at the end" in said[0]
+    assert any("at the end" in line for line in lines.lines)
 
 
 def test_push_options_without_a_repo_are_wrong_usage(source: Path, tmp_path: Path) -> None:

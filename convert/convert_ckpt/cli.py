@@ -143,11 +143,11 @@ _OPTION_NAMES = (
 def _show_plan(output: Path | None, options: Options, arguments: dict[str, Any]) -> None:
     from convert_ckpt.pipeline import check_output, plan_checkpoint
     from convert_ckpt.preview import plan_json, plan_lines
-    from convert_ckpt.progress import PlainLines
     from convert_ckpt.run.disk import check_disk
     from convert_ckpt.run.partial_output import Staging
     from convert_ckpt.source.opened import Selection, open_source
     from convert_ckpt.source.reference import parse_reference
+    from run_ckpt.cli.progress import PlainLines
 
     reference = parse_reference(arguments["source"])
     if output is not None:
@@ -168,12 +168,12 @@ def _show_plan(output: Path | None, options: Options, arguments: dict[str, Any])
 
 def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
     from convert_ckpt.pipeline import convert_checkpoint
-    from convert_ckpt.progress import choose_progress
     from convert_ckpt.source.opened import Selection
     from convert_ckpt.source.reference import parse_reference
+    from run_ckpt.cli.progress import show_progress
 
     quiet, as_json = arguments["quiet"], arguments["as_json"]
-    with choose_progress(quiet=quiet or as_json) as progress:
+    with show_progress(quiet=quiet or as_json) as progress:
         convert = partial(
             convert_checkpoint,
             parse_reference(arguments["source"]),
@@ -194,7 +194,7 @@ def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
                 {"repo_id": arguments["push_to_hub"], **target},
                 base_model=arguments["base_model"],
                 at_end=arguments["push_at_end"],
-                say=progress.log,
+                progress=progress,
             )
         else:
             summary, pushed = convert(), None

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from convert_ckpt.options import Options
 from convert_ckpt.plan.plan import Job, make_plan
 from convert_ckpt.preview import plan_lines
-from convert_ckpt.progress import Silent
 from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.engine import Engine, FileRecord
 from convert_ckpt.run.partial_output import Staging
@@ -22,6 +21,7 @@ from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
 from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
+from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import hash_path, target_faults, write_durably
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.version import VERSION
@@ -84,7 +84,7 @@ def convert_checkpoint(
     *,
     n_workers: int,
     restart: bool,
-    progress: Silent,
+    progress: Progress,
     selection: Selection = EVERYTHING,
     listener: ShardListener | None = None,
 ) -> Summary:
@@ -125,7 +125,7 @@ def check_output(reference: Reference, output: Path) -> None:
 
 
 def _convert_job(
-    opened: OpenedSource, job: Job, staging: Staging, n_workers: int, progress: Silent, listener: ShardListener | None
+    opened: OpenedSource, job: Job, staging: Staging, n_workers: int, progress: Progress, listener: ShardListener | None
 ) -> int:
     """Convert one component into the staging folder; return how many files were finished before."""
     before = _shard_identities(opened, job)
@@ -156,7 +156,7 @@ def _convert_job(
             opened.store, opened.remote_path(job.name, ""), shards, fetched, progress, keep=opened.keep_source
         )
     engine = Engine(job.plan, shards, folder, records.copy(), on_file, progress, provider)
-    progress.start(job.name, engine.progress_nbytes)
+    progress.start(f"convert {job.name}".strip(), engine.progress_nbytes)
     engine.run(n_workers)
     _check_unchanged(before, _shard_identities(opened, job))
     manifest = _complete_manifest(job.plan.manifest, records, write_side_files(folder, job.source, job.plan))

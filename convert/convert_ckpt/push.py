@@ -7,7 +7,7 @@ from typing import Any
 
 from convert_ckpt.pipeline import Summary
 from run_ckpt.contract.errors import CheckpointError, PublishError
-from run_ckpt.progress import Silent
+from run_ckpt.progress import Progress
 from run_ckpt.tools.publish.push import Pushed, ShardUploads, push_result
 from run_ckpt.tools.publish.repository import LocalFile, Target, open_repository
 
@@ -19,7 +19,7 @@ def convert_and_push(
     *,
     base_model: str | None,
     at_end: bool,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Summary, Pushed]:
     """Convert and push. convert: convert_checkpoint() with all but its ``listener`` bound.
 
@@ -32,14 +32,14 @@ def convert_and_push(
         open_repository(target, show_bars=False)
         summary = convert()
     else:
-        uploads = ShardUploads(target, say)
+        uploads = ShardUploads(target, progress)
         try:
             summary = convert(listener=uploads)
         finally:
             uploads.stop()
         early = uploads.sent
     try:
-        pushed = push_result(output, target, base_model=base_model, say=say, progress=Silent())
+        pushed = push_result(output, target, base_model=base_model, progress=progress)
         return summary, replace(pushed, sent=(*early, *pushed.sent))
     except (CheckpointError, KeyboardInterrupt) as error:
         reason = str(error) or "the push was stopped."

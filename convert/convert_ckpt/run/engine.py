@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
-from convert_ckpt.progress import Silent
 from convert_ckpt.run.buffers import Scratch
 from convert_ckpt.run.digest import choose_hasher
 from convert_ckpt.run.finish import FileHashing
@@ -40,6 +39,7 @@ from convert_ckpt.run.wait import Gate
 from convert_ckpt.source.shards import LocalShards, ShardProvider
 from run_ckpt.contract.errors import NonFiniteError
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, sqnr_db
+from run_ckpt.progress import Progress
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.writer import ShardWriter
 
@@ -74,7 +74,7 @@ class Engine:
         folder: Path,
         finished: dict[str, FileRecord],
         on_file: Callable[[str, FileRecord], None],
-        progress: Silent,
+        progress: Progress,
         supply: ShardProvider | None = None,
     ):
         shards = tuple(shards)

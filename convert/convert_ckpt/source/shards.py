@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from convert_ckpt.progress import Silent
 from convert_ckpt.source.store import Patience, RemoteFile, Store, checksum_fault, new_digest, read_range
 from run_ckpt.contract.errors import FetchError, TransientError
+from run_ckpt.progress import Progress
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.units import format_nbytes
 
@@ -85,7 +85,7 @@ class FetchedShards:
         store_folder: str,
         shards: tuple[Shard, ...],
         folder: Path,
-        progress: Silent,
+        progress: Progress,
         *,
         keep: bool = False,
     ):

@@ -92,7 +92,7 @@ def compare(
 
 
 def _compare(base: str, outputs: tuple[Path, ...], options: Mapping[str, Any]) -> PipelineComparison | TextComparison:
-    from run_ckpt.cli.tables import show_progress
+    from run_ckpt.cli.progress import show_progress
 
     place = placement(options)
     with show_progress() as progress:

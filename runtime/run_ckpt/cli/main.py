@@ -118,7 +118,8 @@ def verify(output: Path, source: Path | None) -> None:
       run-ckpt verify flux-mxfp4
       run-ckpt verify flux-mxfp4 --source flux
     """
-    from run_ckpt.cli.tables import make_console, print_measured, show_progress
+    from run_ckpt.cli.progress import show_progress
+    from run_ckpt.cli.tables import make_console, print_measured
     from run_ckpt.tools.verify.component import verdict, verify_output
 
     with show_progress() as progress:
@@ -152,7 +153,7 @@ def dequantize(output: Path, folder: Path, dtype: str) -> None:
     Example:
       run-ckpt dequantize flux-mxfp4 flux-bf16
     """
-    from run_ckpt.cli.tables import show_progress
+    from run_ckpt.cli.progress import show_progress
     from run_ckpt.tools.rewrite.dequantize import dequantize as write
 
     with show_progress() as progress:
@@ -175,7 +176,7 @@ def relayout(output: Path, folder: Path, layout: str, dialect: str | None) -> No
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
       run-ckpt relayout llama-mxfp4 llama-vllm --layout plain --dialect compressed-tensors
     """
-    from run_ckpt.cli.tables import show_progress
+    from run_ckpt.cli.progress import show_progress
     from run_ckpt.tools.rewrite.relayout import relayout as write
 
     with show_progress() as progress:

@@ -27,13 +27,13 @@ def push(output: Path, repo_id: str, base_model: str | None, **options: Any) -> 
     Example:
       run-ckpt push flux-mxfp4 me/flux-mxfp4 --private
     """
-    from run_ckpt.cli.tables import show_progress
+    from run_ckpt.cli.progress import show_progress
     from run_ckpt.tools.publish.push import push_result
     from run_ckpt.tools.publish.repository import Target
 
     target = Target(repo_id, **options)
     with show_progress() as progress:
-        pushed = push_result(output, target, base_model=base_model, say=_note, progress=progress)
+        pushed = push_result(output, target, base_model=base_model, progress=progress)
     click.echo(str(pushed))
 
 
@@ -76,7 +76,3 @@ def report(outputs: tuple[Path, ...], file: Path) -> None:
 
 
 COMMANDS = (card, report, push)
-
-
-def _note(line: str) -> None:
-    click.echo(line, err=True)

@@ -56,7 +56,7 @@ def generate(
       run-ckpt generate --model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers --transformer-path OUT/transformer \\
           --transformer-2-path OUT/transformer_2 --prompt "a cat walks" --output video.mp4
     """
-    from run_ckpt.cli.tables import show_progress
+    from run_ckpt.cli.progress import show_progress
     from run_ckpt.tools.generate import Request, check_output, load_pipeline, load_transformers
     from run_ckpt.tools.generate import generate as run
 

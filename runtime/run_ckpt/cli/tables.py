@@ -1,18 +1,13 @@
-"""Inspections and verify reports as rich tables, and a progress bar; for the command line only."""
+"""Inspections and verify reports as rich tables; for the command line only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from run_ckpt.progress import Progress, Silent
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.summary import CheckpointSummary, Inspection
 
@@ -99,35 +94,6 @@ def print_bench(console: Console, component: str, bench: Bench) -> None:
         f"load: {load.seconds:.2f} s, {load.ratio:.2f} times reading the files ({load.read_seconds:.2f} s);"
         f" model {format_nbytes(load.model_nbytes)}, peak memory {format_nbytes(load.peak_nbytes)}"
     )
-
-
-@contextmanager
-def show_progress() -> Iterator[Progress]:
-    """Yield a progress bar on stderr if that is a terminal, else one that nobody sees."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Silent()
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with RichProgress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
-        yield _Bar(bars)
-
-
-class _Bar:
-    """One line that shows the step at work."""
-
-    def __init__(self, bars: RichProgress):
-        self._bars = bars
-        self._task: TaskID | None = None
-
-    def start(self, label: str, nbytes: int) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(escape(label), total=nbytes)
-
-    def advance(self, nbytes: int) -> None:
-        if self._task is not None:
-            self._bars.advance(self._task, nbytes)
 
 
 def _summary_table(summary: CheckpointSummary) -> Table:

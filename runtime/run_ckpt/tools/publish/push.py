@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,8 +22,6 @@ from run_ckpt.tools.verify.files import file_faults
 _CARD_FILES = (CARD_NAME, HEATMAP_NAME)
 _LAST_MESSAGE = "Add configuration, manifest and model card"
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Pushed:
@@ -42,7 +40,7 @@ class Pushed:
         return f"Pushed {len(self.sent)} of {self.n_files} files ({nbytes}) to {self.url}{removed}"
 
 
-def push_result(output: Path, target: Target, *, base_model: str | None, say: Say, progress: Progress) -> Pushed:
+def push_result(output: Path, target: Target, *, base_model: str | None, progress: Progress) -> Pushed:
     """Make the repo hold the result at ``output``; send what it lacks, shards first, all else in the last commit.
 
     Raises PublishError where the repo holds something else (unless ``target.overwrite``) or the Hub refuses,
@@ -51,8 +49,8 @@ def push_result(output: Path, target: Target, *, base_model: str | None, say: Sa
     components = read_result(output)
     repository = open_repository(target)
     files = _verified_files(components, progress)
-    files += card_files(components, target.repo_id, base_model, say)
-    return _send(repository, files, target, say)
+    files += card_files(components, target.repo_id, base_model, progress)
+    return _send(repository, files, target, progress)
 
 
 class ShardUploads:
@@ -61,10 +59,10 @@ class ShardUploads:
     Best effort: a failure is said, and push_result() sends what is missing.
     """
 
-    def __init__(self, target: Target, say: Say):
+    def __init__(self, target: Target, progress: Progress):
         self._repository = open_repository(target, show_bars=False)
         self._overwrite = target.overwrite
-        self._say = say
+        self._log = progress.log
         self._queue: SimpleQueue[LocalFile | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._stopped = False
@@ -77,7 +75,7 @@ class ShardUploads:
         """
         held = _visible(self._repository)
         if any(name.endswith(MANIFEST_NAME) for name in held) or (self._overwrite and held):
-            self._say(f"{self._repository.url} is not empty: it is compared, and shards are sent, at the end")
+            self._log(f"{self._repository.url} is not empty: it is compared, and shards are sent, at the end")
             self._stopped = True
         elif foreign := sorted(held - set(names)):
             raise _holds_something_else(self._repository, foreign)
@@ -103,9 +101,9 @@ class ShardUploads:
                     raise _holds_something_else(self._repository, [file.name])
                 self._repository.commit([file], f"Add {file.name}")
                 self.sent.append(file)
-                self._say(f"pushed {file.name} ({format_nbytes(file.nbytes)})")
+                self._log(f"pushed {file.name} ({format_nbytes(file.nbytes)})")
             except PublishError as error:
-                self._say(f"not pushed for now: {error}")
+                self._log(f"not pushed for now: {error}")
 
 
 def _verified_files(components: Sequence[ConvertedComponent], progress: Progress) -> list[LocalFile]:
@@ -125,11 +123,11 @@ def _verified_files(components: Sequence[ConvertedComponent], progress: Progress
 
 
 def card_files(
-    components: Sequence[ConvertedComponent], repo_id: str, base_model: str | None, say: Say
+    components: Sequence[ConvertedComponent], repo_id: str, base_model: str | None, progress: Progress
 ) -> Iterator[LocalFile]:
     picture = draw_heatmap(make_grids(row for component in components for row in component.rows))
     if picture is None:
-        say('the model card goes without its heat map: pip install ".[hub]" brings matplotlib, which draws it')
+        progress.log('the model card goes without its heat map: pip install ".[hub]" brings matplotlib, which draws it')
     else:
         yield _in_memory(HEATMAP_NAME, picture)
     card = make_card(components, repo_id, base_model=base_model, has_heatmap=picture is not None)
@@ -140,11 +138,11 @@ def _in_memory(name: str, data: bytes) -> LocalFile:
     return LocalFile(name, data, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _send(repository: Repository, files: list[LocalFile], target: Target, say: Say) -> Pushed:
+def _send(repository: Repository, files: list[LocalFile], target: Target, progress: Progress) -> Pushed:
     ours = {file.name: file for file in files}
     other = sorted(name for name in _visible(repository) if name not in ours or not repository.holds(ours[name]))
     if other and _is_complete(repository, files) and set(other) <= set(_CARD_FILES) and not target.overwrite:
-        say(f"{' and '.join(other)} differ there and stay as they are; --overwrite replaces them")
+        progress.log(f"{' and '.join(other)} differ there and stay as they are; --overwrite replaces them")
         return Pushed(repository.url, len(files))
     if other and not target.overwrite:
         raise _holds_something_else(repository, other)
@@ -153,7 +151,7 @@ def _send(repository: Repository, files: list[LocalFile], target: Target, say: S
         if file.name.endswith(SUFFIX):
             # Beside other content a shard must not be seen before the last commit takes that away.
             repository.stage([file]) if other else repository.commit([file], f"Add {file.name}")
-            say(f"pushed {file.name} ({format_nbytes(file.nbytes)})")
+            progress.log(f"pushed {file.name} ({format_nbytes(file.nbytes)})")
     last = [file for file in missing if not file.name.endswith(SUFFIX)]
     stale = [name for name in other if name not in ours]
     if last or other:
