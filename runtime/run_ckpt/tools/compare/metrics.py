@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -78,10 +79,16 @@ def sum_errors(reference: Tensor, other: Tensor) -> ErrorSums:
 
 
 def check_packages(*, with_lpips: bool) -> None:
-    """Raise UsageError unless what ssim and lpips need is installed."""
+    """Raise UsageError unless what ssim and lpips need is installed, and AlexNet's weights can be had."""
     for package in ("torchmetrics", *["torchvision"] * with_lpips):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f'comparing frames needs {package}, which is not installed: pip install "{package}".')
+    if with_lpips:
+        blank = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+        try:
+            lpips(blank, blank)
+        except OSError as error:
+            raise UsageError(f"--lpips: torchvision can't fetch AlexNet's weights ({error}). Leave it out.") from error
 
 
 def psnr_db(reference: Tensor, other: Tensor) -> float:
