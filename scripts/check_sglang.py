@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from sglang_on_cpu import PERSONAS, Loaded, SGLang, Tensors
 
-from run_ckpt.contract.codec import dequantize_fp8, dequantize_mxfp4
-from run_ckpt.contract.formats import MXFP4_BLOCK_SIZE
+from run_ckpt.contract.codec import dequantize
+from run_ckpt.contract.formats import AITER_MXFP4, MXFP4, MXFP4_BLOCK_SIZE
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, read_manifest
 
@@ -164,12 +164,10 @@ def decode_stored(folder: Path, converted: Tensors) -> Tensors:
 
 def decode_layer(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the float32 [N, K] of a layer, by the contract alone."""
-    if layer.format == "fp8":
-        return dequantize_fp8(weight, scale)
-    if layer.layout == "aiter":
+    if layer.scheme == AITER_MXFP4:
         weight = AITER_WEIGHT.unshuffle(weight)
         scale = AITER_SCALE.unshuffle(scale)[: layer.N, : layer.K // MXFP4_BLOCK_SIZE]
-    return dequantize_mxfp4(weight, scale)
+    return dequantize(weight, scale, layer.scheme)
 
 
 def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored: Tensors) -> list[str]:
@@ -188,7 +186,7 @@ def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored
         value = join_ranks(linears, [_decode_part(linear) for linear in linears])
         error = relative_error(value, wanted[key])
         layer, backend = linears[0].quant_method.layer, linears[0].quant_method.backend.name
-        layouts = "+".join(sorted({linear.quant_method.layer.layout for linear in linears}))
+        layouts = "+".join(sorted({linear.quant_method.layer.scheme.layout.name for linear in linears}))
         report.worst = max(report.worst, error)
         report.n_plugin += 1
         report.lines.append(
@@ -196,7 +194,7 @@ def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored
         )
         if not torch.equal(value, stored[key]):
             report.defects.append(f"{key}: is not what the converted file says")
-        if error > (MAX_MXFP4_ERROR if layer.format == "mxfp4" else MAX_QUANTIZATION_ERROR):
+        if error > (MAX_MXFP4_ERROR if layer.format == MXFP4 else MAX_QUANTIZATION_ERROR):
             report.defects.append(f"{key}: off by {error:.4g} from the source")
         if len(ranks) == 1:
             _compare_product(report, key, linears[0], value)

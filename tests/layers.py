@@ -5,47 +5,53 @@ from torch import Tensor
 
 from run_ckpt.backends.backend import Tensors
 from run_ckpt.backends.reference import from_plain
-from run_ckpt.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
-from run_ckpt.contract.dialects import Scheme, scale_shape
-from run_ckpt.contract.formats import FP8_BLOCK_SIZE
+from run_ckpt.contract.codec import fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.dialects.dialect import usual_scale_shape
+from run_ckpt.contract.formats import (
+    AITER_MXFP4,
+    BLOCK_FP8,
+    CHANNEL_FP8,
+    FP8_BLOCK_SIZE,
+    MXFP4,
+    PLAIN_MXFP4,
+    TENSOR_FP8,
+)
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from tests.codec import expand_fp8_scale
 
 MODULE = "blocks.0.proj"
 SCHEMES = {
-    "mxfp4-aiter": Scheme("mxfp4", "aiter", "group"),
-    "mxfp4-plain": Scheme("mxfp4", "plain", "group"),
-    "fp8-tensor": Scheme("fp8", "plain", "tensor"),
-    "fp8-channel": Scheme("fp8", "plain", "channel"),
-    "fp8-block": Scheme("fp8", "plain", "block"),
+    "mxfp4-aiter": AITER_MXFP4,
+    "mxfp4-plain": PLAIN_MXFP4,
+    "fp8-tensor": TENSOR_FP8,
+    "fp8-channel": CHANNEL_FP8,
+    "fp8-block": BLOCK_FP8,
 }
 
 
 def describe_layer(scheme: str, N: int, K: int, *, is_static: bool = False) -> Layer:
     """Return the Layer of an [N, K] weight, without its tensors."""
-    chosen = SCHEMES[scheme]
     roles = [WEIGHT, WEIGHT_SCALE] + [INPUT_SCALE] * is_static
     return Layer(
         module=MODULE,
-        format=chosen.format,
+        scheme=SCHEMES[scheme],
         N=N,
         K=K,
         source_tensor=f"{MODULE}.weight",
         source_dtype="BF16",
-        layout=chosen.layout,
-        granularity=chosen.granularity,
         scale_rule="even",
         tensors={role: f"{MODULE}.{role}" for role in roles},
-        scale_shape=scale_shape(N, K, chosen, "mxfp4"),
+        scale_shape=usual_scale_shape(N, K, SCHEMES[scheme]),
     )
 
 
 def make_layer(scheme: str, weight: Tensor, input_scale: float | None = None) -> tuple[Layer, Tensors]:
     """Quantize ``weight`` [N, K] with the contract's codec, or take it as it is where every value has a code."""
     layer = describe_layer(scheme, *weight.shape, is_static=input_scale is not None)
-    if layer.format == "mxfp4":
+    if layer.format == MXFP4:
         packed, codes = quantize_mxfp4(weight, "even")
         return layer, from_plain(layer, {WEIGHT: packed, WEIGHT_SCALE: codes})
-    scale = fp8_scale(_amax(weight, layer.granularity))
+    scale = fp8_scale(_amax(weight, layer.scheme.granularity))
     tensors = {
         WEIGHT: quantize_fp8(weight, expand_fp8_scale(scale, *weight.shape)),
         WEIGHT_SCALE: scale.reshape(layer.scale_shape),

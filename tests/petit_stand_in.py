@@ -6,7 +6,7 @@ Of the real layout it leaves out the permutation of the bits within a word.
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.codec import dequantize_mxfp4
+from tests.codec import dequantize_mxfp4
 
 
 class Refused(Exception):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from run_ckpt.backends import fp8
 from run_ckpt.backends.aiter import AITER
-from run_ckpt.backends.backend import Machine
+from run_ckpt.backends.backend import Device
 from run_ckpt.contract.errors import BackendError
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE
 from tests import aiter_stand_in
@@ -22,7 +22,7 @@ from tests.installed import Installer, install_fixture  # noqa: F401
 from tests.layers import describe_layer, make_layer
 
 GOLDEN_FILE = Path(__file__).parent / "golden" / "aiter_golden.safetensors"
-MI350, MI300 = Machine("rocm", "gfx950"), Machine("rocm", "gfx942")
+MI350, MI300 = Device("rocm", "gfx950"), Device("rocm", "gfx942")
 # The stand-in's tiles hold 32 rows; the golden weight has 304.
 N_GOLDEN = 288
 
@@ -66,7 +66,7 @@ def test_stand_in_quantizes_activations_to_the_bytes_of_aiter(golden: dict[str, 
 def test_layer_gives_the_outputs_of_aiter(golden: dict[str, Tensor], rows: str) -> None:
     layer = describe_layer("mxfp4-plain", N_GOLDEN, 512)
     tensors = {WEIGHT: golden["normal.even.q"][:N_GOLDEN], WEIGHT_SCALE: golden["normal.even.s"][:N_GOLDEN]}
-    y = AITER.matmul(golden[f"gemm.{rows}.x"], AITER.prepare(layer, tensors), None)
+    y = AITER.matmul(layer, golden[f"gemm.{rows}.x"], AITER.prepare(layer, tensors), None)
     expected = golden[f"gemm.{rows}.y_a4w4_bf16"][:, :N_GOLDEN]
     assert_bits_equal(y, expected.contiguous())
 
@@ -106,7 +106,7 @@ def test_mxfp4_product_is_exact_on_integers(scheme: str, M: int, N: int, K: int)
     weight, x = exact_weight(N, K), exact_activations(M, K)
     layer, tensors = make_layer(scheme, weight)
     bias = torch.randint(-8, 9, (N,)).bfloat16()
-    y = AITER.matmul(x, AITER.prepare(layer, tensors), bias)
+    y = AITER.matmul(layer, x, AITER.prepare(layer, tensors), bias)
     assert_bits_equal(y, (x.float() @ weight.T).bfloat16() + bias)
 
 
@@ -114,7 +114,7 @@ def test_mxfp4_product_is_exact_on_integers(scheme: str, M: int, N: int, K: int)
 def test_output_has_the_dtype_of_the_caller(dtype: torch.dtype) -> None:
     weight, x = exact_weight(256, 256), exact_activations(3, 256)
     layer, tensors = make_layer("mxfp4-aiter", weight)
-    y = AITER.matmul(x.to(dtype), AITER.prepare(layer, tensors), torch.ones(256, dtype=dtype))
+    y = AITER.matmul(layer, x.to(dtype), AITER.prepare(layer, tensors), torch.ones(256, dtype=dtype))
     assert_bits_equal(y, (x.float() @ weight.T).bfloat16().to(dtype) + 1)
 
 
@@ -134,7 +134,7 @@ def test_stand_in_refuses_what_aiter_would_read_wrongly(
     layer, tensors = make_layer("mxfp4-aiter", exact_weight(256, 320))
     operands = AITER.prepare(layer, tensors)
     with pytest.raises(Refused, match=reason):
-        AITER.matmul(exact_activations(3, 320), {**operands, role: damage(operands[role])}, None)
+        AITER.matmul(layer, exact_activations(3, 320), {**operands, role: damage(operands[role])}, None)
 
 
 # FP8.
@@ -151,7 +151,7 @@ def test_fp8_product_is_the_quantized_one(scheme: str, input_scale: float | None
     weight = tensors[WEIGHT].double() * tensors[WEIGHT_SCALE].double().reshape(-1, 1)
     # One rounding to float32, one to BF16, on both sides.
     torch.testing.assert_close(
-        AITER.matmul(x, operands, None).double(), activations @ weight.T, rtol=2.0**-8, atol=1e-12
+        AITER.matmul(layer, x, operands, None).double(), activations @ weight.T, rtol=2.0**-8, atol=1e-12
     )
     for role, tensor in AITER.restore(layer, operands).items():
         assert_bits_equal(tensor, tensors[role])
@@ -159,12 +159,12 @@ def test_fp8_product_is_the_quantized_one(scheme: str, input_scale: float | None
 
 def test_rows_of_zeros_stay_zero() -> None:
     layer, tensors = make_layer("fp8-channel", random_weight(64, 192))
-    y = AITER.matmul(torch.zeros(2, 192, dtype=torch.bfloat16), AITER.prepare(layer, tensors), None)
+    y = AITER.matmul(layer, torch.zeros(2, 192, dtype=torch.bfloat16), AITER.prepare(layer, tensors), None)
     assert not y.any()
 
 
 def test_on_gfx942_weights_become_fnuz_with_doubled_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "describe_machine", lambda device: MI300)
+    monkeypatch.setattr(fp8, "describe_device", lambda device: MI300)
     weight = random_weight(64, 192)
     weight[0, :2] = torch.tensor([-0.0, 0.0])
     layer, tensors = make_layer("fp8-channel", weight, input_scale=0.5)
@@ -177,13 +177,13 @@ def test_on_gfx942_weights_become_fnuz_with_doubled_scales(monkeypatch: pytest.M
     x = torch.randn(5, 192, generator=torch.Generator().manual_seed(2)).bfloat16()
     expected = (x.float() / 0.5).to(torch.float8_e4m3fn).double() * 0.5 @ decoded.T
     # The codes of half the value at twice the scale: the same products.
-    torch.testing.assert_close(AITER.matmul(x, operands, None).double(), expected, rtol=2.0**-8, atol=1e-12)
+    torch.testing.assert_close(AITER.matmul(layer, x, operands, None).double(), expected, rtol=2.0**-8, atol=1e-12)
     with pytest.raises(BackendError, match="no -0"):
         AITER.restore(layer, operands)
 
 
 def test_on_gfx942_a_nan_is_refused_and_not_turned_into_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "describe_machine", lambda device: MI300)
+    monkeypatch.setattr(fp8, "describe_device", lambda device: MI300)
     layer, tensors = make_layer("fp8-channel", random_weight(64, 192))
     tensors[WEIGHT].view(torch.uint8)[3, 3] = 0xFF
     with pytest.raises(BackendError, match=r"blocks\.0\.proj: the weight holds NaN"):
@@ -200,7 +200,7 @@ def test_compile_takes_the_product_whole(scheme: str) -> None:
     x = exact_activations(7, 256)
 
     def story(x: Tensor) -> Tensor:
-        return F.silu(AITER.matmul(x * 2, operands, bias))
+        return F.silu(AITER.matmul(layer, x * 2, operands, bias))
 
     assert_bits_equal(torch.compile(story, fullgraph=True, backend="aot_eager")(x), story(x))
 
@@ -209,11 +209,11 @@ def test_compile_takes_the_product_whole(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "N", "K", "machine", "reason"),
+    ("scheme", "N", "K", "device", "reason"),
     [
         ("mxfp4-aiter", 256, 256, MI300, "gfx950 alone"),
-        ("mxfp4-aiter", 256, 256, Machine("rocm", "gfx1250"), "gfx950 alone"),
-        ("mxfp4-aiter", 256, 256, Machine("cpu"), "gfx950 alone"),
+        ("mxfp4-aiter", 256, 256, Device("rocm", "gfx1250"), "gfx950 alone"),
+        ("mxfp4-aiter", 256, 256, Device("cpu"), "gfx950 alone"),
         ("mxfp4-aiter", 128, 256, MI350, "below 256"),
         ("mxfp4-plain", 272, 256, MI350, "N = 272 is not a multiple of 32"),
         ("mxfp4-plain", 256, 96, MI350, "K = 96 is not a multiple of 64"),
@@ -221,13 +221,13 @@ def test_compile_takes_the_product_whole(scheme: str) -> None:
         ("fp8-tensor", 256, 128, MI350, "K = 128"),
         ("fp8-tensor", 256, 224, MI350, "K = 224"),
         ("fp8-tensor", 24, 256, MI350, "N = 24"),
-        ("fp8-tensor", 256, 256, Machine("rocm", "gfx90a"), "gfx942 and gfx950"),
+        ("fp8-tensor", 256, 256, Device("rocm", "gfx90a"), "gfx942 and gfx950"),
         ("mxfp4-aiter", 256, 256, MI350, None),
         ("mxfp4-aiter", 256, 320, MI350, None),
         ("fp8-tensor", 256, 256, MI300, None),
         ("fp8-channel", 16, 192, MI350, None),
     ],
 )
-def test_reason_names_what_is_in_the_way(scheme: str, N: int, K: int, machine: Machine, reason: str | None) -> None:
-    answer = AITER.why_not(describe_layer(scheme, N, K), machine)
+def test_reason_names_what_is_in_the_way(scheme: str, N: int, K: int, device: Device, reason: str | None) -> None:
+    answer = AITER.unsupported(describe_layer(scheme, N, K), device)
     assert answer is None if reason is None else reason in (answer or "")

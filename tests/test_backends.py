@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from run_ckpt.backends.backend import Backend, Machine, describe_machine
+from run_ckpt.backends.backend import Backend, Device, describe_device
 from run_ckpt.backends.packages import why_no_aiter, why_no_petit
 from run_ckpt.backends.reference import DEQUANTIZE, REFERENCE, decode_weight, from_plain, to_plain
 from run_ckpt.backends.select import BACKEND_NAMES, choose_backend
@@ -17,14 +17,14 @@ from tests.installed import AITER_FILES, Installer, install_fixture  # noqa: F40
 from tests.layers import SCHEMES, describe_layer, make_layer
 
 MACHINES = {
-    "gfx950": Machine("rocm", "gfx950"),
-    "gfx942": Machine("rocm", "gfx942"),
-    "gfx90a": Machine("rocm", "gfx90a"),
-    "sm80": Machine("cuda", "sm80"),
-    "sm89": Machine("cuda", "sm89"),
-    "sm90": Machine("cuda", "sm90"),
-    "sm100": Machine("cuda", "sm100"),
-    "cpu": Machine("cpu"),
+    "gfx950": Device("rocm", "gfx950"),
+    "gfx942": Device("rocm", "gfx942"),
+    "gfx90a": Device("rocm", "gfx90a"),
+    "sm80": Device("cuda", "sm80"),
+    "sm89": Device("cuda", "sm89"),
+    "sm90": Device("cuda", "sm90"),
+    "sm100": Device("cuda", "sm100"),
+    "cpu": Device("cpu"),
 }
 # Machine, with AMD's packages or without -> backend of MXFP4, of FP8 by tensor or channel, of FP8 by block.
 CHOICES = {
@@ -67,7 +67,7 @@ def test_one_checkpoint_serves_every_machine(
 
 def test_what_no_backend_takes_by_itself_is_an_error_with_every_reason() -> None:
     with pytest.raises(BackendError) as error:
-        choose_backend(describe_layer("mxfp4-plain", 256, 256), Machine("mps"))
+        choose_backend(describe_layer("mxfp4-plain", 256, 256), Device("mps"))
     text = str(error.value)
     assert text.startswith("blocks.0.proj: no backend takes it on mps by itself")
     assert all(f"{name}: " in text for name in BACKEND_NAMES)
@@ -75,7 +75,7 @@ def test_what_no_backend_takes_by_itself_is_an_error_with_every_reason() -> None
 
 @pytest.mark.parametrize("name", ["scaled_mm", "reference", "dequantize"])
 def test_backend_asked_for_by_name_is_taken(name: str) -> None:
-    assert choose_backend(describe_layer("fp8-tensor", 256, 256), Machine("cpu"), name).backend.name == name
+    assert choose_backend(describe_layer("fp8-tensor", 256, 256), Device("cpu"), name).backend.name == name
 
 
 @pytest.mark.parametrize(
@@ -84,16 +84,16 @@ def test_backend_asked_for_by_name_is_taken(name: str) -> None:
 )
 def test_backend_asked_for_by_name_is_never_another(name: str, reason: str) -> None:
     with pytest.raises(BackendError, match=rf"backend {name} can't run it on cpu: .*{reason}"):
-        choose_backend(describe_layer("fp8-tensor", 256, 256), Machine("cpu"), name)
+        choose_backend(describe_layer("fp8-tensor", 256, 256), Device("cpu"), name)
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="aiter, scaled_mm, petit, triton, reference, dequantize"):
-        choose_backend(describe_layer("fp8-tensor", 256, 256), Machine("cpu"), "cutlass")
+        choose_backend(describe_layer("fp8-tensor", 256, 256), Device("cpu"), "cutlass")
 
 
 def test_a_cpu_is_described() -> None:
-    assert describe_machine(torch.device("cpu")) == Machine("cpu")
+    assert describe_device(torch.device("cpu")) == Device("cpu")
 
 
 # Optional packages.
@@ -156,12 +156,11 @@ def test_plain_order_is_undone_exactly(scheme: str, N: int, K: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_product_is_that_of_the_decoded_weight(scheme: str, backend: Backend, dtype: torch.dtype) -> None:
     layer, tensors = make_layer(scheme, random_weight(160, 320))
-    plain = to_plain(layer, dict(tensors))
     rounded = torch.bfloat16 if backend is DEQUANTIZE else dtype
-    weight = decode_weight(plain[WEIGHT], plain[WEIGHT_SCALE], rounded).to(dtype)
+    weight = decode_weight(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme, rounded).to(dtype)
     x = torch.randn(3, 320, generator=torch.Generator().manual_seed(0)).to(dtype)
     bias = torch.randn(160, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert_bits_equal(backend.matmul(x, backend.prepare(layer, tensors), bias), F.linear(x, weight, bias))
+    assert_bits_equal(backend.matmul(layer, x, backend.prepare(layer, tensors), bias), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("scheme", ["mxfp4-aiter", "fp8-block"])
@@ -172,6 +171,6 @@ def test_compile_takes_the_product_whole(scheme: str, backend: Backend) -> None:
     x = torch.randn(3, 256)
 
     def story(x: Tensor) -> Tensor:
-        return F.silu(backend.matmul(x * 2, operands, None))
+        return F.silu(backend.matmul(layer, x * 2, operands, None))
 
     assert_bits_equal(torch.compile(story, fullgraph=True, backend="aot_eager")(x), story(x))

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from run_ckpt.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.codec import fp8_scale, quantize_fp8, quantize_mxfp4
 from run_ckpt.contract.errors import NonFiniteError, ProblemsError, UsageError
+from run_ckpt.contract.formats import FP8, MXFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import read_manifest
 from tests.bits import assert_bits_equal
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, load_all, random_weight, save_checkpoint
+from tests.codec import expand_fp8_scale
 
 LLM_CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 Z_IMAGE_CONFIG = {"_class_name": "ZImageTransformer2DModel"}
@@ -333,8 +335,17 @@ def test_a_recipe_may_mix_formats(llm: Path, tmp_path: Path) -> None:
     recipe.write_text('[[rules]]\nmatch = "*.o_proj"\nformat = "fp8"\n')
     convert(llm, tmp_path / "out", format="mxfp4", recipe=recipe)
     layers = read_manifest(tmp_path / "out").layers
-    assert layers["model.layers.0.self_attn.o_proj"].format == "fp8"
-    assert layers["model.layers.0.self_attn.q_proj"].format == "mxfp4"
+    assert layers["model.layers.0.self_attn.o_proj"].format == FP8
+    assert layers["model.layers.0.self_attn.q_proj"].format == MXFP4
+
+
+def test_a_recipe_that_makes_all_layers_fp8_is_declared_as_fp8(llm: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rules]]\nmatch = "*"\nformat = "fp8"\n')
+    convert(llm, tmp_path / "out", format="mxfp4", recipe=recipe)
+    declared = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert declared["format"] == "float-quantized"
+    assert declared["config_groups"]["group_0"]["weights"]["num_bits"] == 8
 
 
 USAGE_FAULTS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.codec import dequantize_fp8, expand_fp8_scale, fp8_scale, quantize_fp8
+from run_ckpt.contract.codec import fp8_scale, quantize_fp8
 from run_ckpt.contract.elements import (
     decode_e2m1,
     decode_e8m0,
@@ -16,6 +16,7 @@ from run_ckpt.contract.elements import (
     unpack_nibbles,
 )
 from tests.bits import assert_bits_equal
+from tests.codec import dequantize_fp8, expand_fp8_scale
 
 # OCP Microscaling Formats v1.0, table 5 (E2M1): S EE M, bias 1, no Inf, no NaN.
 E2M1 = {

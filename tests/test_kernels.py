@@ -12,13 +12,24 @@ import torch
 from torch import Tensor
 
 from convert_ckpt.run.buffers import Scratch
-from convert_ckpt.run.slab import Errors, fp8_scales, largest_magnitude, quantize_fp8, quantize_mxfp4, weight_bits
+from convert_ckpt.run.slab import Errors, fp8_scales, largest_magnitude, quantize, weight_bits
 from run_ckpt.contract import codec
-from run_ckpt.contract.dialects import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme, scale_shape
-from run_ckpt.contract.formats import E2M1_MIDPOINTS, SCALE_RULES
+from run_ckpt.contract.dialects.dialect import usual_scale_shape
+from run_ckpt.contract.formats import (
+    AITER_MXFP4,
+    BLOCK_FP8,
+    CHANNEL_FP8,
+    E2M1_MIDPOINTS,
+    FP8,
+    PLAIN_MXFP4,
+    SCALE_RULES,
+    TENSOR_FP8,
+    Scheme,
+)
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from tests.bits import assert_bits_equal
+from tests.codec import dequantize_fp8, dequantize_mxfp4, expand_fp8_scale
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 MXFP4_SCHEMES = {"aiter": AITER_MXFP4, "plain": PLAIN_MXFP4}
@@ -130,16 +141,14 @@ def make_layer(weight: Tensor, scheme: Scheme, scale_rule: str = "even") -> Laye
     N, K = weight.shape
     return Layer(
         module="layer",
-        format=scheme.format,
+        scheme=scheme,
         N=N,
         K=K,
         source_tensor="layer.weight",
         source_dtype=DTYPE_NAMES[weight.dtype],
-        layout=scheme.layout,
-        granularity=scheme.granularity,
         scale_rule=scale_rule,
         tensors={WEIGHT: "layer.weight", WEIGHT_SCALE: "layer.weight_scale"},
-        scale_shape=scale_shape(N, K, scheme, "fp8"),
+        scale_shape=usual_scale_shape(N, K, scheme),
     )
 
 
@@ -163,17 +172,14 @@ def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_ro
     for row in range(0, layer.N, step):
         scratch.take(WEIGHT, step * layer.K)[:] = UNWRITTEN
         slab = bits[row : row + step]
-        if scheme.format == "mxfp4":
-            pieces, errors, largest = quantize_mxfp4(slab, layer, row, scratch, 0)
-        else:
-            pieces, errors, largest = quantize_fp8(slab, layer, row, scratch, 0, tensor_scale)
+        pieces, errors, largest = quantize(slab, layer, row, scratch, 0, tensor_scale)
         for piece in pieces:
             data = piece.data.reshape(-1).view(np.uint8)
             files[piece.role][piece.offset : piece.offset + data.size] = data
         all_errors.append(errors)
         largest_bits = max(largest_bits, largest)
     tensors = {role: torch.from_numpy(data) for role, data in files.items()}
-    if scheme.format == "fp8":
+    if scheme.format == FP8:
         tensors = {
             WEIGHT: tensors[WEIGHT].view(torch.float8_e4m3fn),
             WEIGHT_SCALE: tensors[WEIGHT_SCALE].view(torch.float32),
@@ -192,7 +198,7 @@ def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_ro
 
 def reference_mxfp4(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, Tensor]:
     packed, scale_codes = codec.quantize_mxfp4(weight, scale_rule)
-    if scheme.layout == "aiter":
+    if scheme == AITER_MXFP4:
         return AITER_WEIGHT.shuffle(packed), AITER_SCALE.shuffle(AITER_SCALE.pad_to_tile(scale_codes))
     return packed, scale_codes
 
@@ -208,7 +214,7 @@ def reference_fp8(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         tiles = [[tile.max() for tile in rows.split(128, 1)] for rows in magnitude.split(128, 0)]
         amax = torch.tensor(tiles)
     scale = codec.fp8_scale(amax)
-    return codec.quantize_fp8(weight, codec.expand_fp8_scale(scale, N, K)), scale
+    return codec.quantize_fp8(weight, expand_fp8_scale(scale, N, K)), scale
 
 
 def expected_errors(weight: Tensor, decoded: Tensor) -> Errors:
@@ -259,7 +265,7 @@ def test_tiled_scale_fills_the_first_rows_of_the_padded_scale_and_leaves_the_res
     # padded [512, 16], and the rows from 288 on are never written. K / 32 = 10 is padded to 16 inside a tile.
     weight = normal(288, 320)
     layer = make_layer(weight, AITER_MXFP4)
-    pieces, _, _ = quantize_mxfp4(kernel_bits(weight), layer, 0, Scratch(), 0)
+    pieces, _, _ = quantize(kernel_bits(weight), layer, 0, Scratch(), 0, None)
     scale = next(piece for piece in pieces if piece.role == WEIGHT_SCALE)
     padded = reference_mxfp4(weight, AITER_MXFP4, "even")[1]
     assert (scale.offset, scale.data.size, layer.scale_shape) == (0, 288 * 16, (512, 16))
@@ -269,7 +275,7 @@ def test_tiled_scale_fills_the_first_rows_of_the_padded_scale_and_leaves_the_res
 
 def test_tiled_slab_starts_at_its_row_in_the_padded_scale() -> None:
     weight = normal(288, 320)
-    pieces, _, _ = quantize_mxfp4(kernel_bits(weight)[96:], make_layer(weight, AITER_MXFP4), 96, Scratch(), 0)
+    pieces, _, _ = quantize(kernel_bits(weight)[96:], make_layer(weight, AITER_MXFP4), 96, Scratch(), 0, None)
     assert {piece.role: piece.offset for piece in pieces} == {WEIGHT: 96 * 160, WEIGHT_SCALE: 96 * 16}
 
 
@@ -285,7 +291,7 @@ def test_f32_weight_is_not_rounded_to_bf16_first() -> None:
     weight = torch.full((32, 32), float(np.nextafter(np.float32(2.5), np.float32(3))))
     weight[:, 0] = 6.0
     converted = convert(weight, PLAIN_MXFP4)
-    assert codec.dequantize_mxfp4(converted.weight, converted.scale)[0, 1].item() == 3.0
+    assert dequantize_mxfp4(converted.weight, converted.scale)[0, 1].item() == 3.0
 
 
 @pytest.mark.parametrize("granularity", FP8_SCHEMES)
@@ -328,7 +334,7 @@ def test_fp8_codes_saturate_under_a_scale_that_is_too_small() -> None:
     # A fused group's scale comes from the group; the kernel itself must not rely on it.
     weight = torch.tensor([[1000.0, -1000.0] * 8] * 16)
     layer = make_layer(weight, TENSOR_FP8)
-    pieces, _, _ = quantize_fp8(kernel_bits(weight), layer, 0, Scratch(), 0, np.ones(1, np.float32))
+    pieces, _, _ = quantize(kernel_bits(weight), layer, 0, Scratch(), 0, np.ones(1, np.float32))
     assert np.unique(pieces[0].data).tolist() == [0x7E, 0xFE]
 
 
@@ -337,7 +343,7 @@ def test_fp8_codes_saturate_under_a_scale_that_is_too_small() -> None:
 def test_mxfp4_error_sums_are_those_of_float64(source: str, scale_rule: str) -> None:
     weight = ORDINARY[source]()
     errors = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule, slab_rows=32).errors
-    expected = expected_errors(weight, codec.dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule)))
+    expected = expected_errors(weight, dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule)))
     # Rows are summed in float32: some K / 8 roundings of 2^-24, mostly cancelling.
     assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
     assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
@@ -348,7 +354,7 @@ def test_mxfp4_error_sums_are_those_of_float64(source: str, scale_rule: str) -> 
 def test_fp8_error_sums_are_those_of_float64(source: str, granularity: str) -> None:
     weight, scheme = ORDINARY[source](), FP8_SCHEMES[granularity]
     errors = convert(weight, scheme).errors
-    expected = expected_errors(weight, codec.dequantize_fp8(*reference_fp8(weight, scheme)))
+    expected = expected_errors(weight, dequantize_fp8(*reference_fp8(weight, scheme)))
     # As for MXFP4.
     assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
     assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
@@ -359,7 +365,7 @@ def test_fp8_error_sums_are_those_of_float64(source: str, granularity: str) -> N
 def test_mxfp4_largest_error_is_exact(source: str, scale_rule: str) -> None:
     weight = (ORDINARY | INPUTS)[source]()
     largest = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule).errors.largest
-    decoded = codec.dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule))
+    decoded = dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule))
     assert largest == expected_errors(weight, decoded).largest
 
 
@@ -368,7 +374,7 @@ def test_mxfp4_largest_error_is_exact(source: str, scale_rule: str) -> None:
 def test_fp8_largest_error_is_exact(source: str, granularity: str) -> None:
     weight, scheme = (ORDINARY | INPUTS)[source](), FP8_SCHEMES[granularity]
     largest = convert(weight, scheme).errors.largest
-    assert largest == expected_errors(weight, codec.dequantize_fp8(*reference_fp8(weight, scheme))).largest
+    assert largest == expected_errors(weight, dequantize_fp8(*reference_fp8(weight, scheme))).largest
 
 
 @pytest.mark.parametrize(("scale_rule", "is_beyond"), [("even", True), ("floor", False), ("roundup", True)])

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run_ckpt.contract.codec import dequantize_fp8, dequantize_mxfp4, quantize_mxfp4
+from run_ckpt.contract.codec import quantize_mxfp4
 from run_ckpt.contract.errors import BackendError, ProblemsError, UsageError
+from run_ckpt.contract.formats import MXFP4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.replace import replace_linears
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
+from tests.codec import dequantize_fp8, dequantize_mxfp4
 from tests.layers import MODULE, SCHEMES, describe_layer, make_layer
 
 N, K = 288, 256
@@ -25,7 +27,7 @@ CPU = torch.device("cpu")
 def decode(scheme: str) -> Tensor:
     """Return the float32 weight that make_linear's layer stands for, by the contract's codec alone."""
     weight = random_weight(N, K)
-    if SCHEMES[scheme].format == "mxfp4":
+    if SCHEMES[scheme].format == MXFP4:
         return dequantize_mxfp4(*quantize_mxfp4(weight, "even"))
     tensors = make_layer(scheme, weight)[1]
     return dequantize_fp8(tensors[WEIGHT], tensors[WEIGHT_SCALE])

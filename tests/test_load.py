@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from run_ckpt import load_quantized
 from run_ckpt.contract.errors import CheckpointError, ManifestError, ProblemsError
+from run_ckpt.contract.formats import FP8
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.loading.linear import QuantizedLinear
 from tests.bits import assert_bits_equal
@@ -180,6 +181,14 @@ def rewrite_shard(out: Path, edit: Callable[[dict[str, Tensor]], object]) -> Non
     edit(tensors)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     reseal(out)
+
+
+def test_fp8_alone_in_our_own_dialect_loads(tmp_path: Path) -> None:
+    out = convert_net(tmp_path, format="fp8", dialect="mxfp4")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["layout"] == "plain"
+    linear = load_quantized(out, model=meta()).blocks[0].up
+    assert linear.layer.format == FP8
+    assert_bits_equal(linear.stored()["weight"], load_file(out / "model.safetensors")["blocks.0.up.weight"])
 
 
 @pytest.mark.parametrize(
@@ -350,4 +359,4 @@ def test_host_memory_holds_the_model_once_and_little_more(tmp_path: Path) -> Non
 def test_config_json_is_not_needed_where_the_model_is_given(tmp_path: Path) -> None:
     out = convert_net(tmp_path, format="fp8")
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
-    assert load_quantized(out, model=meta()).blocks[0].up.layer.format == "fp8"
+    assert load_quantized(out, model=meta()).blocks[0].up.layer.format == FP8

@@ -20,9 +20,9 @@ from convert_ckpt.plan.recipe import (
     unmatched_rules,
 )
 from convert_ckpt.plan.sglang_names import overmatched, sglang_prefixes
-from convert_ckpt.plan.shape_rules import guard, in_numbered_block, linear_module, reason_not_linear
-from run_ckpt.contract.dialects import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
+from convert_ckpt.plan.shape_rules import in_numbered_block, linear_module, reason_not_linear, reason_to_keep
 from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.formats import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
 from run_ckpt.contract.tensors import TensorSpec
 
 QKV = FusedPattern(("*.to_q", "*.to_k", "*.to_v"))
@@ -217,7 +217,7 @@ def test_recipe_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     ids=lambda value: str(value) if isinstance(value, Scheme | str) else f"{value.shape[0]}x{value.shape[1]}",
 )
 def test_guard_keeps_a_shape_and_says_why(scheme: Scheme, spec: TensorSpec, naming: str, reason: str) -> None:
-    assert guard(spec, scheme, naming, allow_unaligned_k=False) == reason
+    assert reason_to_keep(spec, scheme, naming, allow_unaligned_k=False) == reason
 
 
 @pytest.mark.parametrize(
@@ -234,12 +234,12 @@ def test_guard_keeps_a_shape_and_says_why(scheme: Scheme, spec: TensorSpec, nami
     ids=lambda value: str(value) if isinstance(value, Scheme | str) else f"{value.dtype}-{value.shape}",
 )
 def test_guard_lets_a_shape_pass(scheme: Scheme, spec: TensorSpec, naming: str) -> None:
-    assert guard(spec, scheme, naming, allow_unaligned_k=False) is None
+    assert reason_to_keep(spec, scheme, naming, allow_unaligned_k=False) is None
 
 
 @pytest.mark.parametrize(("K", "reason"), [(320, None), (288, "K = 288 is not a multiple of 64")])
 def test_unaligned_k_is_allowed_in_steps_of_64(K: int, reason: str | None) -> None:
-    assert guard(weight(256, K), AITER_MXFP4, "diffusers", allow_unaligned_k=True) == reason
+    assert reason_to_keep(weight(256, K), AITER_MXFP4, "diffusers", allow_unaligned_k=True) == reason
 
 
 @pytest.mark.parametrize(

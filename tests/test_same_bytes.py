@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from run_ckpt.contract.dialects import DIALECTS
+from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.formats import SCALE_RULES

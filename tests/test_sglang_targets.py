@@ -14,6 +14,7 @@ from torch import Tensor
 
 from run_ckpt.contract.codec import quantize_mxfp4
 from run_ckpt.contract.errors import ProblemsError, SliceError
+from run_ckpt.contract.formats import AITER_MXFP4, PLAIN_MXFP4, TENSOR_FP8
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
@@ -27,13 +28,11 @@ ROOT = Path(__file__).parents[1]
 def make_layer(module: str, N: int = 256, K: int = 256, **changes: object) -> Layer:
     layer = Layer(
         module=module,
-        format="mxfp4",
+        scheme=AITER_MXFP4,
         N=N,
         K=K,
         source_tensor=f"{module}.weight",
         source_dtype="BF16",
-        layout="aiter",
-        granularity="group",
         scale_rule="even",
         tensors={WEIGHT: f"{module}.weight", WEIGHT_SCALE: f"{module}.weight_scale"},
         scale_shape=(256, 8),
@@ -106,8 +105,8 @@ def test_spellings_of_other_dialects_become_the_roles() -> None:
     ("layers", "message"),
     [
         (QKV[:2], r"to_k, blocks.0.to_v: fused with others into blocks.0.to_qkv.weight \(3 tensors\)"),
-        ([*QKV[:2], replace(QKV[2], format="fp8", granularity="tensor")], "fused into .* their .format"),
-        ([*QKV[:2], replace(QKV[2], layout="plain")], "fused into .* their .format"),
+        ([*QKV[:2], replace(QKV[2], scheme=TENSOR_FP8)], "fused into .* their .format"),
+        ([*QKV[:2], replace(QKV[2], scheme=PLAIN_MXFP4)], "fused into .* their .format"),
     ],
     ids=["a member is missing", "formats differ", "layouts differ"],
 )
@@ -152,7 +151,7 @@ def assert_is(share: Share, tensors: dict[str, Tensor], weight: Tensor) -> None:
     """The rank's tensors are those of its weight quantized by itself, in layout ``aiter``."""
     packed, scale = quantize_mxfp4(weight, "even")
     layer = share.layer()
-    assert (layer.N, layer.K, layer.layout) == (*weight.shape, "aiter")
+    assert (layer.N, layer.K, layer.scheme.layout.name) == (*weight.shape, "aiter")
     assert_bits_equal(share.take(WEIGHT, tensors[WEIGHT]), AITER_WEIGHT.shuffle(packed))
     expected = AITER_SCALE.shuffle(AITER_SCALE.pad_to_tile(scale))
     assert_bits_equal(share.take(WEIGHT_SCALE, tensors[WEIGHT_SCALE]), expected)

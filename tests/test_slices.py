@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from run_ckpt.contract.codec import expand_fp8_scale, fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.codec import fp8_scale, quantize_fp8, quantize_mxfp4
 from run_ckpt.contract.errors import SliceError
+from run_ckpt.contract.formats import read_scheme
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.loading.tensor_parallel import Part, Range, concat_rows, slice_columns, slice_rows
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
+from tests.codec import expand_fp8_scale
 
 quick = settings(max_examples=20, deadline=None)
 
@@ -22,13 +24,11 @@ quick = settings(max_examples=20, deadline=None)
 def make_layer(format_: str, layout: str, granularity: str, N: int, K: int, scale_shape: tuple[int, ...]) -> Layer:
     return Layer(
         module="blocks.0.to_q",
-        format=format_,
+        scheme=read_scheme(format_, layout, granularity),
         N=N,
         K=K,
         source_tensor="blocks.0.to_q.weight",
         source_dtype="BF16",
-        layout=layout,
-        granularity=granularity,
         scale_rule="even",
         tensors={WEIGHT: "blocks.0.to_q.weight", WEIGHT_SCALE: "blocks.0.to_q.weight_scale"},
         scale_shape=scale_shape,
@@ -65,10 +65,10 @@ def assert_same(part: Part, expected: Part) -> None:
     """The same record but for the name, and the same bytes of exactly the shapes it says."""
     layer, tensors = part
     wanted, wanted_tensors = expected
-    assert (layer.N, layer.K, layer.layout, layer.scale_shape) == (
+    assert (layer.N, layer.K, layer.scheme.layout.name, layer.scale_shape) == (
         wanted.N,
         wanted.K,
-        wanted.layout,
+        wanted.scheme.layout.name,
         wanted.scale_shape,
     )
     assert {role: tuple(tensor.shape) for role, tensor in tensors.items()} == {
@@ -152,7 +152,7 @@ def test_slices_by_rows_joined_again_are_the_whole() -> None:
     whole = quantize(random_weight(320, 192), "aiter")
     # 80 rows are no multiple of 32: these parts are plain, and so is their sum.
     parts = [slice_rows(whole, (start, start + 80)) for start in range(0, 320, 80)]
-    assert {layer.layout for layer, _ in parts} == {"plain"}
+    assert {layer.scheme.layout.name for layer, _ in parts} == {"plain"}
     assert_same(concat_rows(parts), quantize(random_weight(320, 192), "plain"))
     parts = [slice_rows(whole, (0, 96)), slice_rows(whole, (96, 320))]
     assert_same(concat_rows(parts), whole)
@@ -191,7 +191,7 @@ def test_fp8_slices_decode_to_the_slice_of_the_decoded_weight(granularity: str, 
 def test_joined_fp8_layers_keep_every_value(granularity: str) -> None:
     parts = [quantize_as_fp8(random_weight(N, 256, seed=N), granularity) for N in (128, 256, 100)]
     joined = concat_rows(parts)
-    assert joined[0].granularity == ("block" if granularity == "block" else "channel")
+    assert joined[0].scheme.granularity == ("block" if granularity == "block" else "channel")
     assert_bits_equal(decode_fp8(joined), torch.cat([decode_fp8(part) for part in parts]))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from run_ckpt.backends.backend import Machine
+from run_ckpt.backends.backend import Device
 from run_ckpt.backends.triton.backend import TRITON
 from tests.layers import describe_layer
 
@@ -139,18 +139,18 @@ def compile_kernel(
 
 
 @pytest.mark.parametrize(
-    ("machine", "reason"),
+    ("device", "reason"),
     [
-        (Machine("cpu"), "Triton compiles for GPUs, not for cpu"),
-        (Machine("mps"), "not for mps"),
-        (Machine("cuda", "sm75"), "sm80 on, this is sm75"),
-        (Machine("cuda", "sm80"), None),
-        (Machine("cuda", "sm120"), None),
-        (Machine("rocm", "gfx90a"), None),
-        (Machine("rocm", "gfx1201"), None),
+        (Device("cpu"), "Triton compiles for GPUs, not for cpu"),
+        (Device("mps"), "not for mps"),
+        (Device("cuda", "sm75"), "sm80 on, this is sm75"),
+        (Device("cuda", "sm80"), None),
+        (Device("cuda", "sm120"), None),
+        (Device("rocm", "gfx90a"), None),
+        (Device("rocm", "gfx1201"), None),
     ],
     ids=str,
 )
-def test_reason_names_what_is_in_the_way(machine: Machine, reason: str | None) -> None:
-    answer = TRITON.why_not(describe_layer("mxfp4-aiter", 1, 32), machine)
+def test_reason_names_what_is_in_the_way(device: Device, reason: str | None) -> None:
+    answer = TRITON.unsupported(describe_layer("mxfp4-aiter", 1, 32), device)
     assert answer is None if reason is None else reason in (answer or "")

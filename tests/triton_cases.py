@@ -10,10 +10,10 @@ from torch import Tensor
 from run_ckpt.backends.reference import decode_weight
 from run_ckpt.backends.triton.backend import TRITON
 from run_ckpt.backends.triton.matmul import FUSED_MAX_M, dequantize
-from run_ckpt.contract.codec import dequantize_fp8, dequantize_mxfp4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
+from tests.codec import dequantize_fp8, dequantize_mxfp4, fp8_scheme
 from tests.layers import SCHEMES, make_layer
 
 # Without a GPU these only run with TRITON_INTERPRET=1, set before triton is imported.
@@ -41,7 +41,7 @@ def integers(*shape: int, largest: int, seed: int) -> Tensor:
 def test_every_byte_decodes_at_every_scale_as_torch_decodes_it(dtype: torch.dtype) -> None:
     packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
     codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
-    decoded = dequantize(packed.to(DEVICE), codes.to(DEVICE), 512, dtype)
+    decoded = dequantize(packed.to(DEVICE), codes.to(DEVICE), "group", 512, dtype)
     assert_same_values(decoded, dequantize_mxfp4(packed, codes).to(dtype))
 
 
@@ -51,7 +51,7 @@ def test_every_fp8_code_decodes_as_torch_decodes_it(scale_shape: tuple[int, ...]
     # K is no multiple of anything, and the last block of 128 is cut in both directions.
     codes = torch.arange(259).remainder(256).to(torch.uint8).repeat(130, 1).view(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape, generator=torch.Generator().manual_seed(len(scale_shape)))
-    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), 259, dtype)
+    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), fp8_scheme(scale, 130).granularity, 259, dtype)
     assert_same_values(decoded, dequantize_fp8(codes, scale).to(dtype))
 
 
@@ -67,7 +67,7 @@ def test_product_is_exact_where_every_sum_is(scheme: str, M: int, N: int, K: int
         # A scale of 4 / 448 is no power of two.
         tensors = {WEIGHT: weight.to(torch.float8_e4m3fn), WEIGHT_SCALE: torch.ones_like(tensors[WEIGHT_SCALE])}
     operands = {role: tensor.to(DEVICE) for role, tensor in TRITON.prepare(layer, tensors).items()}
-    y = TRITON.matmul(x.to(DEVICE, dtype), operands, bias.to(DEVICE, dtype))
+    y = TRITON.matmul(layer, x.to(DEVICE, dtype), operands, bias.to(DEVICE, dtype))
     assert_bits_equal(y.cpu(), (x.double() @ weight.double().T + bias.double()).to(dtype))
 
 
@@ -75,14 +75,14 @@ def test_ties_round_to_even_as_torch_rounds_them() -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(64, 1).view(torch.float8_e4m3fn)
     # 1 + odd / 256 is half way between two bfloat16, and so is its product with a power of two.
     scale = 1 + (2 * torch.arange(64.0) + 1) / 256
-    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), 256, torch.bfloat16)
+    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), "channel", 256, torch.bfloat16)
     assert_same_values(decoded, dequantize_fp8(codes, scale).bfloat16())
 
 
 def test_as_many_block_scales_as_rows_are_still_block_scales() -> None:
     codes = integers(16, 2048, largest=4, seed=1).to(torch.float8_e4m3fn)
     scale = torch.arange(1, 17, dtype=torch.float32).reshape(1, 16)
-    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), 2048, torch.float32)
+    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), "block", 2048, torch.float32)
     assert_bits_equal(decoded.cpu(), dequantize_fp8(codes, scale))
 
 
@@ -93,9 +93,9 @@ def test_product_is_that_of_the_reference_up_to_the_order_of_the_sum(scheme: str
     x = torch.randn(M, 320, generator=torch.Generator().manual_seed(0)).to(dtype)
     bias = torch.randn(64, generator=torch.Generator().manual_seed(1)).to(dtype)
     operands = TRITON.prepare(layer, {role: tensor.to(DEVICE) for role, tensor in tensors.items()})
-    weight = decode_weight(operands[WEIGHT].cpu(), operands[WEIGHT_SCALE].cpu(), dtype).double()
+    weight = decode_weight(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme, dtype).double()
     expected = x.double() @ weight.T + bias.double()
-    y = TRITON.matmul(x.to(DEVICE), operands, bias.to(DEVICE)).cpu()
+    y = TRITON.matmul(layer, x.to(DEVICE), operands, bias.to(DEVICE)).cpu()
     assert y.dtype == dtype
     # 321 additions in float32, then one rounding.
     magnitude = x.double().abs() @ weight.abs().T + bias.double().abs()
@@ -115,12 +115,12 @@ def test_pre_shuffled_bytes_are_put_in_order_and_back() -> None:
 
 
 def test_nan_in_an_activation_stays_in_its_row_and_in_a_scale_in_its_column() -> None:
-    _, tensors = make_layer("mxfp4-plain", integers(40, 64, largest=4, seed=1))
+    layer, tensors = make_layer("mxfp4-plain", integers(40, 64, largest=4, seed=1))
     tensors[WEIGHT_SCALE][7, 1] = 255
     x = torch.ones(5, 64)
     x[3, 40] = math.nan
     operands = {role: tensor.to(DEVICE) for role, tensor in tensors.items()}
-    is_nan = TRITON.matmul(x.to(DEVICE), operands, None).isnan().cpu()
+    is_nan = TRITON.matmul(layer, x.to(DEVICE), operands, None).isnan().cpu()
     expected = torch.zeros(5, 40, dtype=torch.bool)
     expected[3], expected[:, 7] = True, True
     assert torch.equal(is_nan, expected)
@@ -133,6 +133,6 @@ def test_compile_takes_the_product_whole(scheme: str) -> None:
     x, bias = torch.randn(3, 256, device=DEVICE), torch.ones(64, device=DEVICE)
 
     def story(x: Tensor) -> Tensor:
-        return F.silu(TRITON.matmul(x * 2, operands, bias))
+        return F.silu(TRITON.matmul(layer, x * 2, operands, bias))
 
     assert_bits_equal(torch.compile(story, fullgraph=True, backend="aot_eager")(x).cpu(), story(x).cpu())

@@ -13,9 +13,10 @@ import click
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.preset import preset_names
-from run_ckpt.contract.dialects import DIALECTS
+from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import CheckpointError, UsageError
-from run_ckpt.contract.formats import GRANULARITIES, LAYOUTS, SCALE_RULES, WEIGHT_FORMATS
+from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES
+from run_ckpt.contract.layouts import LAYOUTS
 from run_ckpt.version import VERSION
 
 _EPILOG = """\b
@@ -50,7 +51,7 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source")
 @click.argument("output", type=click.Path(path_type=Path), required=False)
-@click.option("--format", "format_", type=click.Choice(WEIGHT_FORMATS), required=True, help="Format of linear weights.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), required=True, help="Format of linear weights.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="aiter", show_default=True, help="MXFP4 byte order.")
 @click.option(
     "--granularity",

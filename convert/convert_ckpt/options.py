@@ -1,12 +1,14 @@
 """What the user asked for, as one frozen record."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.dialects import DIALECTS, Scheme
+from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.contract.formats import GRANULARITIES, LAYOUTS, SCALE_RULES, WEIGHT_FORMATS
+from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES, Scheme
+from run_ckpt.contract.layouts import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Options:
     allow_unaligned_k: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("--format", self.format, WEIGHT_FORMATS)
+        _check_choice("--format", self.format, FORMATS)
         _check_choice("--layout", self.layout, LAYOUTS)
         _check_choice("--granularity", self.granularity, GRANULARITIES)
         _check_choice("--scale-rule", self.scale_rule, SCALE_RULES)
@@ -36,9 +38,7 @@ class Options:
 
     def scheme(self, weight_format: str) -> Scheme:
         """Return how a layer of ``weight_format`` is stored under these options."""
-        if weight_format == "mxfp4":
-            return Scheme("mxfp4", self.layout, "group")
-        return Scheme("fp8", "plain", self.granularity)
+        return FORMATS[weight_format].scheme(self.layout, self.granularity)
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values; files by their bare name."""
@@ -49,6 +49,6 @@ class Options:
         return values
 
 
-def _check_choice(option: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+def _check_choice(option: str, value: str | None, choices: Iterable[str | None]) -> None:
     if value not in choices:
         raise UsageError(f"{option} {value}: unknown. Choose one of {', '.join(c for c in choices if c)}.")

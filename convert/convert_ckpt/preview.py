@@ -82,8 +82,7 @@ def _line(tensor: TensorPlan) -> _Line:
     layer = tensor.layer
     if layer is None:
         return _Line(name, shape, "copied", tensor.reason)
-    detail = layer.layout if layer.format == "mxfp4" else layer.granularity
-    return _Line(name, shape, f"{layer.format} {detail}", tensor.reason)
+    return _Line(name, shape, f"{layer.format} {layer.scheme.detail}", tensor.reason)
 
 
 def _cells(line: _Line, n: int) -> tuple[str, str, str, str, str]:
@@ -98,7 +97,7 @@ def _tensor_json(tensor: TensorPlan) -> dict[str, Any]:
         "shard": tensor.shard,
         "dtype": tensor.spec.dtype,
         "shape": list(tensor.spec.shape),
-        "format": layer.format if layer else "copied",
+        "format": layer.format.name if layer else "copied",
         "reason": tensor.reason,
         "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "nbytes": s.nbytes} for s in outputs],
     }

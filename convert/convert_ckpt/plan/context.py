@@ -8,8 +8,9 @@ from convert_ckpt.plan.preset import GENERIC, Preset
 from convert_ckpt.plan.recipe import KEEP, Fate
 from convert_ckpt.plan.sglang_names import overmatched, sglang_prefixes
 from convert_ckpt.source.component import Component
-from run_ckpt.contract.dialects import DIALECT_SCHEMES, STATIC_DIALECTS, TENSOR_FP8, default_dialect
-from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.dialects.dialect import Dialect
+from run_ckpt.contract.dialects.table import DIALECTS, choose_dialect
+from run_ckpt.contract.formats import BLOCK_FP8
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 
@@ -33,40 +34,24 @@ class Model:
         return sglang_prefixes(sorted(modules), self.preset, self.linears)
 
 
-def choose_dialect(model: Model, fates: Mapping[str, Fate]) -> str:
-    """Return --dialect, or the default for these formats. Raises UsageError where it can't say them."""
+def find_dialect(model: Model, fates: Mapping[str, Fate]) -> Dialect:
+    """Return --dialect, or the usual one for these formats. Raises UsageError where it can't say them."""
     options = model.options
     formats = sorted({fate.format for fate in fates.values()} - {KEEP}) or [options.format]
-    mixed = len(formats) > 1
     schemes = [options.scheme(weight_format) for weight_format in formats]
-    static = options.calibration is not None
-    if static and schemes != [TENSOR_FP8]:
-        raise UsageError("--calibration: static activations exist for --format fp8 --granularity tensor alone.")
-    dialect = options.dialect or ("mxfp4" if mixed else default_dialect(schemes[0], model.naming, static=static))
-    if static != (dialect in STATIC_DIALECTS):
-        fix = "give --calibration FILE" if not static else f"leave --dialect out or say {STATIC_DIALECTS[0]}"
-        raise UsageError(f"--dialect {dialect}: its activations are {'dynamic' if static else 'static'}; {fix}.")
-    if mixed and dialect != "mxfp4":
-        raise UsageError(
-            f"--dialect {dialect}: can't say that some layers are mxfp4 and some fp8. Use --dialect mxfp4."
-        )
-    known = DIALECT_SCHEMES[dialect]
-    for scheme in schemes:
-        if scheme not in known:
-            raise UsageError(f"--dialect {dialect}: can't say {scheme}. It can say: {'; '.join(map(str, known))}.")
-    return dialect
+    return choose_dialect(schemes, model.naming, asked=options.dialect, static=options.calibration is not None)
 
 
-def dialect_faults(model: Model, fates: Mapping[str, Fate], layers: Mapping[str, Layer], dialect: str) -> list[str]:
+def dialect_faults(model: Model, fates: Mapping[str, Fate], layers: Mapping[str, Layer], dialect: Dialect) -> list[str]:
     """Return a sentence for everything that the dialect's consumer would load silently wrong."""
     kept = model.prefixes([module for module, fate in fates.items() if fate.format == KEEP])
     quantized = model.prefixes(layers)
-    if dialect == "rowwise":
-        return _rowwise_faults(model, quantized)
+    if dialect.file_name:
+        return _rowwise_faults(model, dialect, quantized)
     faults = []
-    if dialect in ("fp8", "modelopt") and not model.preset.sglang_ignores:
+    if dialect.sglang_ignores and not model.preset.sglang_ignores:
         faults += [_unignorable(model, fates, module) for module, prefix in kept.items() if prefix is not None]
-    if dialect == "fp8" and model.options.granularity == "block" and model.naming == "diffusers":
+    if _has_block_scales(layers) and model.naming == "diffusers":
         plain = [module for module, prefix in quantized.items() if prefix is None]
         faults += [
             f"{module}: SGLang builds it as a plain linear and would take its FP8 codes without their block scales."
@@ -82,16 +67,21 @@ def dialect_faults(model: Model, fates: Mapping[str, Fate], layers: Mapping[str,
 
 def dialect_warnings(model: Model, manifest: Manifest) -> list[str]:
     """Return a sentence for everything that its consumer would load right, but not as asked."""
-    if manifest.dialect not in ("fp8", "modelopt"):
+    matching = DIALECTS[manifest.dialect].sglang_ignores
+    if matching is None:
         return []
     quantized = model.prefixes(manifest.layers)
-    warnings = overmatched(manifest.unquantized_linears, quantized, any_part=manifest.dialect == "fp8")
-    if model.options.granularity == "block" and model.preset.name == GENERIC and model.naming == "diffusers":
+    warnings = overmatched(manifest.unquantized_linears, quantized, any_part=matching == "part")
+    if _has_block_scales(manifest.layers) and model.preset.name == GENERIC and model.naming == "diffusers":
         warnings.append(
             "no preset knows this class: where SGLang builds a linear of it as a plain one, it takes the FP8 codes"
             " without their block scales; scripts/check_sglang.py tells, --granularity tensor is safe"
         )
     return warnings
+
+
+def _has_block_scales(layers: Mapping[str, Layer]) -> bool:
+    return any(layer.scheme == BLOCK_FP8 for layer in layers.values())
 
 
 def _unignorable(model: Model, fates: Mapping[str, Fate], module: str) -> str:
@@ -102,12 +92,12 @@ def _unignorable(model: Model, fates: Mapping[str, Fate], module: str) -> str:
     )
 
 
-def _rowwise_faults(model: Model, quantized: Mapping[str, str | None]) -> list[str]:
+def _rowwise_faults(model: Model, dialect: Dialect, quantized: Mapping[str, str | None]) -> list[str]:
     renamed = [module for module, prefix in quantized.items() if prefix not in (module, None)]
     if model.preset.rowwise and not renamed:
         return []
     what = f"{renamed[0]} has" if renamed else f"layers of preset {model.preset.name} have"
     return [
-        f"dialect rowwise: {what} another name in SGLang. Use --granularity tensor or block, or"
+        f"dialect {dialect.name}: {what} another name in SGLang. Use --granularity tensor or block, or"
         " --dialect compressed-tensors."
     ]

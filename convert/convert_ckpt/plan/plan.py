@@ -10,7 +10,7 @@ import numpy as np
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.calibration import calibration_faults, input_scales, read_calibration
-from convert_ckpt.plan.context import Model, choose_dialect, dialect_faults, dialect_warnings
+from convert_ckpt.plan.context import Model, dialect_faults, dialect_warnings, find_dialect
 from convert_ckpt.plan.preset import GENERIC, Preset, find_preset, load_preset
 from convert_ckpt.plan.recipe import (
     KEEP,
@@ -25,18 +25,18 @@ from convert_ckpt.plan.recipe import (
     read_recipe,
     unmatched_rules,
 )
-from convert_ckpt.plan.shape_rules import guard, in_numbered_block, linear_module, reason_not_linear
+from convert_ckpt.plan.shape_rules import in_numbered_block, linear_module, reason_not_linear, reason_to_keep
 from convert_ckpt.source.component import Component
-from run_ckpt.contract.dialects import header_metadata, scale_shape, tensor_names
+from run_ckpt.contract.dialects.dialect import Dialect
+from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import ProblemsError, UsageError
+from run_ckpt.contract.formats import BLOCK_FP8, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT_SCALE, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import Header, StoredTensor, build_header
 from run_ckpt.version import VERSION
 
 TOOL_NAME = "convert-ckpt"
-# Not a name that from_pretrained looks for: it would load the codes and drop the scales.
-ROWWISE_FILE_NAME = "transformer-rowwise-fp8.safetensors"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_plan(source: Component, options: Options) -> Plan:
     linears = {module: spec for spec in specs if (module := linear_module(spec))}
     model = Model(source, options, preset, linears)
     fates, groups = _choose_fates(model, rules)
-    dialect = choose_dialect(model, fates)
+    dialect = find_dialect(model, fates)
     layers = _make_layers(model, fates, groups, dialect)
     problems = dialect_faults(model, fates, layers, dialect)
     scales: dict[str, np.float32] = {}
@@ -128,7 +128,7 @@ def make_plan(source: Component, options: Options) -> Plan:
     if not layers:
         problems.append(_nothing_to_convert(fates))
     tensors = _make_tensors(source, layers, fates)
-    manifest = _make_manifest(model, rules, dialect, layers, tensors, groups)
+    manifest = _make_manifest(model, rules, dialect.name, layers, tensors, groups)
     if problems:
         raise ProblemsError(f"{source.name}: can't be converted as asked", problems)
     files = _make_files(tensors, manifest)
@@ -173,7 +173,7 @@ def _guarded(model: Model, module: str, fate: Fate) -> Fate:
         return fate
     if model.preset.name == GENERIC and not in_numbered_block(module):
         return Fate(KEEP, "outside the numbered blocks, and no preset knows this class")
-    reason = guard(
+    reason = reason_to_keep(
         model.linears[module],
         model.options.scheme(fate.format),
         model.naming,
@@ -183,7 +183,7 @@ def _guarded(model: Model, module: str, fate: Fate) -> Fate:
 
 
 def _make_layers(
-    model: Model, fates: Mapping[str, Fate], groups: tuple[FusedGroup, ...], dialect: str
+    model: Model, fates: Mapping[str, Fate], groups: tuple[FusedGroup, ...], dialect: Dialect
 ) -> dict[str, Layer]:
     group_of = {member: group.name for group in groups for member in group.members}
     layers = {}
@@ -195,16 +195,14 @@ def _make_layers(
         N, K = spec.shape
         layers[module] = Layer(
             module=module,
-            format=scheme.format,
+            scheme=scheme,
             N=N,
             K=K,
             source_tensor=spec.name,
             source_dtype=spec.dtype,
-            layout=scheme.layout,
-            granularity=scheme.granularity,
-            scale_rule=model.options.scale_rule if scheme.format == "mxfp4" else "amax_over_448",
-            tensors=tensor_names(module, scheme, dialect, model.naming),
-            scale_shape=scale_shape(N, K, scheme, dialect),
+            scale_rule=scheme.format.scale_rule(model.options.scale_rule),
+            tensors=dialect.tensor_names(module, scheme, model.naming),
+            scale_shape=dialect.scale_shape(N, K, scheme),
             fused_group=group_of.get(module),
         )
     return layers
@@ -265,10 +263,9 @@ def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -
     fused = {}
     for group in groups:
         members = [layers[name] for name in group.members]
-        granularity = members[0].granularity
-        if not group.pattern.scale_name or not (
-            granularity == "tensor" or (granularity == "block" and group.pattern.block_scale)
-        ):
+        scheme = members[0].scheme
+        is_repeated = scheme == TENSOR_FP8 or (scheme == BLOCK_FP8 and group.pattern.block_scale)
+        if not group.pattern.scale_name or not is_repeated:
             continue
         for role in members[0].tensors.keys() & {WEIGHT_SCALE, INPUT_SCALE}:
             specs = [layer.specs()[role] for layer in members]
@@ -280,7 +277,7 @@ def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -
 
 
 def _make_files(tensors: tuple[TensorPlan, ...], manifest: Manifest) -> tuple[FilePlan, ...]:
-    """One output shard per source shard, or a single file in the rowwise dialect."""
+    """One output shard per source shard, or a single file where the dialect wants one."""
     outputs: dict[str, list[TensorSpec]] = {}
     shard_of: dict[str, str] = {}
     for tensor in tensors:
@@ -291,7 +288,8 @@ def _make_files(tensors: tuple[TensorPlan, ...], manifest: Manifest) -> tuple[Fi
     for fused in manifest.fused_scales.values():
         outputs[shard_of[fused.members[0]]].append(fused.spec)
     metadata = header_metadata(manifest)
-    if manifest.dialect == "rowwise":
+    file_name = DIALECTS[manifest.dialect].file_name
+    if file_name:
         merged = [spec for specs in outputs.values() for spec in specs]
-        return (FilePlan(ROWWISE_FILE_NAME, build_header(merged, metadata), tuple(outputs)),)
+        return (FilePlan(file_name, build_header(merged, metadata), tuple(outputs)),)
     return tuple(FilePlan(name, build_header(specs, metadata), (name,)) for name, specs in outputs.items())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from convert_ckpt.plan.preset import FusedPattern, Preset, fill_pattern, pattern_regex, read_toml
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.contract.formats import WEIGHT_FORMATS
+from run_ckpt.contract.formats import FORMATS
 from run_ckpt.contract.tensors import TensorSpec
 
 KEEP = "keep"
@@ -48,7 +48,7 @@ def read_recipe(path: Path) -> tuple[str | None, list[Rule]]:
     """Return the base preset's name (or None) and the rules of a recipe file.
 
     A recipe is TOML: ``preset = "flux1"`` and ``[[rules]]`` with ``match`` (pattern), ``format``
-    (mxfp4, fp8 or keep) and optionally ``reason``. Raises UsageError with the fault.
+    (a weight format or keep) and optionally ``reason``. Raises UsageError with the fault.
     """
     table = read_toml(path)
     _refuse_unknown(path, "", table, _RECIPE_KEYS)
@@ -66,8 +66,9 @@ def _read_rule(path: Path, number: int, entry: object) -> Rule:
         raise UsageError(f"{path}: {where}not a table. Begin each rule with a line [[rules]].")
     _refuse_unknown(path, where, entry, _RULE_KEYS)
     match, weight_format = entry.get("match"), entry.get("format")
-    if not isinstance(match, str) or weight_format not in (*WEIGHT_FORMATS, KEEP):
-        raise UsageError(f'{path}: {where}needs match = "PATTERN" and format = "mxfp4", "fp8" or "keep".')
+    if not isinstance(match, str) or weight_format not in (*FORMATS, KEEP):
+        known = ", ".join(f'"{name}"' for name in FORMATS)
+        raise UsageError(f'{path}: {where}needs match = "PATTERN" and format = {known} or "{KEEP}".')
     reason = entry.get("reason", f"recipe {path.name}: {match}")
     if not isinstance(reason, str):
         raise UsageError(f"{path}: {where}reason is not a text.")

@@ -2,26 +2,11 @@
 
 import re
 
-from run_ckpt.contract.dialects import Scheme
-from run_ckpt.contract.formats import MXFP4_BLOCK_SIZE
+from run_ckpt.contract.formats import BLOCK_FP8, FP8_BLOCK_SIZE, Scheme
 from run_ckpt.contract.tensors import TensorSpec
 
 WEIGHT_SUFFIX = ".weight"
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
-
-# gemm_a4w4 returns wrong rows for small N in its untuned heuristic, and SGLang keeps such layers
-# BF16 (multimodal_gen/.../mxfp4.py:38-41).
-MXFP4_MIN_N = 256
-# The scale tile holds 32 rows (aiter/ops/shuffle.py); every tuned GEMM has K % 256 == 0; the
-# weight tile holds K = 64.
-MXFP4_N_MULTIPLE = 32
-MXFP4_K_MULTIPLE = 256
-MXFP4_UNALIGNED_K_MULTIPLE = 64
-# torch's scaled matmul and CUTLASS want both multiples of 16.
-FP8_MULTIPLE = 16
-# transformers dequantizes a block-scaled weight in blocks of N // ceil(N / 128), so that any other
-# shape comes out silently wrong (integrations/finegrained_fp8.py).
-FP8_TRANSFORMERS_BLOCK_MULTIPLE = 128
 
 
 def linear_module(spec: TensorSpec) -> str | None:
@@ -38,28 +23,24 @@ def reason_not_linear(spec: TensorSpec) -> str:
     return f"not a linear weight ({len(spec.shape)}-D)"
 
 
-def guard(spec: TensorSpec, scheme: Scheme, naming: str, *, allow_unaligned_k: bool) -> str | None:
+def reason_to_keep(spec: TensorSpec, scheme: Scheme, naming: str, *, allow_unaligned_k: bool) -> str | None:
     """Return why the [N, K] weight must stay as it is under ``scheme``, or None."""
     N, K = spec.shape
     if spec.dtype not in QUANTIZABLE_DTYPES:
         return f"dtype {spec.dtype} is not quantized"
-    if scheme.format == "fp8":
-        strict = scheme.granularity == "block" and naming == "transformers"
-        multiple = FP8_TRANSFORMERS_BLOCK_MULTIPLE if strict else FP8_MULTIPLE
-        for axis, size in (("N", N), ("K", K)):
-            if size % multiple:
-                return f"{axis} = {size} is not a multiple of {multiple}"
-        return None
-    if N < MXFP4_MIN_N:
-        return f"N = {N} is under {MXFP4_MIN_N}"
-    if N % MXFP4_N_MULTIPLE:
-        return f"N = {N} is not a multiple of {MXFP4_N_MULTIPLE}"
-    multiple = _k_multiple(scheme, allow_unaligned_k)
-    if K % multiple:
-        hint = (
-            " (see --allow-unaligned-k)" if multiple == MXFP4_K_MULTIPLE and K % MXFP4_UNALIGNED_K_MULTIPLE == 0 else ""
-        )
-        return f"K = {K} is not a multiple of {multiple}{hint}"
+    wanted, k_multiple = scheme.format, _k_multiple(scheme, allow_unaligned_k)
+    n_multiple = wanted.N_multiple
+    if scheme == BLOCK_FP8 and naming == "transformers":
+        # transformers dequantizes a block-scaled weight in blocks of N // ceil(N / 128), so that any other
+        # shape comes out silently wrong (integrations/finegrained_fp8.py).
+        n_multiple = k_multiple = FP8_BLOCK_SIZE
+    if wanted.min_N > N:
+        return f"N = {N} is under {wanted.min_N}"
+    if N % n_multiple:
+        return f"N = {N} is not a multiple of {n_multiple}"
+    if K % k_multiple:
+        would_do = k_multiple == scheme.layout.tuned_K > 1 and K % scheme.alignment[1] == 0
+        return f"K = {K} is not a multiple of {k_multiple}{' (see --allow-unaligned-k)' if would_do else ''}"
     return None
 
 
@@ -69,6 +50,5 @@ def in_numbered_block(module: str) -> bool:
 
 
 def _k_multiple(scheme: Scheme, allow_unaligned_k: bool) -> int:
-    if scheme.layout == "plain":
-        return MXFP4_BLOCK_SIZE
-    return MXFP4_UNALIGNED_K_MULTIPLE if allow_unaligned_k else MXFP4_K_MULTIPLE
+    layout_multiple = scheme.alignment[1] if allow_unaligned_k else scheme.layout.tuned_K
+    return max(scheme.format.K_multiple, layout_multiple)

@@ -31,8 +31,7 @@ from convert_ckpt.run.slab import (
     fp8_scales,
     is_finite,
     largest_magnitude,
-    quantize_fp8,
-    quantize_mxfp4,
+    quantize,
     weight_bits,
 )
 from convert_ckpt.run.wait import Gate
@@ -197,11 +196,8 @@ class Engine:
         assert layer is not None
         bits = weight_bits(raw, slab.tensor.spec.dtype, layer.K)
         file_offset = self._writer(slab.outputs[0]).offset(layer.tensors[WEIGHT])
-        if layer.format == "mxfp4":
-            pieces, errors, largest = quantize_mxfp4(bits, layer, slab.row, scratch, file_offset)
-        else:
-            scale = self._tensor_scale(slab) if slab.action == "encode" else None
-            pieces, errors, largest = quantize_fp8(bits, layer, slab.row, scratch, file_offset, scale)
+        scale = self._tensor_scale(slab) if slab.action == "encode" else None
+        pieces, errors, largest = quantize(bits, layer, slab.row, scratch, file_offset, scale)
         self._check_finite(slab.tensor, largest)
         if not math.isfinite(errors.largest):
             raise NonFiniteError(

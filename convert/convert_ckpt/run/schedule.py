@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Literal
 
 from convert_ckpt.plan.plan import Plan, TensorPlan
-from convert_ckpt.run.slab import slab_row_multiple
 from convert_ckpt.source.shards import FetchStep
 from run_ckpt.contract.tensors import DTYPE_BITS
 
@@ -90,7 +89,7 @@ def still_finished(plan: Plan, finished: set[str]) -> set[str]:
 def scale_group(tensor: TensorPlan) -> str | None:
     """Return the name under which a per-tensor FP8 weight shares its scale, None for all others."""
     layer = tensor.layer
-    if layer is None or layer.granularity != "tensor":
+    if layer is None or not layer.scheme.has_tensor_scale:
         return None
     return layer.fused_group or layer.module
 
@@ -224,7 +223,7 @@ def _cut(action: Action, tensor: TensorPlan) -> Iterator[tuple[Action, TensorPla
     step, row_nbytes = SLAB_NBYTES, 0
     if tensor.layer:
         row_nbytes = tensor.layer.K * DTYPE_BITS[tensor.spec.dtype] // 8
-        multiple = slab_row_multiple(tensor.layer)
+        multiple = tensor.layer.scheme.row_multiple
         step = max(1, SLAB_NBYTES // (row_nbytes * multiple)) * multiple * row_nbytes
     for start in range(0, max(nbytes, 1), step):
         row = start // row_nbytes if row_nbytes else 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from convert_ckpt.plan.plan import Plan
 from convert_ckpt.source.component import Component
-from run_ckpt.contract.dialects import quantization_config
+from run_ckpt.contract.dialects.table import DIALECTS, quantization_config
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.storage.atomic import describe_file, write_durably
@@ -49,7 +49,7 @@ def make_index(plan: Plan) -> dict[str, Any]:
 
 
 def _index_name(source: Component, plan: Plan) -> str | None:
-    if plan.manifest.dialect == "rowwise":
+    if DIALECTS[plan.manifest.dialect].file_name:
         return None
     if source.folder.index_name or len(plan.files) == 1:
         return source.folder.index_name

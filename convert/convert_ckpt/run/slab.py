@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert_ckpt.run.buffers import Scratch
-from run_ckpt.contract.formats import E4M3_MAX, FP8_BLOCK_SIZE, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.formats import E4M3_MAX
+from run_ckpt.contract.layouts import AITER
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
 # float32 bits of infinity: magnitudes from here on are not finite.
@@ -42,13 +43,6 @@ def weight_bits(raw: np.ndarray, dtype: str, K: int) -> np.ndarray:
     return raw.view(np.int32).reshape(-1, K)
 
 
-def slab_row_multiple(layer: Layer) -> int:
-    """Rows that belong together: a scale tile of MXFP4, a block of FP8, else one."""
-    if layer.format == "mxfp4":
-        return MXFP4_BLOCK_SIZE
-    return FP8_BLOCK_SIZE if layer.granularity == "block" else 1
-
-
 def largest_magnitude(bits: np.ndarray) -> int:
     """Return the float32 bits of the largest magnitude."""
     from convert_ckpt.kernels.fp8 import tile_maxima
@@ -67,13 +61,20 @@ def fp8_scales(amax_bits: np.ndarray) -> np.ndarray:
     return scales
 
 
-def quantize_mxfp4(
-    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int
+def quantize(
+    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int, tensor_scale: np.ndarray | None
 ) -> tuple[list[Piece], Errors, int]:
-    """Return pieces, errors and the largest magnitude of rows ``row``.. of an MXFP4 layer.
+    """Return pieces, errors and the largest magnitude of rows ``row``.. of a layer.
 
-    file_offset: where the layer's codes begin in their file.
+    file_offset: where the layer's codes begin in their file. tensor_scale: float32 [1] where the scale follows from
+    the whole weight, whose amax was taken before (the largest magnitude is then returned as 0), else None.
     """
+    return _QUANTIZERS[layer.format.name](bits, layer, row, scratch, file_offset, tensor_scale)
+
+
+def _quantize_mxfp4(
+    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int, tensor_scale: np.ndarray | None
+) -> tuple[list[Piece], Errors, int]:
     from convert_ckpt.kernels.mxfp4 import quantize_slab
 
     n_rows, K = bits.shape
@@ -83,24 +84,24 @@ def quantize_mxfp4(
     scale = scratch.take(WEIGHT_SCALE, n_rows * pitch)
     scale[:] = 0
     errors, largest = quantize_slab(
-        bits, layer.scale_rule, tiled=layer.layout == "aiter", weight_out=weight, scale_out=scale, scale_pitch=pitch
+        bits,
+        layer.scale_rule,
+        tiled=layer.scheme.layout == AITER,
+        weight_out=weight,
+        scale_out=scale,
+        scale_pitch=pitch,
     )
     pieces = [Piece(WEIGHT, offset, weight), Piece(WEIGHT_SCALE, row * pitch, scale)]
     return pieces, Errors(*errors.tolist()), largest
 
 
-def quantize_fp8(
+def _quantize_fp8(
     bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int, tensor_scale: np.ndarray | None
 ) -> tuple[list[Piece], Errors, int]:
-    """Return pieces, errors and the largest magnitude of rows ``row``.. of an FP8 layer.
-
-    file_offset: where the layer's codes begin in their file. tensor_scale: float32 [1] for granularity ``tensor``,
-    whose amax was taken before (the largest magnitude is then returned as 0), else None.
-    """
     from convert_ckpt.kernels.fp8 import encode_slab, tile_maxima
 
     n_rows, K = bits.shape
-    tile_rows, tile_cols = _fp8_tile(layer, n_rows)
+    tile_rows, tile_cols = layer.scheme.block[0] or n_rows, layer.scheme.block[1] or K
     largest = 0
     if tensor_scale is None:
         amax_bits = tile_maxima(bits, tile_rows, tile_cols)
@@ -117,7 +118,5 @@ def quantize_fp8(
     return pieces, Errors(*errors.tolist()), largest
 
 
-def _fp8_tile(layer: Layer, n_rows: int) -> tuple[int, int]:
-    if layer.granularity == "block":
-        return FP8_BLOCK_SIZE, FP8_BLOCK_SIZE
-    return (1 if layer.granularity == "channel" else n_rows), layer.K
+# Format -> the wrapper of its kernel.
+_QUANTIZERS = {"mxfp4": _quantize_mxfp4, "fp8": _quantize_fp8}

@@ -5,49 +5,52 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from run_ckpt.backends.backend import Backend, Machine, Tensors, finish
-from run_ckpt.backends.fp8 import quantize_rows, refuse_fnuz, to_machine_fp8
+from run_ckpt.backends.backend import Backend, Device, Tensors, finish
+from run_ckpt.backends.fp8 import quantize_rows, refuse_fnuz, to_device_fp8
 from run_ckpt.backends.operators import define_operator
 from run_ckpt.backends.packages import why_no_aiter
-from run_ckpt.backends.reference import from_plain, to_plain
-from run_ckpt.contract.formats import AITER_TARGET_ARCH
+from run_ckpt.backends.reference import shuffle, to_plain
+from run_ckpt.contract.formats import AITER_MXFP4, BLOCK_FP8, FP8, MXFP4, TENSOR_FP8, QuantFormat
 from run_ckpt.contract.layouts import AITER_WEIGHT
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 
-_FP8_ARCHITECTURES = ("gfx942", "gfx950")
+_ARCHITECTURES: dict[QuantFormat, tuple[str, ...]] = {
+    MXFP4: (AITER_MXFP4.layout.target_arch,),
+    FP8: ("gfx942", "gfx950"),
+}
 # AITER's own choice of types (aiter/utility/dtypes.py): bytes where torch lacks them.
 _E2M1_PAIR: torch.dtype = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
 _E8M0: torch.dtype = getattr(torch, "float8_e8m0fnu", torch.uint8)
 
-# N below 256 loses precision in the untuned kernels, and N <= 128 with 2 <= M <= 64 gave wrong rows
-# on an MI355X (comments in SGLang's mxfp4.py and quark_w4a4_mxfp4.py).
-_MXFP4_MIN_N = 256
-# Composable Kernel reads the scales of 32 rows together; the weight tile holds K = 64.
-_MXFP4_N_MULTIPLE, _MXFP4_K_MULTIPLE = 32, 64
 # csrc/ck_gemm_a8w8_bpreshuffle/gemm_a8w8_bpreshuffle.cu
 _FP8_N_MULTIPLE, _FP8_K_MULTIPLE, _FP8_MIN_K = 16, 64, 192
 
 
-def _why_not(layer: Layer, machine: Machine) -> str | None:
-    is_mxfp4 = layer.format == "mxfp4"
-    architectures = (AITER_TARGET_ARCH,) if is_mxfp4 else _FP8_ARCHITECTURES
-    if machine.kind != "rocm" or machine.arch not in architectures:
+def _unsupported(layer: Layer, device: Device) -> str | None:
+    if layer.format not in _ARCHITECTURES:
+        return (
+            f"AITER's products here take {' and '.join(map(str, _ARCHITECTURES))} weights, this one is {layer.format}"
+        )
+    architectures = _ARCHITECTURES[layer.format]
+    if device.kind != "rocm" or device.arch not in architectures:
         return f"AITER multiplies {layer.format} on {' and '.join(architectures)} alone"
-    return (_why_not_mxfp4_shape(layer) if is_mxfp4 else _why_not_fp8_shape(layer)) or why_no_aiter()
+    unsupported_shape = _unsupported_mxfp4_shape if layer.format == MXFP4 else _unsupported_fp8_shape
+    return unsupported_shape(layer) or why_no_aiter()
 
 
-def _why_not_mxfp4_shape(layer: Layer) -> str | None:
-    if layer.N < _MXFP4_MIN_N:
-        return f"N = {layer.N} is below {_MXFP4_MIN_N}, where AITER's FP4 kernels lose precision"
-    if layer.N % _MXFP4_N_MULTIPLE:
-        return f"N = {layer.N} is not a multiple of {_MXFP4_N_MULTIPLE}"
-    if layer.K % _MXFP4_K_MULTIPLE:
-        return f"K = {layer.K} is not a multiple of {_MXFP4_K_MULTIPLE}"
+def _unsupported_mxfp4_shape(layer: Layer) -> str | None:
+    rows, cols = AITER_MXFP4.alignment
+    if MXFP4.min_N > layer.N:
+        return f"N = {layer.N} is below {MXFP4.min_N}, where AITER's FP4 kernels lose precision"
+    if layer.N % rows:
+        return f"N = {layer.N} is not a multiple of {rows}"
+    if layer.K % cols:
+        return f"K = {layer.K} is not a multiple of {cols}"
     return None
 
 
-def _why_not_fp8_shape(layer: Layer) -> str | None:
-    if layer.granularity == "block":
+def _unsupported_fp8_shape(layer: Layer) -> str | None:
+    if layer.scheme == BLOCK_FP8:
         return "AITER's pre-shuffled FP8 product takes one scale a row, this weight has one a block"
     if layer.N % _FP8_N_MULTIPLE:
         return f"N = {layer.N} is not a multiple of {_FP8_N_MULTIPLE}"
@@ -57,9 +60,9 @@ def _why_not_fp8_shape(layer: Layer) -> str | None:
 
 
 def _prepare(layer: Layer, tensors: Tensors) -> Tensors:
-    if layer.format == "mxfp4":
-        return tensors if layer.layout == "aiter" else from_plain(replace(layer, layout="aiter"), tensors)
-    fp8 = to_machine_fp8(layer, tensors)
+    if layer.format == MXFP4:
+        return tensors if layer.scheme == AITER_MXFP4 else shuffle(tensors, AITER_MXFP4.layout)
+    fp8 = to_device_fp8(layer, tensors)
     weight = fp8[WEIGHT]
     shuffled = AITER_WEIGHT.shuffle(weight.view(torch.uint8)).view(weight.dtype)
     scale = fp8[WEIGHT_SCALE].reshape(-1, 1).expand(layer.N, 1).contiguous()
@@ -67,18 +70,18 @@ def _prepare(layer: Layer, tensors: Tensors) -> Tensors:
 
 
 def _restore(layer: Layer, operands: Tensors) -> Tensors:
-    if layer.format == "mxfp4":
-        return operands if layer.layout == "aiter" else to_plain(replace(layer, layout="aiter"), operands)
+    if layer.format == MXFP4:
+        return operands if layer.scheme == AITER_MXFP4 else to_plain(replace(layer, scheme=AITER_MXFP4), operands)
     weight, scale = operands[WEIGHT], operands[WEIGHT_SCALE]
     refuse_fnuz(layer, weight)
     plain = AITER_WEIGHT.unshuffle(weight.view(torch.uint8)).view(weight.dtype)
-    on_disk = scale[:1] if layer.granularity == "tensor" else scale
+    on_disk = scale[:1] if layer.scheme == TENSOR_FP8 else scale
     return {**operands, WEIGHT: plain, WEIGHT_SCALE: on_disk.reshape(layer.scale_shape)}
 
 
-def _multiply(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
+def _multiply(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
     weight, scale = operands[WEIGHT], operands[WEIGHT_SCALE]
-    if weight.dtype == torch.uint8:
+    if layer.format == MXFP4:
         return finish(_aiter_mxfp4(x.bfloat16(), weight, scale), x, bias)
     codes, code_scale = quantize_rows(x, weight.dtype, operands.get(INPUT_SCALE))
     rows = code_scale.expand(x.shape[0], 1).contiguous()
@@ -119,4 +122,4 @@ _aiter_fp8 = define_operator(
     "aiter_fp8(Tensor codes, Tensor weight, Tensor code_scale, Tensor scale) -> Tensor", _multiply_fp8, _empty_product
 )
 
-AITER = Backend("aiter", why_not=_why_not, prepare=_prepare, matmul=_multiply, restore=_restore)
+AITER = Backend("aiter", unsupported=_unsupported, prepare=_prepare, matmul=_multiply, restore=_restore)

@@ -1,4 +1,4 @@
-"""What a backend is, and what it may know of the machine."""
+"""What a backend is, and what it may know of the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Machine:
+class Device:
     """Where a layer is to run: ``kind`` is "cpu", "cuda" (NVIDIA), "rocm" (AMD) or another torch device type.
 
     ``arch`` is the GPU's architecture ("gfx950", "sm90"), "" elsewhere.
@@ -30,21 +30,21 @@ class Machine:
 class Backend:
     """One way to multiply by a quantized weight.
 
-    ``why_not`` says why a layer can't run on a machine, None where it can. It touches no device.
-    ``why_ask`` says why the backend is taken only if asked for by name, None where it is not so.
+    ``unsupported`` says why a layer can't run on a device, None where it can. It touches no device.
+    ``only_if_named`` says why the backend is taken only if asked for by name, None where it is not so.
     ``prepare`` turns the tensors as on disk (role -> tensor, all on their device) into operands; where
     bytes serve as they are it makes no copy. It may use up its argument.
     ``restore`` is the exact inverse, None where there is none.
-    ``matmul`` returns x @ weight.T + bias as [M, N] in x's dtype for x [M, K] (contiguous; bfloat16,
-    float16 or float32), operands and bias [N] or None. torch.compile takes it whole.
+    ``matmul`` returns x @ weight.T + bias as [M, N] in x's dtype for a layer, x [M, K] (contiguous; bfloat16,
+    float16 or float32), its operands and bias [N] or None. torch.compile takes it whole.
     """
 
     name: str
-    why_not: Callable[[Layer, Machine], str | None]
+    unsupported: Callable[[Layer, Device], str | None]
     prepare: Callable[[Layer, Tensors], Tensors]
-    matmul: Callable[[Tensor, Tensors, Tensor | None], Tensor]
+    matmul: Callable[[Layer, Tensor, Tensors, Tensor | None], Tensor]
     restore: Callable[[Layer, Tensors], Tensors] | None
-    why_ask: Callable[[Machine], str | None] = lambda machine: None
+    only_if_named: Callable[[Device], str | None] = lambda device: None
 
 
 def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,12 +53,12 @@ def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias.to(x.dtype)
 
 
-def describe_machine(device: torch.device) -> Machine:
+def describe_device(device: torch.device) -> Device:
     """Return what a torch device is. Raises RuntimeError (torch's own) where there is no such GPU."""
     if device.type != "cuda":
-        return Machine(device.type)
+        return Device(device.type)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         # "gfx950:sramecc+:xnack-"
-        return Machine("rocm", properties.gcnArchName.partition(":")[0])
-    return Machine("cuda", f"sm{properties.major}{properties.minor}")
+        return Device("rocm", properties.gcnArchName.partition(":")[0])
+    return Device("cuda", f"sm{properties.major}{properties.minor}")

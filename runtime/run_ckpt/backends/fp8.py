@@ -1,9 +1,9 @@
-"""FP8 in the E4M3 variant of the machine: weights converted at load, activations quantized for each product."""
+"""FP8 in the E4M3 variant of the GPU: weights converted at load, activations quantized for each product."""
 
 import torch
 from torch import Tensor
 
-from run_ckpt.backends.backend import Tensors, describe_machine
+from run_ckpt.backends.backend import Tensors, describe_device
 from run_ckpt.contract.errors import BackendError
 from run_ckpt.contract.formats import E4M3_NAN_MAGNITUDE
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
@@ -13,20 +13,20 @@ FNUZ_ARCHITECTURES = ("gfx940", "gfx941", "gfx942")
 _MINUS_ZERO = 0x80
 
 
-def to_machine_fp8(layer: Layer, tensors: Tensors) -> Tensors:
+def to_device_fp8(layer: Layer, tensors: Tensors) -> Tensors:
     """Return weight [N, K] in the E4M3 variant of its GPU, with the scales that go with it. Changes the weight.
 
     On gfx942 the code of -0 becomes +0 and the scales double: exact for every finite weight.
     Raises BackendError for a NaN code there, which would turn into a number.
     """
     weight = tensors[WEIGHT]
-    machine = describe_machine(weight.device)
-    if machine.kind != "rocm" or machine.arch not in FNUZ_ARCHITECTURES:
+    device = describe_device(weight.device)
+    if device.kind != "rocm" or device.arch not in FNUZ_ARCHITECTURES:
         return tensors
     codes = weight.view(torch.uint8)
     if bool(((codes & E4M3_NAN_MAGNITUDE) == E4M3_NAN_MAGNITUDE).any()):
         raise BackendError(
-            f"{layer.module}: the weight holds NaN, which {machine} can't say in FP8. Convert the source again."
+            f"{layer.module}: the weight holds NaN, which {device} can't say in FP8. Convert the source again."
         )
     codes.masked_fill_(codes == _MINUS_ZERO, 0)
     scales = {role: tensors[role] * 2 for role in (WEIGHT_SCALE, INPUT_SCALE) if role in tensors}

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from run_ckpt.backends.backend import Backend, Machine, Tensors, finish
+from run_ckpt.backends.backend import Backend, Device, Tensors, finish
 from run_ckpt.backends.operators import define_operator
 from run_ckpt.backends.packages import why_no_petit
 from run_ckpt.backends.reference import to_plain
 from run_ckpt.contract.errors import BackendError
-from run_ckpt.contract.formats import E8M0_BIAS, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.formats import E8M0_BIAS, MXFP4, MXFP4_BLOCK_SIZE
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
 _ARCHITECTURES = ("gfx90a", "gfx942")
@@ -19,10 +19,10 @@ _MIN_SCALE, _MAX_SCALE = 16, 247
 _MAGNITUDES = 0x77
 
 
-def _why_not(layer: Layer, machine: Machine) -> str | None:
-    if layer.format != "mxfp4":
+def _unsupported(layer: Layer, device: Device) -> str | None:
+    if layer.format != MXFP4:
         return f"Petit takes MXFP4 weights, this one is {layer.format}"
-    if machine.kind != "rocm" or machine.arch not in _ARCHITECTURES:
+    if device.kind != "rocm" or device.arch not in _ARCHITECTURES:
         return f"Petit is for {' and '.join(_ARCHITECTURES)}"
     if layer.N % _N_MULTIPLE or layer.K % _K_MULTIPLE:
         return f"N = {layer.N} and K = {layer.K} are not multiples of {_N_MULTIPLE} and {_K_MULTIPLE}"
@@ -56,7 +56,7 @@ def _scale_in_range(layer: Layer, weight: Tensor, scale: Tensor) -> Tensor:
     return scale
 
 
-def _multiply(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
+def _multiply(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
     product = _petit_mxfp4(x.bfloat16(), operands[WEIGHT], operands[WEIGHT_SCALE], operands["global_scale"])
     return finish(product, x, bias)
 
@@ -82,4 +82,4 @@ _petit_mxfp4 = define_operator(
 )
 
 # Petit turns -0 into +0: no way back to the bytes on disk.
-PETIT = Backend("petit", why_not=_why_not, prepare=_prepare, matmul=_multiply, restore=None)
+PETIT = Backend("petit", unsupported=_unsupported, prepare=_prepare, matmul=_multiply, restore=None)

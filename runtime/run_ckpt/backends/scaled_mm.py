@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from run_ckpt.backends.backend import Backend, Machine, Tensors, finish
-from run_ckpt.backends.fp8 import quantize_rows, refuse_fnuz, to_machine_fp8
+from run_ckpt.backends.backend import Backend, Device, Tensors, finish
+from run_ckpt.backends.fp8 import quantize_rows, refuse_fnuz, to_device_fp8
+from run_ckpt.contract.formats import BLOCK_FP8, FP8, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 
 # Those that torch's _scaled_mm takes (_scaled_mm_allowed_device in aten/src/ATen/native/cuda).
@@ -14,32 +15,32 @@ _AMD_ARCHITECTURES = ("gfx942", "gfx950", "gfx1200", "gfx1201")
 _MULTIPLE = 16
 
 
-def _why_not(layer: Layer, machine: Machine) -> str | None:
-    if layer.format != "fp8":
+def _unsupported(layer: Layer, device: Device) -> str | None:
+    if layer.format != FP8:
         return f"torch's scaled matmul takes FP8 weights here, this one is {layer.format}"
-    if layer.granularity == "block":
+    if layer.scheme == BLOCK_FP8:
         return "torch's scaled matmul takes one scale a tensor or a row, this weight has one a block"
     if layer.N % _MULTIPLE or layer.K % _MULTIPLE:
         return f"N = {layer.N} and K = {layer.K} are not both multiples of {_MULTIPLE}"
-    return _why_not_machine(machine)
+    return _unsupported_device(device)
 
 
-def _why_not_machine(machine: Machine) -> str | None:
-    if machine.kind == "cpu":
+def _unsupported_device(device: Device) -> str | None:
+    if device.kind == "cpu":
         return None
-    if machine.kind == "cuda":
-        has_fp8 = int(machine.arch.removeprefix("sm")) >= _MIN_SM
-        return None if has_fp8 else f"NVIDIA GPUs multiply FP8 from sm{_MIN_SM} on, this is {machine.arch}"
-    if machine.kind == "rocm" and machine.arch in _AMD_ARCHITECTURES:
+    if device.kind == "cuda":
+        has_fp8 = int(device.arch.removeprefix("sm")) >= _MIN_SM
+        return None if has_fp8 else f"NVIDIA GPUs multiply FP8 from sm{_MIN_SM} on, this is {device.arch}"
+    if device.kind == "rocm" and device.arch in _AMD_ARCHITECTURES:
         return None
     return f"torch's scaled matmul runs on NVIDIA sm{_MIN_SM} or newer and on AMD {', '.join(_AMD_ARCHITECTURES)}"
 
 
 def _prepare(layer: Layer, tensors: Tensors) -> Tensors:
     """Weight [N, K], whose transpose is column-major without a copy; scale [1] (tensor-wise) or [1, N] (row-wise)."""
-    fp8 = to_machine_fp8(layer, tensors)
+    fp8 = to_device_fp8(layer, tensors)
     scale = fp8[WEIGHT_SCALE].reshape(1, -1)
-    if layer.granularity == "tensor" and INPUT_SCALE in fp8:
+    if layer.scheme == TENSOR_FP8 and INPUT_SCALE in fp8:
         return {**fp8, WEIGHT_SCALE: scale[0]}
     return {**fp8, WEIGHT_SCALE: scale.expand(1, layer.N).contiguous()}
 
@@ -47,11 +48,11 @@ def _prepare(layer: Layer, tensors: Tensors) -> Tensors:
 def _restore(layer: Layer, operands: Tensors) -> Tensors:
     refuse_fnuz(layer, operands[WEIGHT])
     scale = operands[WEIGHT_SCALE].flatten()
-    on_disk = scale[:1] if layer.granularity == "tensor" else scale
+    on_disk = scale[:1] if layer.scheme == TENSOR_FP8 else scale
     return {**operands, WEIGHT_SCALE: on_disk.reshape(layer.scale_shape)}
 
 
-def _multiply(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
+def _multiply(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
     weight, scale = operands[WEIGHT], operands[WEIGHT_SCALE]
     codes, code_scale = quantize_rows(x, weight.dtype, operands.get(INPUT_SCALE))
     if scale.dim() == 2:
@@ -64,10 +65,15 @@ def _multiply(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
     return finish(product, x, None if is_fused else bias)
 
 
-def _inexact_on_a_cpu(machine: Machine) -> str | None:
-    return "on a CPU the reference is as fast and leaves activations as they are" if machine.kind == "cpu" else None
+def _inexact_on_a_cpu(device: Device) -> str | None:
+    return "on a CPU the reference is as fast and leaves activations as they are" if device.kind == "cpu" else None
 
 
 SCALED_MM = Backend(
-    "scaled_mm", why_not=_why_not, prepare=_prepare, matmul=_multiply, restore=_restore, why_ask=_inexact_on_a_cpu
+    "scaled_mm",
+    unsupported=_unsupported,
+    prepare=_prepare,
+    matmul=_multiply,
+    restore=_restore,
+    only_if_named=_inexact_on_a_cpu,
 )

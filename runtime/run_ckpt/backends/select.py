@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from run_ckpt.backends.aiter import AITER
-from run_ckpt.backends.backend import Backend, Machine
+from run_ckpt.backends.backend import Backend, Device
 from run_ckpt.backends.petit import PETIT
 from run_ckpt.backends.reference import DEQUANTIZE, REFERENCE
 from run_ckpt.backends.scaled_mm import SCALED_MM
@@ -23,22 +23,22 @@ class Choice:
     passed_over: dict[str, str]
 
 
-def choose_backend(layer: Layer, machine: Machine, name: str | None = None) -> Choice:
-    """Return the first backend that can run the layer on the machine, or the one of that name.
+def choose_backend(layer: Layer, device: Device, name: str | None = None) -> Choice:
+    """Return the first backend that can run the layer on the device, or the one of that name.
 
     Raises UsageError for an unknown name, BackendError where the named one, or every one, can't.
     """
     if name is not None:
-        return Choice(_named(layer, machine, name), {})
+        return Choice(_named(layer, device, name), {})
     passed_over: dict[str, str] = {}
     for backend in BACKENDS:
-        reason = backend.why_not(layer, machine) or backend.why_ask(machine)
+        reason = backend.unsupported(layer, device) or backend.only_if_named(device)
         if reason is None:
             return Choice(backend, passed_over)
         passed_over[backend.name] = reason
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed_over.items())
     raise BackendError(
-        f"{layer.module}: no backend takes it on {machine} by itself ({reasons})."
+        f"{layer.module}: no backend takes it on {device} by itself ({reasons})."
         " Ask for one by name, or install what is missing."
     )
 
@@ -51,9 +51,9 @@ def find_backend(name: str) -> Backend:
     raise UsageError(f"no backend {name!r}. Choose one of {', '.join(BACKEND_NAMES)}.")
 
 
-def _named(layer: Layer, machine: Machine, name: str) -> Backend:
+def _named(layer: Layer, device: Device, name: str) -> Backend:
     backend = find_backend(name)
-    reason = backend.why_not(layer, machine)
+    reason = backend.unsupported(layer, device)
     if reason is not None:
-        raise BackendError(f"{layer.module}: backend {name} can't run it on {machine}: {reason}.")
+        raise BackendError(f"{layer.module}: backend {name} can't run it on {device}: {reason}.")
     return backend

@@ -10,9 +10,9 @@ import click
 from run_ckpt.cli import publish
 from run_ckpt.cli.compare import compare
 from run_ckpt.cli.run import bench, generate
-from run_ckpt.contract.dialects import DIALECTS
+from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import CheckpointError, UsageError
-from run_ckpt.contract.formats import LAYOUTS
+from run_ckpt.contract.layouts import LAYOUTS
 from run_ckpt.version import VERSION
 
 _NAME = "run-ckpt"
@@ -91,16 +91,16 @@ def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) 
 
 
 def _inspect_backends(output: Path, device: str, as_json: bool) -> None:
-    from run_ckpt.backends.availability import survey_device
-    from run_ckpt.cli.tables import make_console, print_survey
+    from run_ckpt.backends.availability import device_availability
+    from run_ckpt.cli.tables import make_console, print_availability
     from run_ckpt.storage.components import find_components
 
     for name, path in find_components(output).items():
-        survey = survey_device(path, device)
+        availability = device_availability(path, device)
         if as_json:
-            click.echo(json.dumps({"component": name, **survey.to_json()}, indent=1))
+            click.echo(json.dumps({"component": name, **availability.to_json()}, indent=1))
         else:
-            print_survey(make_console(), name, survey)
+            print_availability(make_console(), name, availability)
 
 
 @run_ckpt.command()

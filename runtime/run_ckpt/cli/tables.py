@@ -12,7 +12,7 @@ from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.summary import CheckpointSummary, Inspection
 
 if TYPE_CHECKING:  # it imports torch
-    from run_ckpt.backends.availability import Survey
+    from run_ckpt.backends.availability import Availability
     from run_ckpt.tools.bench import Bench
     from run_ckpt.tools.verify.component import ComponentReport
 
@@ -54,7 +54,7 @@ def print_measured(console: Console, report: ComponentReport) -> None:
         layer = measured.layer
         table.add_row(
             escape(layer.module),
-            layer.format,
+            layer.format.name,
             f"{layer.N} x {layer.K}",
             _number(measured.sqnr_db, ".2f"),
             _number(layer.sqnr_db, ".2f"),
@@ -63,16 +63,16 @@ def print_measured(console: Console, report: ComponentReport) -> None:
     console.print(table)
 
 
-def print_survey(console: Console, component: str, survey: Survey) -> None:
+def print_availability(console: Console, component: str, availability: Availability) -> None:
     """Print the backends in order of preference, with what each would run and why not the rest."""
-    title = f"{component + ': ' if component else ''}backends on {survey.machine}"
+    title = f"{component + ': ' if component else ''}backends on {availability.machine}"
     table = _table(title, ("backend", "layers", "not taken because"))
-    for row in survey.rows:
+    for row in availability.rows:
         reasons = "\n".join(f"{reason} ({count} layers)" for reason, count in row.reasons.items())
         table.add_row(row.name, str(row.n_layers), escape(reasons))
     console.print(table)
-    if survey.n_homeless:
-        console.print(f"{survey.n_homeless} layers run on none of them unless it is asked for by name.")
+    if availability.n_unsupported:
+        console.print(f"{availability.n_unsupported} layers run on none of them unless it is asked for by name.")
 
 
 def print_bench(console: Console, component: str, bench: Bench) -> None:

@@ -3,6 +3,9 @@
 This file is the reference. Every faster kernel must return the same bytes.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,14 +17,23 @@ from run_ckpt.contract.elements import (
     scale_to_units,
     unpack_nibbles,
 )
-from run_ckpt.contract.formats import E4M3_MAX, FP8_BLOCK_SIZE, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.formats import E4M3_MAX, MXFP4_BLOCK_SIZE, ElementFormat, Scheme
 from run_ckpt.contract.scale_rules import choose_scale_codes
+
+
+def quantize(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, Tensor]:
+    """Return the codes and the scale grid of a weight [N, K], row-major without padding, each in its dtype on disk.
+
+    weight: float32, bfloat16 or float16, finite. scale_rule: one of the format's.
+    """
+    return _QUANTIZERS[scheme.format.name](weight, scheme, scale_rule)
 
 
 def quantize_mxfp4(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
     """Return packed E2M1 codes uint8 [N, K/2] and E8M0 scales uint8 [N, K/32], row-major.
 
-    weight: float32, bfloat16 or float16 [N, K], finite, K a multiple of 32.
+    weight: float32, bfloat16 or float16 [N, K], K a multiple of 32. It must be finite: E2M1 has no code for
+    NaN or Inf, and none is checked for here.
     scale_rule: one of formats.SCALE_RULES, see scale_rules.py.
     Source: OCP MX v1.0, 6.3; rule ``even`` gives the bytes of AITER's Triton quantizer.
     """
@@ -32,17 +44,11 @@ def quantize_mxfp4(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
     return pack_nibbles(codes.reshape(rows, cols)), scale_codes
 
 
-def dequantize_mxfp4(packed: Tensor, scale_codes: Tensor) -> Tensor:
-    """Return float32 [N, K] from packed codes uint8 [N, K/2] and E8M0 codes uint8 [N, K/32]."""
-    rows, n_blocks = scale_codes.shape
-    values = decode_e2m1(unpack_nibbles(packed)).reshape(rows, n_blocks, MXFP4_BLOCK_SIZE)
-    return (values * decode_e8m0(scale_codes).unsqueeze(-1)).reshape(rows, -1)
-
-
 def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
     """Return float8_e4m3fn [N, K]: e4m3(clamp(weight / scale, +-448)), nearest, ties to even.
 
-    weight: float32, bfloat16 or float16 [N, K]. scale: float32, broadcastable to [N, K].
+    weight: float32, bfloat16 or float16 [N, K]; NaN becomes the code of NaN, Inf saturates like every large value.
+    scale: float32, broadcastable to [N, K].
     The division is in float32. torch before 2.13 gave NaN on overflow, hence the clamp.
     """
     return (weight.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -54,16 +60,63 @@ def fp8_scale(amax: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def expand_fp8_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
-    """Return a scale [1], [N], [N, 1] or [ceil(N/128), ceil(K/128)] as float32 broadcastable to [N, K]."""
-    if scale.numel() == 1:
-        return scale.reshape(1, 1)
-    if scale.numel() == rows and (scale.dim() == 1 or scale.shape[1] == 1):
-        return scale.reshape(rows, 1)
-    by_row = scale.repeat_interleave(FP8_BLOCK_SIZE, dim=0)[:rows]
-    return by_row.repeat_interleave(FP8_BLOCK_SIZE, dim=1)[:, :cols]
+def block_amax(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Return the largest magnitude of each block, float32 in the shape of the scale grid."""
+    (N, K), (n_rows, n_cols) = weight.shape, scheme.scale_grid(*weight.shape)
+    rows, cols = scheme.block[0] or N, scheme.block[1] or K
+    padded = torch.zeros(n_rows * rows, n_cols * cols)
+    padded[:N, :K] = weight.abs()
+    return padded.reshape(n_rows, rows, n_cols, cols).amax((1, 3))
 
 
-def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return float32 [N, K] from float8_e4m3fn codes [N, K] and any scale of expand_fp8_scale."""
-    return codes.float() * expand_fp8_scale(scale, *codes.shape)
+def dequantize(codes: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """Return float32 [n, K]: element * scale, from codes and scales in row-major order without padding.
+
+    codes: uint8 [n, K / elements a byte], or the float8 tensor [n, K]. scales: those of these rows (see
+    Scheme.scale_rows) as the grid of Scheme.scale_grid, or in another shape of as many elements, in the
+    dtype on disk. A NaN code or scale gives NaN.
+    """
+    element = scheme.format.element
+    # torch's own cast from float8 is four times slower than a look-up for each byte.
+    values = _values_of_bytes(element, codes.device).index_select(0, codes.view(torch.uint8).flatten().long())
+    values = values.view(torch.float32).reshape(len(codes), -1)
+    return _scale(values, _SCALE_DECODERS[scheme.format.scale.name](scales), scheme)
+
+
+def expand_scales(scales: Tensor, scheme: Scheme, N: int, K: int) -> Tensor:
+    """Return the scales of an [N, K] weight, decoded, as float32 broadcastable to [N, K]."""
+    return _scale(torch.ones(N, K), scales, scheme)
+
+
+def _scale(values: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """Return ``values`` float32 [n, K], multiplied in place by the scale of their block."""
+    (rows, cols), (n, K) = scheme.block, values.shape
+    grid = scales.reshape(-1, scheme.scale_grid(n, K)[1])
+    if rows and rows > 1:
+        grid = grid.repeat_interleave(rows, dim=0)[:n]
+    if cols and K % cols:
+        return values.mul_(grid.repeat_interleave(cols, dim=1)[:, :K])
+    return values.view(n, -1, cols or K).mul_(grid.unsqueeze(-1)).view(n, K)
+
+
+@cache
+def _values_of_bytes(element: ElementFormat, device: torch.device) -> Tensor:
+    """The float32 values of each byte side by side, as one element: float32 [256], or two of them as int64 [256]."""
+    values = _ELEMENT_DECODERS[element.name](torch.arange(256, dtype=torch.uint8, device=device))
+    return values.view(torch.int64) if element.per_byte == 2 else values
+
+
+def _quantize_fp8(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, Tensor]:
+    scale = fp8_scale(block_amax(weight, scheme))
+    return quantize_fp8(weight, expand_scales(scale, scheme, *weight.shape)), scale
+
+
+_QUANTIZERS: dict[str, Callable[[Tensor, Scheme, str], tuple[Tensor, Tensor]]] = {
+    "mxfp4": lambda weight, scheme, scale_rule: quantize_mxfp4(weight, scale_rule),
+    "fp8": _quantize_fp8,
+}
+_ELEMENT_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "e2m1": lambda packed: decode_e2m1(unpack_nibbles(packed)),
+    "e4m3fn": lambda codes: codes.view(torch.float8_e4m3fn).float(),
+}
+_SCALE_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {"e8m0": decode_e8m0, "f32": Tensor.float}

@@ -70,8 +70,53 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+# The order that a tensor has by itself: a tile of one byte.
+ROW_MAJOR = TileLayout("row_major", (1,), (1,), order=(0, 1, 2, 3), pad_to=(1, 1))
 # shuffle_weight(layout=(16, 16)) in aiter/ops/shuffle.py; cols are packed bytes (K / 2).
 AITER_WEIGHT = TileLayout("aiter_weight_16x16", (16,), (2, 16), order=(0, 2, 3, 1, 4), pad_to=(1, 1))
 # shuffle_scale, also called e8m0_shuffle, same file: rows are padded to 256, cols to 8. AITER
 # leaves the padding uninitialised; here it is 0x00, since kernels read padded K columns.
 AITER_SCALE = TileLayout("aiter_scale_32x8", (2, 16), (2, 4), order=(0, 3, 5, 2, 4, 1), pad_to=(256, 8))
+
+
+@dataclass(frozen=True, repr=False)
+class Layout:
+    """The storage orders of a weight and its scales, and the GPU architecture that multiplies them as they are.
+
+    ``tuned_K`` is what K is a multiple of in every shape that its kernels are tuned for.
+    ``machines`` says in a card what runs it, "" where that follows from the format.
+    """
+
+    name: str
+    label: str
+    weight: TileLayout
+    scale: TileLayout
+    target_arch: str = "any"
+    tuned_K: int = 1
+    machines: str = ""
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What manifests and quantization_configs say of the storage orders."""
+        return {"weight_layout": self.weight.name, "scale_layout": self.scale.name}
+
+
+PLAIN = Layout("plain", "row-major", ROW_MAJOR, ROW_MAJOR)
+AITER = Layout(
+    "aiter",
+    "pre-shuffled",
+    AITER_WEIGHT,
+    AITER_SCALE,
+    target_arch="gfx950",
+    tuned_K=256,
+    machines=(
+        "AMD Instinct MI350 series (gfx950) with AITER 0.1.14 or newer. Weights lie in the order of"
+        " `shuffle_weight(w, (16, 16))` and scales in that of `e8m0_shuffle`, so `gemm_a4w4` reads both as they are"
+        " stored. Every other machine needs a loader that undoes the order, which is exact; what does not know the"
+        " order must not load it."
+    ),
+)
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (AITER, PLAIN)}

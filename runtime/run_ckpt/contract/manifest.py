@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.errors import ManifestError
-from run_ckpt.contract.formats import (
-    AITER_TARGET_ARCH,
-    E2M1_TIE_RULE,
-    E8M0_BIAS,
-    MXFP4_BLOCK_SIZE,
-    NIBBLE_ORDER,
-)
-from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
+from run_ckpt.contract.formats import QuantFormat, Scheme, read_scheme
 from run_ckpt.contract.tensors import TensorSpec
 
 SCHEMA_VERSION = 1
@@ -30,22 +23,19 @@ INPUT_SCALE = "input_scale"
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantized linear layer. Its weight is [N, K], K the reduction axis.
+    """One quantized linear layer, stored as ``scheme`` says. Its weight is [N, K], K the reduction axis.
 
-    ``granularity`` is the reach of one FP8 scale (formats.Granularity) or "group" for MXFP4.
     ``tensors`` maps a role (weight, weight_scale, input_scale) to the tensor that plays it.
     ``scale_shape`` is the weight scale's shape on disk, which consumers spell differently.
     ``sqnr_db`` is that of the decoded weight, see sqnr_db().
     """
 
     module: str
-    format: str
+    scheme: Scheme
     N: int
     K: int
     source_tensor: str
     source_dtype: str
-    layout: str
-    granularity: str
     scale_rule: str
     tensors: dict[str, str]
     scale_shape: tuple[int, ...]
@@ -53,42 +43,26 @@ class Layer:
     sqnr_db: float | None = None
     max_abs_error: float | None = None
 
+    @property
+    def format(self) -> QuantFormat:
+        return self.scheme.format
+
     def specs(self) -> dict[str, TensorSpec]:
         """Return role -> spec of the tensors on disk."""
-        mxfp4 = self.format == "mxfp4"
-        weight = ("U8", (self.N, self.K // 2)) if mxfp4 else ("F8_E4M3", (self.N, self.K))
+        element, scale = self.format.element, self.format.scale
         by_role: dict[str, tuple[str, tuple[int, ...]]] = {
-            WEIGHT: weight,
-            WEIGHT_SCALE: ("U8" if mxfp4 else "F32", self.scale_shape),
+            WEIGHT: (element.dtype, (self.N, self.K // element.per_byte)),
+            WEIGHT_SCALE: (scale.dtype, self.scale_shape),
             INPUT_SCALE: ("F32", (1,)),
         }
         return {role: TensorSpec(name, *by_role[role]) for role, name in self.tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
-        fields = {**vars(self), "scale_shape": list(self.scale_shape)}
-        return {**fields, **_FORMAT_FACTS[self.format], **_LAYOUT_FACTS[self.layout, self.format]}
-
-
-_FORMAT_FACTS: dict[str, dict[str, Any]] = {
-    "mxfp4": {
-        "element_format": "e2m1",
-        "scale_format": "e8m0",
-        "scale_bias": E8M0_BIAS,
-        "block_size": MXFP4_BLOCK_SIZE,
-        "tie_rule": E2M1_TIE_RULE,
-        "nibble_order": NIBBLE_ORDER,
-    },
-    "fp8": {"element_format": "e4m3fn", "scale_format": "f32", "tie_rule": E2M1_TIE_RULE},
-}
-_LAYOUT_FACTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("aiter", "mxfp4"): {
-        "weight_layout": AITER_WEIGHT.name,
-        "scale_layout": AITER_SCALE.name,
-        "target_arch": AITER_TARGET_ARCH,
-    },
-    ("plain", "mxfp4"): {"weight_layout": "row_major", "scale_layout": "row_major", "target_arch": "any"},
-    ("plain", "fp8"): {"weight_layout": "row_major", "scale_layout": "row_major", "target_arch": "any"},
-}
+        fields = {name: value for name, value in vars(self).items() if name != "scheme"}
+        layout = self.scheme.layout
+        stored = {"format": self.format.name, "layout": layout.name, "granularity": self.scheme.granularity}
+        facts = {**self.format.facts, **layout.facts, "target_arch": layout.target_arch}
+        return {**fields, "scale_shape": list(self.scale_shape), **stored, **facts}
 
 
 def sqnr_db(squared_signal: float, squared_error: float) -> float | None:
@@ -232,9 +206,9 @@ def _from_json(document: dict[str, Any]) -> Manifest:
 
 
 def _layer_from_json(entry: dict[str, Any]) -> Layer:
-    names = Layer.__dataclass_fields__
-    fields = {name: entry[name] for name in names} | {"scale_shape": tuple(entry["scale_shape"])}
-    layer = Layer(**fields)
+    scheme = read_scheme(entry["format"], entry["layout"], entry["granularity"])
+    fields = {name: entry[name] for name in Layer.__dataclass_fields__.keys() - {"scheme"}}
+    layer = Layer(**{**fields, "scheme": scheme, "scale_shape": tuple(entry["scale_shape"])})
     expected = layer.to_json()
     if expected != entry:
         wrong = sorted(key for key in expected.keys() | entry.keys() if expected.get(key) != entry.get(key))

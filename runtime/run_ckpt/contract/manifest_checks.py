@@ -5,11 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.dialects import DIALECT_SCHEMES, Scheme, scale_shape, scheme_of, tensor_names
+from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import ProblemsError
 from run_ckpt.contract.file_names import unsafe_file_name
-from run_ckpt.contract.formats import MXFP4_BLOCK_SIZE
-from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import INPUT_SCALE, MANIFEST_NAME, WEIGHT, WEIGHT_SCALE, Layer, Manifest, read_manifest
 from run_ckpt.contract.tensors import TensorSpec
 
@@ -33,8 +31,8 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     missing = [key for key in _RECIPE_KEYS if not isinstance(recipe.get(key), str)]
     if missing:
         return [f"{MANIFEST_NAME}: the recipe lacks {missing}. {_ADVICE}"]
-    if recipe["dialect"] not in DIALECT_SCHEMES:
-        known = ", ".join(DIALECT_SCHEMES)
+    if recipe["dialect"] not in DIALECTS:
+        known = ", ".join(DIALECTS)
         return [f"{MANIFEST_NAME}: dialect {recipe['dialect']!r} is unknown; known are {known}. {_ADVICE}"]
     faults = [*_file_table_faults("files", manifest.files)]
     faults += _file_table_faults("source.files", manifest.source.get("files"))
@@ -87,28 +85,19 @@ def _layer_faults(name: str, layer: Layer, recipe: Mapping[str, Any]) -> Iterato
         return
     if layer.source_dtype not in SOURCE_DTYPES:
         yield f"source_dtype {layer.source_dtype!r} is none of {', '.join(SOURCE_DTYPES)}"
-    scheme = scheme_of(layer)
-    if scheme not in DIALECT_SCHEMES[recipe["dialect"]]:
-        yield f"the {recipe['dialect']} dialect can't say {scheme}"
+    scheme, dialect = layer.scheme, DIALECTS[recipe["dialect"]]
+    if scheme not in dialect.schemes:
+        yield f"the {dialect.name} dialect can't say {scheme}"
         return
-    rows, cols = alignment(scheme)
+    rows, cols = scheme.alignment
     if layer.N % rows or layer.K % cols:
         yield f"[{layer.N}, {layer.K}] is not a multiple of [{rows}, {cols}], as {scheme} needs"
-    names = tensor_names(name, scheme, recipe["dialect"], recipe["naming"])
+    names = dialect.tensor_names(name, scheme, recipe["naming"])
     if set(layer.tensors) - {INPUT_SCALE} != {WEIGHT, WEIGHT_SCALE} or not names.items() <= layer.tensors.items():
-        yield f"its tensors are {layer.tensors}, the {recipe['dialect']} dialect names them {names}"
-    shape = scale_shape(layer.N, layer.K, scheme, recipe["dialect"])
+        yield f"its tensors are {layer.tensors}, the {dialect.name} dialect names them {names}"
+    shape = dialect.scale_shape(layer.N, layer.K, scheme)
     if layer.scale_shape != shape:
         yield f"scale_shape is {list(layer.scale_shape)}, it should be {list(shape)}"
-
-
-def alignment(scheme: Scheme) -> tuple[int, int]:
-    """Return what N and K have to be multiples of to be stored as ``scheme``."""
-    if scheme.format != "mxfp4":
-        return 1, 1
-    if scheme.layout == "plain":
-        return 1, MXFP4_BLOCK_SIZE
-    return max(AITER_WEIGHT.tile[0], AITER_SCALE.tile[0]), 2 * AITER_WEIGHT.tile[1]
 
 
 def _reference_faults(manifest: Manifest) -> Iterator[str]:

@@ -9,6 +9,9 @@ from run_ckpt.contract.formats import E2M1_VALUES, E8M0_BIAS
 E8M0_LARGEST = 254
 # E2M1's largest exponent: 4.0 = 2^2 is its largest power of two.
 E2M1_EMAX = 2
+# Half of E2M1's last step, twice: the steps below 2^(k+1) are 2^(k-1) wide, so amax rounds up to 2^(k+1) from
+# 2^(k+1) - 2^(k-2) = 1.75 * 2^k on. In the bits of a float32 that is reached by adding 0.25 * 2^23 to the mantissa.
+ROUND_UP_FROM_1_75 = 0x200000
 
 
 def choose_scale_codes(blocks: Tensor, rule: str) -> Tensor:
@@ -22,7 +25,7 @@ def even(blocks: Tensor) -> Tensor:
     Where the rounding overflows float32 (amax >= 1.75 * 2^127) the code is 254.
     Source: AITER fp4_utils.dynamic_mxfp4_quant (Triton); Quark's ``even``.
     """
-    exponent = (_amax_bits(blocks) + 0x200000) >> 23
+    exponent = (_amax_bits(blocks) + ROUND_UP_FROM_1_75) >> 23
     overflowed = exponent == 255
     return _to_code(torch.where(overflowed, E8M0_LARGEST, exponent - E2M1_EMAX))
 

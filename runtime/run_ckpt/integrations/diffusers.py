@@ -9,7 +9,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from run_ckpt.contract.dialects import PRIVATE_KEY
+from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.integrations.quantizer import (
     OWN_METHOD,

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from run_ckpt.contract.dialects import PRIVATE_KEY
+from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, ProblemsError
 from run_ckpt.loading.foreign import READABLE_METHODS, is_ours, layers_in_config
 from run_ckpt.loading.linear import QuantizedLinear

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.tensors import TensorSpec
-from run_ckpt.loading.linear import STORED_DTYPES
 from run_ckpt.progress import Progress
 from run_ckpt.storage.reader import COPY_NBYTES, TensorReader, cut_bytes
+from run_ckpt.storage.rows import STORED_DTYPES
 from run_ckpt.storage.threads import map_threads
 
 _DTYPES = {

@@ -4,14 +4,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from run_ckpt.contract.dialects import PRIVATE_KEY, Scheme, layout_names, scale_shape, tensor_names
+from run_ckpt.contract.dialects.dialect import usual_scale_shape
+from run_ckpt.contract.dialects.table import DIALECTS, PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, ProblemsError
-from run_ckpt.contract.formats import LAYOUTS
+from run_ckpt.contract.formats import FORMATS, Scheme
+from run_ckpt.contract.layouts import LAYOUTS, PLAIN, Layout
 from run_ckpt.contract.manifest import INPUT_SCALE, SCHEMA_VERSION, WEIGHT, WEIGHT_SCALE, Layer
-from run_ckpt.contract.manifest_checks import alignment
 from run_ckpt.contract.tensors import TensorSpec
 
-READABLE_METHODS = ("mxfp4", "fp8", "modelopt", "quark", "compressed-tensors")
+# A quant_method is the name of the dialect.
+READABLE_METHODS = tuple(name for name, dialect in DIALECTS.items() if dialect.config)
+_CODE_DTYPES = {quant_format.element.dtype for quant_format in FORMATS.values()}
 _WEIGHT_SUFFIXES = (".weight", ".weight_packed")
 _SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_quantizer.scale")
 
@@ -29,22 +32,20 @@ def layers_in_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     """
     _check(config)
     try:
-        formats = dict(config[PRIVATE_KEY]["quantized_modules"])
-    except (KeyError, TypeError, ValueError) as error:
+        declared = config[PRIVATE_KEY]["quantized_modules"].items()
+        formats = {module: FORMATS[name] for module, name in declared if module in shapes}
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"quantization_config: {PRIVATE_KEY} is damaged ({error}). Fetch it again.") from error
-    method = config["quant_method"]
-    granularity = "block" if config.get("weight_block_size") else _strategy(config)
+    dialect = DIALECTS[config["quant_method"]]
+    layout, granularity = _layout(config), dialect.granularity(config)
     layers = {}
-    for module, format_ in formats.items():
-        if module in shapes:
-            mxfp4 = format_ == "mxfp4"
-            scheme = Scheme(format_, _layout(config) if mxfp4 else "plain", "group" if mxfp4 else granularity)
-            tensors = tensor_names(module, scheme, method, naming)
-            if method == "modelopt":
-                tensors[INPUT_SCALE] = f"{module}.input_scale"
-            layers[module] = _record(
-                module, scheme, shapes[module], tensors, scale_shape(*shapes[module], scheme, method)
-            )
+    for module, quant_format in formats.items():
+        scheme = quant_format.scheme(layout.name, granularity)
+        tensors = dialect.tensor_names(module, scheme, naming)
+        if dialect.is_static:
+            tensors[INPUT_SCALE] = f"{module}.input_scale"
+        scales = dialect.scale_shape(*shapes[module], scheme)
+        layers[module] = _record(module, scheme, shapes[module], tensors, scales)
     return layers
 
 
@@ -60,7 +61,7 @@ def layers_in_headers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
     layers, faults, scales = {}, [], set()
     for name, spec in specs.items():
         suffix = next((suffix for suffix in _WEIGHT_SUFFIXES if name.endswith(suffix)), None)
-        if suffix is None or spec.dtype not in ("U8", "F8_E4M3"):
+        if suffix is None or spec.dtype not in _CODE_DTYPES:
             continue
         module = name.removesuffix(suffix)
         beside = [module + end for end in _SCALE_SUFFIXES if module + end in specs]
@@ -94,56 +95,46 @@ def _check(config: Mapping[str, Any]) -> None:
         )
 
 
-def _layout(config: Mapping[str, Any]) -> str:
-    layout = config.get("layout", "plain") if is_ours(config) else "plain"
-    if layout not in LAYOUTS:
-        raise CheckpointError(f"quantization_config: layout {layout!r} is none of {', '.join(LAYOUTS)}.")
+def _layout(config: Mapping[str, Any]) -> Layout:
+    name = config.get("layout", PLAIN.name) if is_ours(config) else PLAIN.name
+    if name not in LAYOUTS:
+        raise CheckpointError(f"quantization_config: layout {name!r} is none of {', '.join(LAYOUTS)}.")
     # Where no padding is needed, shapes can't tell the layouts apart.
-    for key, name in layout_names(layout).items():
-        if config.get(key, name) != name:
+    for key, order in LAYOUTS[name].facts.items():
+        if config.get(key, order) != order:
             raise CheckpointError(
-                f"quantization_config: layout {layout!r} contradicts {key} {config[key]!r}. Fetch config.json again."
+                f"quantization_config: layout {name!r} contradicts {key} {config[key]!r}. Fetch config.json again."
             )
-    return str(layout)
+    return LAYOUTS[name]
 
 
-def _strategy(config: Mapping[str, Any]) -> str:
-    """The granularity of FP8 scales, which compressed-tensors names its strategy."""
-    groups = config.get("config_groups") or {}
-    return str(groups["group_0"]["weights"]["strategy"]) if "group_0" in groups else "tensor"
-
-
-def _read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, TensorSpec], layout: str) -> Layer:
+def _read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, TensorSpec], layout: Layout) -> Layer:
     """Raises ValueError where weight and scale do not make a layer."""
     weight, scale = specs[tensors[WEIGHT]], specs[tensors[WEIGHT_SCALE]]
     if len(weight.shape) != 2:
         raise ValueError(f"has {len(weight.shape)} dimensions, a linear weight has 2")
-    N, width = weight.shape
-    if weight.dtype == "U8":
-        scheme, shape = Scheme("mxfp4", layout, "group"), (N, 2 * width)
-        rows, cols = alignment(scheme)
-        expected = scale_shape(*shape, scheme, "mxfp4")
-        if N % rows or shape[1] % cols or (scale.dtype, scale.shape) != ("U8", expected):
-            raise ValueError(
-                f"U8 {list(weight.shape)} with a scale {scale.dtype} {list(scale.shape)} is no MXFP4 in layout"
-                f" {layout}, whose scale is U8 {list(expected)}"
-            )
-        return _record(module, scheme, shape, tensors, expected)
-    if scale.dtype not in ("F32", "BF16", "F16"):
-        raise ValueError(f"its scale is {scale.dtype}, FP8 has a float scale")
-    scheme = Scheme("fp8", "plain", _granularity(weight.shape, scale.shape))
-    return _record(module, scheme, (N, width), tensors, scale.shape or (1,))
+    candidates = [quant_format for quant_format in FORMATS.values() if quant_format.element.dtype == weight.dtype]
+    known = []
+    for scheme in (candidate.scheme(layout.name, key) for candidate in candidates for key in candidate.blocks):
+        N, K = weight.shape[0], weight.shape[1] * scheme.format.element.per_byte
+        rows, cols = scheme.alignment
+        shape = _stored_scale_shape(N, K, scheme, scale.shape)
+        if scale.dtype in scheme.format.scale.readable and shape and N % rows == K % cols == 0:
+            return _record(module, scheme, (N, K), tensors, shape)
+        known.append(f"{scheme.format.scale.dtype} {list(usual_scale_shape(N, K, scheme))}")
+    labels = " or ".join(candidate.label for candidate in candidates)
+    raise ValueError(
+        f"{weight.dtype} {list(weight.shape)} with a scale {scale.dtype} {list(scale.shape)} is no {labels} in layout"
+        f" {layout}, whose scale is {' or '.join(known)}"
+    )
 
 
-def _granularity(weight: tuple[int, ...], scale: tuple[int, ...]) -> str:
-    if math.prod(scale) == 1:
-        return "tensor"
-    if scale in ((weight[0],), (weight[0], 1)):
-        return "channel"
-    block = Scheme("fp8", "plain", "block")
-    if scale == scale_shape(weight[0], weight[1], block, "fp8"):
-        return "block"
-    raise ValueError(f"a scale {list(scale)} is neither one number, one a row, nor one for each 128 x 128")
+def _stored_scale_shape(N: int, K: int, scheme: Scheme, stored: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return ``stored`` where it is a spelling of the scheme's scales, else None. One number may be []."""
+    if scheme.has_tensor_scale:
+        return (stored or (1,)) if math.prod(stored) == 1 else None
+    spellings = [usual_scale_shape(N, K, scheme)] + [scheme.scale_grid(N, K)] * (scheme.layout == PLAIN)
+    return stored if stored in spellings else None
 
 
 def _record(
@@ -151,13 +142,11 @@ def _record(
 ) -> Layer:
     return Layer(
         module=module,
-        format=scheme.format,
+        scheme=scheme,
         N=shape[0],
         K=shape[1],
         source_tensor=f"{module}.weight",
         source_dtype="BF16",
-        layout=scheme.layout,
-        granularity=scheme.granularity,
         scale_rule="unknown",
         tensors=tensors,
         scale_shape=scales,

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from run_ckpt.backends.backend import Tensors, describe_machine
+from run_ckpt.backends.backend import Tensors, describe_device
 from run_ckpt.backends.select import choose_backend, find_backend
 from run_ckpt.contract.errors import BackendError
 from run_ckpt.contract.manifest import Layer
+from run_ckpt.storage.rows import STORED_DTYPES
 
-STORED_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 _OPERAND = "operand_"
 
 
@@ -31,7 +31,7 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
     backend: str | None = None
     prepared_for: str | None = None
-    _matmul: Callable[[Tensor, Tensors, Tensor | None], Tensor]
+    _matmul: Callable[[Layer, Tensor, Tensors, Tensor | None], Tensor]
 
     def __init__(self, layer: Layer, bias: nn.Parameter | None = None, backend: str | None = None):
         super().__init__()
@@ -57,7 +57,7 @@ class QuantizedLinear(nn.Module):
         if self.prepared_for != x.device.type:
             self.prepare(x.device)
         flat = x.reshape(-1, self.layer.K).contiguous()
-        product = self._matmul(flat, self._operands(), self.bias)
+        product = self._matmul(self.layer, flat, self._operands(), self.bias)
         return product.reshape(*x.shape[:-1], self.layer.N)
 
     def prepare(self, device: torch.device) -> None:
@@ -66,7 +66,7 @@ class QuantizedLinear(nn.Module):
         Raises BackendError where no backend takes them, or where one used them up for another device.
         """
         tensors = self.stored()
-        backend = choose_backend(self.layer, describe_machine(device), self.asked).backend
+        backend = choose_backend(self.layer, describe_device(device), self.asked).backend
         operands = backend.prepare(self.layer, tensors)
         del tensors
         self._forget()
@@ -97,7 +97,7 @@ class QuantizedLinear(nn.Module):
             self.get_submodule(path).register_buffer(leaf, tensors[role])
 
     def extra_repr(self) -> str:
-        scheme = f"{self.layer.format}, layout={self.layer.layout}, backend={self.backend}"
+        scheme = f"{self.layer.format}, layout={self.layer.scheme.layout}, backend={self.backend}"
         return f"in_features={self.layer.K}, out_features={self.layer.N}, bias={self.bias is not None}, {scheme}"
 
     def _suffixes(self) -> dict[str, str]:

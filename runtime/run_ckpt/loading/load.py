@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from run_ckpt.contract.errors import CheckpointError, ProblemsError
-from run_ckpt.contract.manifest import WEIGHT
 from run_ckpt.loading.fill import Place, fill_places, find_places, match_places
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.opened import open_to_load
@@ -58,7 +57,7 @@ def load_quantized(
 
 def describe_backends(linears: Iterable[QuantizedLinear]) -> str:
     """Return how many layers of which format went to which backend, for people."""
-    counts = Counter((linear.layer.format, linear.backend or "no backend yet") for linear in linears)
+    counts = Counter((linear.layer.format.name, linear.backend or "no backend yet") for linear in linears)
     return ", ".join(f"{count} {format_} layers on {backend}" for (format_, backend), count in sorted(counts.items()))
 
 
@@ -87,14 +86,9 @@ def _dtypes(
     checkpoint: Checkpoint, model: nn.Module, matched: dict[str, Place], dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """Tensor name -> the dtype it is given, where that may not be the stored one."""
-    layers = checkpoint.manifest.layers.values()
-    dtypes = {
-        name: torch.float32
-        for layer in layers
-        if layer.format == "fp8"
-        for role, name in layer.tensors.items()
-        if role != WEIGHT
-    }
+    # Other tools may store a float scale in 16 bits.
+    specs = [spec for layer in checkpoint.manifest.layers.values() for spec in layer.specs().values()]
+    dtypes = {spec.name: torch.float32 for spec in specs if spec.dtype == "F32"}
     if dtype is not None:
         stays = set(getattr(model, "_keep_in_fp32_modules", None) or ())
         for name in matched.keys() - _coded(checkpoint):

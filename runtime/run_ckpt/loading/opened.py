@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.dialects import PRIVATE_KEY
+from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, ManifestError, ProblemsError
 from run_ckpt.contract.file_names import CONFIG_NAME, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest

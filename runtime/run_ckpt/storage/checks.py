@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from run_ckpt.contract.dialects import header_metadata, quantization_config
+from run_ckpt.contract.dialects.table import header_metadata, quantization_config
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.manifest import WEIGHT, Manifest
 from run_ckpt.contract.manifest_checks import spec_faults

@@ -13,10 +13,11 @@ from torch.utils.benchmark import Timer
 
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.manifest import Layer
-from run_ckpt.loading.linear import STORED_DTYPES, QuantizedLinear
+from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.load import load_quantized
 from run_ckpt.loading.opened import open_to_load
 from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.rows import STORED_DTYPES
 from run_ckpt.tools.memory import peak_nbytes, tensor_nbytes
 
 _MIN_SECONDS = 0.2
@@ -92,7 +93,7 @@ def bench_component(
 def _alike(layers: Sequence[Layer] | Any) -> list[list[Layer]]:
     groups: dict[tuple[str, int, int], list[Layer]] = {}
     for layer in layers:
-        groups.setdefault((layer.format, layer.N, layer.K), []).append(layer)
+        groups.setdefault((layer.format.name, layer.N, layer.K), []).append(layer)
     return list(groups.values())
 
 
@@ -117,7 +118,7 @@ def _time_layer(linear: QuantizedLinear, count: int, M: int, device: torch.devic
         bf16_seconds = _median_seconds(lambda: F.linear(x, weight))
     nbytes = sum(spec.nbytes for spec in layer.specs().values())
     return LayerTime(
-        format=layer.format,
+        format=layer.format.name,
         N=layer.N,
         K=layer.K,
         count=count,

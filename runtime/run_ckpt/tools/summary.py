@@ -111,10 +111,10 @@ def summarize(name: str, manifest: Manifest) -> CheckpointSummary:
         source=str(manifest.source.get("name")),
         source_revision=manifest.source.get("revision"),
         tool=" ".join(str(manifest.tool.get(key)) for key in ("name", "version")),
-        format=_list(layer.format for layer in layers),
+        format=_list(layer.format.name for layer in layers),
         dialect=manifest.dialect,
-        layout=_list(layer.layout for layer in layers),
-        target_arch=_list(layer.to_json()["target_arch"] for layer in layers),
+        layout=_list(layer.scheme.layout.name for layer in layers),
+        target_arch=_list(layer.scheme.layout.target_arch for layer in layers),
         source_nbytes=_total_nbytes(manifest.source["files"]),
         output_nbytes=_total_nbytes(manifest.files),
         n_layers=len(layers),
@@ -127,8 +127,8 @@ def summarize(name: str, manifest: Manifest) -> CheckpointSummary:
 
 
 def _layer_row(layer: Layer) -> LayerRow:
-    scale = layer.scale_rule if layer.format == "mxfp4" else f"per {layer.granularity}"
-    return LayerRow(layer.module, 1, layer.format, layer.N, layer.K, scale, layer.sqnr_db, layer.max_abs_error)
+    scale = layer.scale_rule if len(layer.format.scale_rules) > 1 else f"per {layer.scheme.granularity}"
+    return LayerRow(layer.module, 1, layer.format.name, layer.N, layer.K, scale, layer.sqnr_db, layer.max_abs_error)
 
 
 def _kept_row(module: str, kept: KeptTensor) -> KeptRow:

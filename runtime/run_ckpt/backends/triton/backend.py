@@ -2,41 +2,46 @@
 
 from torch import Tensor
 
-from run_ckpt.backends.backend import Backend, Machine, Tensors
+from run_ckpt.backends.backend import Backend, Device, Tensors
 from run_ckpt.backends.operators import define_operator
 from run_ckpt.backends.packages import why_no_triton
 from run_ckpt.backends.reference import from_plain, to_plain
+from run_ckpt.contract.formats import FP8, MXFP4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
 # The first NVIDIA GPUs with matrix units for BF16.
 _MIN_SM = 80
 
 
-def _why_not(layer: Layer, machine: Machine) -> str | None:
-    if machine.kind not in ("cuda", "rocm"):
-        return f"Triton compiles for GPUs, not for {machine}"
-    if machine.kind == "cuda" and int(machine.arch.removeprefix("sm")) < _MIN_SM:
-        return f"NVIDIA GPUs multiply BF16 from sm{_MIN_SM} on, this is {machine.arch}"
+def _unsupported(layer: Layer, device: Device) -> str | None:
+    if device.kind not in ("cuda", "rocm"):
+        return f"Triton compiles for GPUs, not for {device}"
+    if device.kind == "cuda" and int(device.arch.removeprefix("sm")) < _MIN_SM:
+        return f"NVIDIA GPUs multiply BF16 from sm{_MIN_SM} on, this is {device.arch}"
+    if layer.format not in (MXFP4, FP8):
+        return f"the Triton kernels decode {MXFP4} and {FP8}, this one is {layer.format}"
     return why_no_triton()
 
 
-def _multiply(x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
-    return _linear(x, operands[WEIGHT], operands[WEIGHT_SCALE], bias)
+def _multiply(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
+    return _linear(x, operands[WEIGHT], operands[WEIGHT_SCALE], layer.scheme.granularity, bias)
 
 
-def _multiply_decoding(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_decoding(x: Tensor, weight: Tensor, scale: Tensor, granularity: str, bias: Tensor | None) -> Tensor:
     from run_ckpt.backends.triton.matmul import multiply
 
-    return multiply(x, weight, scale, bias)
+    return multiply(x, weight, scale, granularity, bias)
 
 
-def _empty_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _empty_product(x: Tensor, weight: Tensor, scale: Tensor, granularity: str, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 _linear = define_operator(
-    "triton_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", _multiply_decoding, _empty_product
+    "triton_linear(Tensor x, Tensor weight, Tensor scale, str granularity, Tensor? bias) -> Tensor",
+    _multiply_decoding,
+    _empty_product,
 )
 
 # Activations are not quantized, an input_scale is not used: the error is that of the weights alone.
-TRITON = Backend("triton", why_not=_why_not, prepare=to_plain, matmul=_multiply, restore=from_plain)
+TRITON = Backend("triton", unsupported=_unsupported, prepare=to_plain, matmul=_multiply, restore=from_plain)

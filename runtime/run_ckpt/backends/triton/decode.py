@@ -1,4 +1,4 @@
-"""Triton: a tile of a quantized weight -> float32, rounded as storage/decode.py and torch's casts round it."""
+"""Triton: a tile of a quantized weight -> float32, rounded as contract/codec.py and torch's casts round it."""
 
 import triton
 import triton.language as tl

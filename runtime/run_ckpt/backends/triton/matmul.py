@@ -38,15 +38,15 @@ _DECODE_TILE = (32, 128)
 _TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x @ decode_weight(weight, scale, x.dtype).T + bias, summed in float32, as [M, N] in x's dtype.
+def multiply(x: Tensor, weight: Tensor, scale: Tensor, granularity: str, bias: Tensor | None) -> Tensor:
+    """Return x @ W.T + bias, summed in float32, as [M, N] in x's dtype; W: codec.dequantize, rounded to x's dtype.
 
     x: bfloat16, float16 or float32 [M, K], contiguous. weight, scale: as reference.to_plain gives them.
     """
     M, K = x.shape
     N = len(weight)
     if M > FUSED_MAX_M:
-        decoded = dequantize(weight, scale, K, x.dtype)
+        decoded = dequantize(weight, scale, granularity, K, x.dtype)
         return F.linear(x, decoded, None if bias is None else bias.to(x.dtype))
     out = x.new_empty(M, N)
     if not M:
@@ -63,7 +63,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> T
             M,
             N,
             K,
-            SCALES=scale_kind(weight, scale),
+            SCALES=granularity,
             DTYPE=dtype,
             # Triton's interpreter, which alone runs on a CPU, multiplies the bit patterns of bfloat16.
             DOT_DTYPE=dtype if x.is_cuda else tl.float32,
@@ -76,8 +76,8 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> T
     return out
 
 
-def dequantize(weight: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """Return reference.decode_weight(weight, scale, dtype), bit for bit, as [N, K]."""
+def dequantize(weight: Tensor, scale: Tensor, granularity: str, K: int, dtype: torch.dtype) -> Tensor:
+    """Return codec.dequantize, rounded to dtype, bit for bit, as [N, K]."""
     N, (block_n, block_k) = len(weight), _DECODE_TILE
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
     with torch.cuda.device_of(weight):
@@ -87,21 +87,12 @@ def dequantize(weight: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Ten
             out,
             N,
             K,
-            SCALES=scale_kind(weight, scale),
+            SCALES=granularity,
             DTYPE=_TL_DTYPES[dtype],
             BLOCK_N=block_n,
             BLOCK_K=block_k,
         )
     return out
-
-
-def scale_kind(weight: Tensor, scale: Tensor) -> str:
-    """Return which elements share a scale: "group" (MXFP4), "tensor", "channel" or "block"."""
-    if weight.dtype == torch.uint8:
-        return "group"
-    if scale.numel() == 1:
-        return "tensor"
-    return "channel" if scale.dim() == 1 or (scale.shape[1] == 1 and len(scale) == len(weight)) else "block"
 
 
 @triton.jit

@@ -16,14 +16,14 @@ from sglang.multimodal_gen.runtime.layers.linear import (
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from torch import Tensor, nn
 
-from run_ckpt.backends.backend import Machine, describe_machine
+from run_ckpt.backends.backend import Device, describe_device
 from run_ckpt.backends.select import Choice, choose_backend
 from run_ckpt.contract.errors import CheckpointError, ProblemsError
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.integrations.sglang.config import PendingLinearMethod
 from run_ckpt.integrations.sglang.method import QuantizedLinearMethod
 from run_ckpt.integrations.sglang.targets import Rename, Share, Target, cut_evenly, find_targets, rename_tensors
-from run_ckpt.loading.linear import STORED_DTYPES
+from run_ckpt.storage.rows import STORED_DTYPES
 
 # Names one backend for all layers, as --backend does elsewhere: that one or an error.
 BACKEND_VARIABLE = "CONVERT_CKPT_BACKEND"
@@ -40,12 +40,12 @@ def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:
     _refuse_fsdp(model)
     names = {name for name, _ in model.named_parameters()}
     targets = find_targets(manifest, _as_loaded(rename, names))
-    machine = describe_machine(get_local_torch_device())
+    device = describe_device(get_local_torch_device())
     modules = dict(model.named_modules())
     problems, choices = [], []
     for target in targets.values():
         try:
-            choices.append(_install(_linear(modules, target), target, machine))
+            choices.append(_install(_linear(modules, target), target, device))
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -53,7 +53,7 @@ def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:
     for module in modules.values():
         if isinstance(module, LinearBase) and isinstance(module.quant_method, PendingLinearMethod):
             module.quant_method = UnquantizedLinearMethod()
-    logger.info("convert-ckpt: %s", _summarize(choices, machine))
+    logger.info("convert-ckpt: %s", _summarize(choices, device))
     return rename_tensors(manifest, targets, rename)
 
 
@@ -79,11 +79,11 @@ def _linear(modules: Mapping[str, nn.Module], target: Target) -> LinearBase:
     return module
 
 
-def _install(linear: LinearBase, target: Target, machine: Machine) -> Choice:
+def _install(linear: LinearBase, target: Target, device: Device) -> Choice:
     """Replace the placeholder by the parameters of this rank; return which backend will multiply."""
     share = _share_of(linear, target)
     layer = share.layer()
-    choice = choose_backend(layer, machine, os.environ.get(BACKEND_VARIABLE) or None)
+    choice = choose_backend(layer, device, os.environ.get(BACKEND_VARIABLE) or None)
     for role, spec in layer.specs().items():
         empty = torch.empty(spec.shape, dtype=STORED_DTYPES[spec.dtype], device="meta")
         parameter = nn.Parameter(empty, requires_grad=False)
@@ -113,12 +113,12 @@ def _load(share: Share, role: str, parameter: Tensor, loaded: Tensor) -> None:
     parameter.data.copy_(tensor)
 
 
-def _summarize(choices: Sequence[Choice], machine: Machine) -> str:
+def _summarize(choices: Sequence[Choice], device: Device) -> str:
     taken = Counter(choice.backend.name for choice in choices)
     reasons = {name: reason for choice in choices for name, reason in choice.passed_over.items()}
     counts = ", ".join(f"{count} by {name}" for name, count in taken.items())
     passed_over = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
-    return f"{len(choices)} quantized linears on {machine}: {counts}{passed_over}"
+    return f"{len(choices)} quantized linears on {device}: {counts}{passed_over}"
 
 
 def _refuse_fsdp(model: nn.Module) -> None:

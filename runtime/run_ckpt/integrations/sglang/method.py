@@ -47,5 +47,5 @@ class QuantizedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if bias is not None:
             bias = bias.to(x.dtype)
-        product: Tensor = self.backend.matmul(rows, self.operands(layer), bias)
+        product: Tensor = self.backend.matmul(self.layer, rows, self.operands(layer), bias)
         return product.reshape(*x.shape[:-1], -1)

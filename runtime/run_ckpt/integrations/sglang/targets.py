@@ -118,7 +118,8 @@ def _faults(name: str, members: Mapping[int, Layer], count: int) -> list[str]:
             f"{modules}: fused with others into {name} ({count} tensors), but only these are quantized."
             " Convert again with a rule that treats them alike."
         ]
-    kinds = sorted({(layer.format, layer.layout, layer.granularity, layer.K) for layer in members.values()})
+    schemes = [(layer.scheme, layer.K) for layer in members.values()]
+    kinds = sorted({(scheme.format.name, scheme.layout.name, scheme.granularity, K) for scheme, K in schemes})
     if len(kinds) > 1:
         return [
             f"{modules}: fused into {name}, but their (format, layout, granularity, K) are {kinds}."

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
 from run_ckpt.contract.file_names import HEATMAP_NAME, join_component
+from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.consumers import commands, list_consumers
-from run_ckpt.tools.publish.hardware import HARDWARE, hardware_key
+from run_ckpt.tools.publish.hardware import hardware
 from run_ckpt.tools.publish.metadata import front_matter, hub_id, make_metadata
 from run_ckpt.tools.publish.rows import ConvertedComponent, TensorRow
 
 _N_WORST = 10
-_FORMAT_NAMES = {("mxfp4", "aiter"): "pre-shuffled MXFP4", ("mxfp4", "plain"): "MXFP4", ("fp8", "plain"): "FP8"}
 _HUB_URL = "https://huggingface.co"
 
 
@@ -37,8 +37,9 @@ def make_card(
 
 def format_name(components: Iterable[ConvertedComponent]) -> str:
     """Return the formats of the layers as people call them."""
-    layers = [layer for component in components for layer in component.manifest.layers.values()]
-    return " and ".join(sorted({_FORMAT_NAMES[layer.format, layer.layout] for layer in layers}))
+    schemes = {layer.scheme for component in components for layer in component.manifest.layers.values()}
+    shuffled = {scheme: f"{scheme.layout.label} " if scheme.layout != PLAIN else "" for scheme in schemes}
+    return " and ".join(sorted({before + scheme.format.label for scheme, before in shuffled.items()}))
 
 
 def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> Iterator[str]:
@@ -85,9 +86,9 @@ def _how_to_run(components: Sequence[ConvertedComponent], repo_id: str, base: st
 
 
 def _hardware(components: Sequence[ConvertedComponent]) -> Iterator[str]:
-    keys = {hardware_key(layer) for component in components for layer in component.manifest.layers.values()}
-    for key in sorted(keys):
-        yield HARDWARE[key]
+    schemes = {layer.scheme for component in components for layer in component.manifest.layers.values()}
+    for scheme in sorted(schemes, key=str):
+        yield hardware(scheme)
 
 
 def _measured(components: Sequence[ConvertedComponent]) -> Iterator[str]:

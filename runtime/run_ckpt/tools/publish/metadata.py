@@ -45,6 +45,6 @@ def front_matter(metadata: dict[str, Any]) -> str:
 def _tags(components: Sequence[ConvertedComponent], source_card: dict[str, Any]) -> list[str]:
     carried = [str(tag) for tag in source_card.get("tags") or []]
     kept = [tag for tag in carried if tag not in _DROPPED_TAGS and not tag.startswith(_DROPPED_TAG_PREFIXES)]
-    formats = sorted({layer.format for component in components for layer in component.manifest.layers.values()})
+    formats = sorted({layer.format.name for component in components for layer in component.manifest.layers.values()})
     dialects = sorted({component.manifest.dialect for component in components})
     return list(dict.fromkeys([*kept, *formats, *dialects, "quantized", "convert-ckpt"]))

@@ -88,7 +88,7 @@ def _layer_row(component: str, layer: Layer) -> TensorRow:
         *split_name(layer.module),
         is_linear=True,
         is_quantized=True,
-        stored_as=layer.format,
+        stored_as=layer.format.name,
         reason="",
         shape=(layer.N, layer.K),
         source_nbytes=source_nbytes,

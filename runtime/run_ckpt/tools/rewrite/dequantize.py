@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
+from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.manifest import WEIGHT, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.components import Checkpoint
-from run_ckpt.storage.rows import TORCH_DTYPES, cut_rows, decode_rows, read_fp8_scale
+from run_ckpt.storage.rows import TORCH_DTYPES, cut_rows, decode_rows
 from run_ckpt.storage.shards import MAIN_STEMS
 from run_ckpt.storage.writer import ShardWriter
 from run_ckpt.tools.rewrite.frame import Rewrite, read_config, rewrite
@@ -47,17 +48,16 @@ def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, *, d
     spec = _plain_spec(layer, dtype)
     target = TORCH_DTYPES[spec.dtype]
     largest = torch.finfo(target).max
-    scale = read_fp8_scale(checkpoint.reader, layer) if layer.format == "fp8" else None
     for start, stop in cut_rows(layer):
-        decoded = decode_rows(checkpoint.reader, layer, scale, start, stop)
+        decoded = decode_rows(checkpoint.reader, layer, start, stop)
         # A scale rule may round the largest weights up, in F16 past the largest number.
         values = decoded.clamp_(-largest, largest).to(target).contiguous().view(torch.uint8).numpy()
         writer.write(spec.name, start * layer.K * DTYPE_BITS[spec.dtype] // 8, values.data)
 
 
 def _shard_name(checkpoint: Checkpoint, name: str) -> str:
-    """The rowwise dialect has a name of its own, which from_pretrained would not find."""
-    if checkpoint.manifest.dialect != "rowwise":
+    """A dialect may have a name of its own, which from_pretrained would not find."""
+    if not DIALECTS[checkpoint.manifest.dialect].file_name:
         return name
     diffusers, transformers = MAIN_STEMS
     return (transformers if checkpoint.manifest.recipe["naming"] == "transformers" else diffusers) + SUFFIX

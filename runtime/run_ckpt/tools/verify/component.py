@@ -101,7 +101,9 @@ def _tensor_faults(name: str, checkpoint: Checkpoint, progress: Progress) -> Ite
     """Yield the faults that tensors show without a source. Layers with wrong headers are passed over."""
     manifest, reader = checkpoint.manifest, checkpoint.reader
     layers = [layer for layer in manifest.layers.values() if _is_stored(reader, layer)]
-    progress.start(_label("check", name), sum(layer.N * layer.K for layer in layers if layer.format == "fp8"))
+    progress.start(
+        _label("check", name), sum(layer.N * layer.K for layer in layers if layer.format.element.nan_magnitude)
+    )
     for faults in map_threads(lambda layer: scale_faults(reader, layer) + code_faults(reader, layer, progress), layers):
         yield from faults
     if len(layers) == len(manifest.layers):

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.formats import E4M3_NAN_MAGNITUDE, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.formats import E8M0, E8M0_NAN
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest, sqnr_db
 from run_ckpt.progress import Progress
 from run_ckpt.storage.reader import TensorReader, cut_bytes
 from run_ckpt.storage.rows import (
     cut_rows,
     decode_rows,
-    holds_nan_code,
-    read_fp8_codes,
-    read_fp8_scale,
-    read_scale_codes,
+    read_codes,
+    read_padded_scales,
+    read_scalar,
     read_source_rows,
 )
 
@@ -36,11 +35,12 @@ class Measured:
 
 def scale_faults(reader: TensorReader, layer: Layer) -> list[str]:
     """Return a sentence for every kind of value in a layer's scales that no consumer may meet."""
-    if layer.format == "mxfp4":
+    if layer.format.scale == E8M0:
         return _e8m0_faults(reader, layer)
     faults = []
     for role in sorted({WEIGHT_SCALE, INPUT_SCALE} & layer.tensors.keys()):
-        scale = read_fp8_scale(reader, layer, role)
+        spec = layer.specs()[role]
+        scale = reader.read_all(spec.name).view(torch.float32).reshape(spec.shape)
         bad = ~(torch.isfinite(scale) & (scale > 0))
         if bad.any():
             where = [int(i) for i in bad.nonzero()[0]]
@@ -50,12 +50,13 @@ def scale_faults(reader: TensorReader, layer: Layer) -> list[str]:
 
 
 def code_faults(reader: TensorReader, layer: Layer, progress: Progress) -> list[str]:
-    """Return a sentence if an FP8 weight holds a NaN code. Every E2M1 code is a number."""
-    if layer.format != "fp8":
+    """Return a sentence if a weight holds a NaN code, in a format that has one."""
+    nan = layer.format.element.nan_magnitude
+    if nan is None:
         return []
     n_nan, first = 0, None
     for start, stop in cut_rows(layer):
-        is_nan = read_fp8_codes(reader, layer, start, stop).bitwise_and_(E4M3_NAN_MAGNITUDE) == E4M3_NAN_MAGNITUDE
+        is_nan = read_codes(reader, layer, start, stop).bitwise_and_(nan) == nan
         if is_nan.any():
             n_nan += int(is_nan.sum())
             row, col = is_nan.nonzero()[0].tolist()
@@ -70,12 +71,12 @@ def group_faults(reader: TensorReader, manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for every fused group whose members have different scales."""
     groups: dict[tuple[str, str], list[Layer]] = {}
     for layer in manifest.layers.values():
-        roles = {INPUT_SCALE} | ({WEIGHT_SCALE} if layer.granularity == "tensor" else set())
+        roles = {INPUT_SCALE} | ({WEIGHT_SCALE} if layer.scheme.has_tensor_scale else set())
         for role in roles & layer.tensors.keys():
-            if layer.fused_group and layer.format == "fp8":
+            if layer.fused_group:
                 groups.setdefault((layer.fused_group, role), []).append(layer)
     for (group, role), layers in sorted(groups.items()):
-        scales = {layer.module: read_fp8_scale(reader, layer, role).item() for layer in layers}
+        scales = {layer.module: read_scalar(reader, layer, role) for layer in layers}
         if len(set(scales.values())) > 1:
             yield f"fused group {group}: its members need one {role}, but have {scales}. Convert again."
 
@@ -94,12 +95,11 @@ def measure(reader: TensorReader, source: TensorReader, layer: Layer, progress: 
 
     Both in float32, the difference too; squares are summed in float64.
     """
-    scale = read_fp8_scale(reader, layer) if layer.format == "fp8" else None
     signals, errors, largest = [], [], 0.0
     for start, stop in cut_rows(layer):
         raw = read_source_rows(source, layer, start, stop)
         weight = raw.float()
-        difference = weight - decode_rows(reader, layer, scale, start, stop)
+        difference = weight - decode_rows(reader, layer, start, stop)
         signals.append(_squared_sum(weight))
         errors.append(_squared_sum(difference))
         largest = max(largest, *map(abs, (value.item() for value in torch.aminmax(difference))))
@@ -133,14 +133,14 @@ def copy_fault(reader: TensorReader, source: TensorReader, name: str, progress: 
 
 
 def _e8m0_faults(reader: TensorReader, layer: Layer) -> list[str]:
-    n_blocks = layer.K // MXFP4_BLOCK_SIZE
+    n_rows, n_cols = layer.scheme.scale_grid(layer.N, layer.K)
     faults = set()
     for start, stop in _cut_scale_rows(layer):
-        codes = read_scale_codes(reader, layer, start, stop)
-        n_rows = max(0, min(stop, layer.N) - start)
-        if codes[n_rows:].any() or codes[:, n_blocks:].any():
+        codes = read_padded_scales(reader, layer, slice(start, stop))
+        n_inside = max(0, min(stop, n_rows) - start)
+        if codes[n_inside:].any() or codes[:, n_cols:].any():
             faults.add("padding is not 0x00, which AITER's kernels multiply with")
-        if holds_nan_code(codes[:n_rows, :n_blocks]):
+        if (codes[:n_inside, :n_cols] == E8M0_NAN).any():
             faults.add("holds code 255 (NaN)")
     return [f"{_place(reader, layer, WEIGHT_SCALE)}: {fault}. Convert again." for fault in sorted(faults)]
 

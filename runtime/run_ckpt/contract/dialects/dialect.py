@@ -1,0 +1,68 @@
+"""What a dialect is: one consumer's names, scale shapes and quantization_config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from run_ckpt.contract.formats import Scheme
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Manifest
+from run_ckpt.contract.tensors import PT_METADATA
+
+
+def usual_suffixes(scheme: Scheme, naming: str) -> dict[str, str]:
+    """Return role -> what follows the module in a tensor's name, as most consumers have it."""
+    return {WEIGHT: "weight", WEIGHT_SCALE: "weight_scale_inv" if scheme.granularity == "block" else "weight_scale"}
+
+
+def usual_scale_shape(N: int, K: int, scheme: Scheme) -> tuple[int, ...]:
+    """Return the scale's shape on disk as most consumers have it: [1], [N], or the padded grid."""
+    grid = scheme.scale_grid(N, K)
+    return grid[:1] if scheme.block[1] is None else scheme.layout.scale.padded_shape(*grid)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One consumer's vocabulary. ``naming`` is "diffusers" or "transformers", of the checkpoint.
+
+    ``schemes`` are those it can say, each with the namings for which this is the usual dialect.
+    ``config`` returns config.json's quantization_config, without our private key; None where there is none.
+    ``suffixes`` returns role -> tensor name after the module's, ``scale_shape`` the weight scale's shape on disk
+    for (N, K, scheme), ``granularity`` what a quantization_config says of the formats that leave a choice.
+    ``metadata`` returns the ``__metadata__`` of every shard.
+    ``is_static``: activations are quantized by an input_scale. ``is_mixed``: layers may differ in format.
+    ``file_name``: all tensors go into one file of this name; None where the shards stay those of the source.
+    ``sglang_ignores``: how SGLang's own reader matches its ignore list with a module: "name", or "part" for any
+    run of dotted parts; None where it has no reader for this dialect of diffusion models.
+    """
+
+    name: str
+    schemes: Mapping[Scheme, tuple[str, ...]]
+    config: Callable[[Manifest], dict[str, Any]] | None
+    suffixes: Callable[[Scheme, str], dict[str, str]] = usual_suffixes
+    scale_shape: Callable[[int, int, Scheme], tuple[int, ...]] = usual_scale_shape
+    granularity: Callable[[Mapping[str, Any]], str] = lambda config: "tensor"
+    metadata: Callable[[Manifest], dict[str, str]] = lambda manifest: PT_METADATA
+    is_static: bool = False
+    is_mixed: bool = False
+    file_name: str | None = None
+    sglang_ignores: str | None = None
+
+    def tensor_names(self, module: str, scheme: Scheme, naming: str) -> dict[str, str]:
+        """Return role -> tensor name of one layer (weight and weight scale)."""
+        return {role: f"{module}.{suffix}" for role, suffix in self.suffixes(scheme, naming).items()}
+
+
+def common_scheme(manifest: Manifest) -> Scheme:
+    """Return the scheme of every layer, in a dialect that is not mixed."""
+    return next(iter(manifest.layers.values())).scheme
+
+
+def sglang_ignore_list(manifest: Manifest) -> list[str]:
+    """Return both spellings of the linears that SGLang would quantize but that were left alone.
+
+    A linear without a name there (prefix "") is listed only by its own: "" would match everything.
+    """
+    named = {module: prefix for module, prefix in manifest.unquantized_linears.items() if prefix is not None}
+    return sorted({*named, *filter(None, named.values())})

@@ -1,0 +1,75 @@
+"""The table of the dialects, and the choice among them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from run_ckpt.contract.dialects import compressed_tensors, fp8, modelopt, mxfp4, quark, rowwise
+from run_ckpt.contract.dialects.dialect import Dialect
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.formats import TENSOR_FP8, Scheme
+from run_ckpt.contract.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+
+PRIVATE_KEY = "convert_ckpt"
+
+DIALECTS: dict[str, Dialect] = {
+    module.DIALECT.name: module.DIALECT for module in (mxfp4, fp8, modelopt, quark, compressed_tensors, rowwise)
+}
+
+
+def choose_dialect(
+    schemes: Sequence[Scheme], naming: str, *, asked: str | None = None, static: bool = False
+) -> Dialect:
+    """Return the dialect that was asked for by name, or the one that the usual consumers of such layers read.
+
+    schemes: one for each format among the layers, all different. static: activations have an input_scale.
+    Raises UsageError where the dialect can't say all that, or no dialect can.
+    """
+    if static and list(schemes) != [TENSOR_FP8]:
+        raise UsageError("--calibration: static activations exist only for --format fp8 --granularity tensor.")
+    dialect = DIALECTS[asked] if asked else _usual_dialect(schemes, naming, static=static)
+    if dialect.is_static != static:
+        fix = f"leave --dialect out or say {_list(_that(is_static=True))}" if static else "give --calibration FILE"
+        kind = "static" if dialect.is_static else "dynamic"
+        raise UsageError(f"--dialect {dialect.name}: its activations are {kind}; {fix}.")
+    if len(schemes) > 1 and not dialect.is_mixed:
+        formats = " and some ".join(scheme.format.name for scheme in schemes)
+        able = _list(_that(is_mixed=True))
+        raise UsageError(f"--dialect {dialect.name}: can't say that some layers are {formats}. Use --dialect {able}.")
+    for scheme in schemes:
+        if scheme not in dialect.schemes:
+            able = _list([other for other in DIALECTS.values() if scheme in other.schemes])
+            raise UsageError(f"--dialect {dialect.name}: can't say {scheme}. Choose one of {able}.")
+    return dialect
+
+
+def header_metadata(manifest: Manifest) -> dict[str, str]:
+    """Return the safetensors ``__metadata__`` of every shard."""
+    return DIALECTS[manifest.dialect].metadata(manifest)
+
+
+def quantization_config(manifest: Manifest) -> dict[str, Any] | None:
+    """Return what config.json's ``quantization_config`` says, or None where the dialect has none."""
+    config = DIALECTS[manifest.dialect].config
+    if config is None:
+        return None
+    private = {
+        "schema_version": SCHEMA_VERSION,
+        "manifest": MANIFEST_NAME,
+        "quantized_modules": {name: layer.format.name for name, layer in sorted(manifest.layers.items())},
+        "fused_scales": sorted(manifest.fused_scales),
+    }
+    return {**config(manifest), PRIVATE_KEY: private}
+
+
+def _usual_dialect(schemes: Sequence[Scheme], naming: str, *, static: bool) -> Dialect:
+    if static or len(schemes) > 1:
+        return _that(is_static=static, is_mixed=not static)[0]
+    return next(dialect for dialect in DIALECTS.values() if naming in dialect.schemes.get(schemes[0], ()))
+
+
+def _that(*, is_static: bool = False, is_mixed: bool = False) -> list[Dialect]:
+    return [d for d in DIALECTS.values() if (d.is_static, d.is_mixed) == (is_static, is_mixed)]
+
+
+def _list(dialects: Sequence[Dialect]) -> str:
+    return ", ".join(dialect.name for dialect in dialects)

@@ -1,0 +1,96 @@
+"""Formats are records: what a new one gets without another line, and what every one of ours has."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from run_ckpt.contract.codec import dequantize
+from run_ckpt.contract.dialects.dialect import usual_scale_shape
+from run_ckpt.contract.dialects.table import DIALECTS, choose_dialect
+from run_ckpt.contract.formats import E4M3, E8M0, FORMATS, FP8, GROUP, QuantFormat, Scheme
+from run_ckpt.contract.layouts import PLAIN
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.loading.tensor_parallel import slice_columns, slice_rows
+from tests.bits import assert_bits_equal
+
+SCHEMES = [
+    Scheme(quant_format, layout, granularity)
+    for quant_format in FORMATS.values()
+    for layout in quant_format.layouts
+    for granularity in quant_format.blocks
+]
+# OCP MX v1.0, 6.1: MXFP8 is E4M3 codes with an E8M0 scale for each 32. No module knows it.
+MXFP8 = QuantFormat(
+    name="mxfp8",
+    label="MXFP8",
+    element=E4M3,
+    scale=E8M0,
+    blocks={GROUP: (1, 32)},
+    layouts=(PLAIN,),
+    scale_rules=("floor",),
+    K_granule=32,
+    min_N=1,
+    N_multiple=16,
+    K_multiple=32,
+    summary="float8_e4m3fn, an E8M0 scale",
+    machines="",
+)
+
+
+def mxfp8_layer(N: int, K: int) -> tuple[Layer, dict[str, torch.Tensor]]:
+    scheme = MXFP8.scheme("plain", GROUP)
+    layer = Layer(
+        module="proj",
+        scheme=scheme,
+        N=N,
+        K=K,
+        source_tensor="proj.weight",
+        source_dtype="BF16",
+        scale_rule="floor",
+        tensors={WEIGHT: "proj.weight", WEIGHT_SCALE: "proj.weight_scale"},
+        scale_shape=usual_scale_shape(N, K, scheme),
+    )
+    codes = torch.arange(N * K).remainder(127).to(torch.uint8).reshape(N, K).view(torch.float8_e4m3fn)
+    scales = torch.arange(N * K // 32).add(120).remainder(255).to(torch.uint8).reshape(N, K // 32)
+    return layer, {WEIGHT: codes, WEIGHT_SCALE: scales}
+
+
+def test_a_record_gives_a_new_format_its_tensors() -> None:
+    layer, _ = mxfp8_layer(64, 96)
+    assert {role: (spec.dtype, spec.shape) for role, spec in layer.specs().items()} == {
+        WEIGHT: ("F8_E4M3", (64, 96)),
+        WEIGHT_SCALE: ("U8", (64, 3)),
+    }
+    assert layer.scheme.alignment == (1, 32)
+    assert str(layer.scheme) == "--format mxfp8"
+    facts = {"element_format": "e4m3fn", "scale_format": "e8m0", "scale_bias": 127, "block_size": 32}
+    assert MXFP8.facts == {**facts, "tie_rule": "half_even"}
+
+
+def test_a_record_gives_a_new_format_its_decoding() -> None:
+    layer, tensors = mxfp8_layer(8, 96)
+    factors = torch.ldexp(torch.ones(8, 3), tensors[WEIGHT_SCALE].int() - 127)
+    expected = tensors[WEIGHT].float() * factors.repeat_interleave(32, dim=1)
+    assert_bits_equal(dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme), expected)
+
+
+def test_a_record_gives_a_new_format_its_tensor_parallelism() -> None:
+    part = mxfp8_layer(8, 128)
+    whole = dequantize(part[1][WEIGHT], part[1][WEIGHT_SCALE], part[0].scheme)
+    layer, tensors = slice_columns(slice_rows(part, (2, 5)), (32, 96))
+    assert (layer.N, layer.K, layer.scale_shape) == (3, 64, (3, 2))
+    assert_bits_equal(dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme), whole[2:5, 32:96])
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "transformers"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_scheme_has_one_usual_dialect(scheme: Scheme, naming: str) -> None:
+    usual = [dialect for dialect in DIALECTS.values() if naming in dialect.schemes.get(scheme, ())]
+    assert usual == [choose_dialect([scheme], naming)]
+
+
+def test_a_scheme_is_known_by_its_value() -> None:
+    # Layers are copied and pickled with their model.
+    assert replace(FP8) == FP8
+    assert hash(replace(FP8)) == hash(FP8)
