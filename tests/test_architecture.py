@@ -23,7 +23,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "llvmlite": ("convert_ckpt/kernels/",),
     "click": ("convert_ckpt/cli.py", "run_ckpt/cli/"),
     "matplotlib": ("run_ckpt/tools/publish/heatmap.py",),
-    "rich": ("run_ckpt/cli/"),
+    "rich": ("run_ckpt/cli/",),
     "aiter": ("run_ckpt/backends/",),
     "petit_kernel": ("run_ckpt/backends/",),
     "triton": ("run_ckpt/backends/triton/",),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import tempfile
 from dataclasses import asdict
 from functools import partial
@@ -13,13 +12,13 @@ import click
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.preset import preset_names
+from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.contract.dialects.table import DIALECTS
-from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES
 from run_ckpt.contract.layouts import LAYOUTS
 from run_ckpt.version import VERSION
 
-_EPILOG = """\b
+_EPILOG = f"""\b
 Examples:
   convert-ckpt FLUX.1-dev/transformer OUT --format mxfp4
   convert-ckpt FLUX.1-dev OUT --format mxfp4 --dry-run
@@ -31,27 +30,25 @@ Examples:
   convert-ckpt FLUX.1-dev OUT --format mxfp4 --push-to-hub me/flux-mxfp4 --private
 
 A run that was stopped is continued by the same command. Look at the result with
-run-ckpt inspect OUT, check it with run-ckpt verify OUT --source SOURCE."""
+run-ckpt inspect OUT, check it with run-ckpt verify OUT --source SOURCE.
+
+{EXIT_CODES}"""
 
 
 def _default_workers() -> int:
     return min(8, (os.cpu_count() or 1) + 1)
 
 
-def _print_completion(context: click.Context, _: click.Parameter, shell: str | None) -> None:
-    if shell:
-        from click.shell_completion import get_completion_class
-
-        completion = get_completion_class(shell)
-        assert completion is not None
-        click.echo(completion(context.command, {}, "convert-ckpt", "_CONVERT_CKPT_COMPLETE").source())
-        context.exit()
-
-
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source")
 @click.argument("output", type=click.Path(path_type=Path), required=False)
-@click.option("--format", "format_", type=click.Choice(FORMATS), required=True, help="Format of linear weights.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(FORMATS, case_sensitive=False),
+    required=True,
+    help="Format of linear weights.",
+)
 @click.option("--layout", type=click.Choice(LAYOUTS), default="aiter", show_default=True, help="MXFP4 byte order.")
 @click.option(
     "--granularity",
@@ -91,14 +88,7 @@ def _print_completion(context: click.Context, _: click.Parameter, shell: str | N
 )
 @click.option("--quiet", is_flag=True, help="Print errors alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON on standard output.")
-@click.option(
-    "--completion",
-    type=click.Choice(["bash", "zsh", "fish"]),
-    is_eager=True,
-    expose_value=False,
-    callback=_print_completion,
-    help="Print the shell's completion script.",
-)
+@completion_option
 @click.version_option(VERSION, prog_name="convert-ckpt")
 def cli(**arguments: Any) -> None:
     """Convert the checkpoint SOURCE to MXFP4 or FP8 and write it to the folder OUTPUT.
@@ -206,20 +196,7 @@ def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the command. Exit 0: done; 1: the conversion can't be done; 2: wrong usage; 130: stopped."""
+    """Run the command line of the process and exit with its code."""
     # numpy's BLAS, which is not used here, would start a thread for each core as numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except UsageError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except (CheckpointError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command goes on from here.", err=True)
-        sys.exit(130)
+    run_command(cli, "convert-ckpt", stopped="stopped; the same command goes on from here.")

@@ -73,6 +73,3 @@ def report(outputs: tuple[Path, ...], file: Path) -> None:
 
     write_durably(file, make_report({output.resolve().name: read_result(output) for output in outputs}))
     click.echo(f"Wrote {file}.")
-
-
-COMMANDS = (card, report, push)

@@ -14,6 +14,7 @@ from run_ckpt.cli.model_options import (
     placement,
     placement_options,
 )
+from run_ckpt.extras import naming_extras
 
 _FOLDER = click.Path(path_type=Path)
 _SMALL_M = "1,16,256,4096"
@@ -38,6 +39,7 @@ def _parse_rows(_context: click.Context, _parameter: click.Parameter, text: str)
 @pipeline_options
 @click.option("--seed", type=int, default=0, show_default=True)
 @placement_options
+@naming_extras("run-ckpt generate", "diffusers")
 def generate(
     model_path: str,
     transformer_path: Path,

@@ -11,6 +11,10 @@ class UsageError(CheckpointError):
     """Options that contradict each other or name something that does not exist."""
 
 
+class MissingPackageError(CheckpointError, ImportError):
+    """A package of an extra that is not installed. The text holds the command that installs it."""
+
+
 class HeaderError(CheckpointError):
     """A file that is not a well-formed safetensors file."""
 

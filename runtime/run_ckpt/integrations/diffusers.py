@@ -3,24 +3,27 @@
 from copy import deepcopy
 from typing import Any
 
-import torch
-from diffusers.quantizers import auto
-from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from torch import Tensor, nn
-
 from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError
-from run_ckpt.integrations.quantizer import (
-    OWN_METHOD,
-    check_options,
-    dispatch_configs,
-    refuse_missing,
-    replace_declared,
-    saved_config,
-    stored_names,
-)
-from run_ckpt.loading.linear import QuantizedLinear
+from run_ckpt.extras import naming_extras
+
+with naming_extras("run_ckpt.integrations.diffusers", "diffusers"):
+    import torch
+    from diffusers.quantizers import auto
+    from diffusers.quantizers.base import DiffusersQuantizer
+    from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+    from torch import Tensor, nn
+
+    from run_ckpt.integrations.quantizer import (
+        OWN_METHOD,
+        check_options,
+        dispatch_configs,
+        refuse_missing,
+        replace_declared,
+        saved_config,
+        stored_names,
+    )
+    from run_ckpt.loading.linear import QuantizedLinear
 
 
 def register() -> None:

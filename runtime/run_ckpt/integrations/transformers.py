@@ -3,20 +3,23 @@
 from copy import deepcopy
 from typing import Any
 
-from torch import nn
-from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from run_ckpt.extras import naming_extras
 
-from run_ckpt.integrations.quantizer import (
-    OWN_METHOD,
-    check_options,
-    dispatch_configs,
-    refuse_missing,
-    replace_declared,
-    saved_config,
-)
-from run_ckpt.loading.linear import QuantizedLinear
+with naming_extras("run_ckpt.integrations.transformers", "diffusers"):
+    from torch import nn
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from run_ckpt.integrations.quantizer import (
+        OWN_METHOD,
+        check_options,
+        dispatch_configs,
+        refuse_missing,
+        replace_declared,
+        saved_config,
+    )
+    from run_ckpt.loading.linear import QuantizedLinear
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.extras import naming_extras
 
 CONFIG_KEY = "quantization_config"
 
@@ -29,7 +30,8 @@ def build_model(path: Path) -> Any:
 
     Raises CheckpointError where it names no class of the installed diffusers or transformers.
     """
-    from accelerate import init_empty_weights
+    with naming_extras("load_quantized without model="):
+        from accelerate import init_empty_weights
 
     config = read_config(path)
     with init_empty_weights(include_buffers=False):
@@ -59,7 +61,8 @@ def _transformers_model(path: Path, config: dict[str, Any]) -> Any:
 
 
 def _find_class(library: str, name: Any, path: Path) -> Any:
-    module = importlib.import_module(library)
+    with naming_extras(f"{path / CONFIG_NAME}: {name}"):
+        module = importlib.import_module(library)
     found = getattr(module, str(name), None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise CheckpointError(

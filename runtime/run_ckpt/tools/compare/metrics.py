@@ -1,6 +1,5 @@
 """How far one tensor, picture or distribution is from its reference: pure functions of tensors."""
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from run_ckpt.contract.errors import UsageError
+from run_ckpt.extras import require_packages
 
 PIXEL_MAX = 255
 
@@ -79,10 +79,8 @@ def sum_errors(reference: Tensor, other: Tensor) -> ErrorSums:
 
 
 def check_packages(*, with_lpips: bool) -> None:
-    """Raise UsageError unless what ssim and lpips need is installed, and AlexNet's weights can be had."""
-    for package in ("torchmetrics", *["torchvision"] * with_lpips):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f'comparing frames needs {package}, which is not installed: pip install "{package}".')
+    """Raise MissingPackageError for what ssim and lpips lack, UsageError unless AlexNet's weights can be had."""
+    require_packages("run-ckpt compare", "torchmetrics", "PIL", *["torchvision"] * with_lpips)
     if with_lpips:
         blank = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
         try:

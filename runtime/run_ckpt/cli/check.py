@@ -1,0 +1,87 @@
+"""The commands of `run-ckpt` that look at a converted checkpoint: inspect and verify."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.option("--all", "every_layer", is_flag=True, help="A row for each layer; default: like blocks in one row.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every layer.")
+@click.option("--device", help="Show which backend would run the layers on this torch device, and why not the others.")
+def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) -> None:
+    """Show what OUTPUT is: sizes, layers, errors, and what was kept and why.
+
+    Reads the manifest alone; run-ckpt verify checks that it is true.
+
+    \b
+    Examples:
+      run-ckpt inspect flux-mxfp4
+      run-ckpt inspect flux-mxfp4 --device cuda
+    """
+    from run_ckpt.storage.components import find_components
+    from run_ckpt.tools.summary import inspect_component
+
+    inspections = [
+        inspect_component(name, path, every_layer=every_layer or as_json)
+        for name, path in find_components(output).items()
+    ]
+    if device is not None:
+        _inspect_backends(output, device, as_json)
+        return
+    if as_json:
+        click.echo(json.dumps([inspection.to_json() for inspection in inspections], indent=1))
+        return
+    from run_ckpt.cli.tables import make_console, print_inspection
+
+    for inspection in inspections:
+        print_inspection(make_console(), inspection)
+
+
+def _inspect_backends(output: Path, device: str, as_json: bool) -> None:
+    from run_ckpt.backends.availability import device_availability
+    from run_ckpt.cli.tables import make_console, print_availability
+    from run_ckpt.storage.components import find_components
+
+    for name, path in find_components(output).items():
+        availability = device_availability(path, device)
+        if as_json:
+            click.echo(json.dumps({"component": name, **availability.to_json()}, indent=1))
+        else:
+            print_availability(make_console(), name, availability)
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.option("--source", type=_FOLDER, help="What OUTPUT was made from: decode every block and compare.")
+def verify(output: Path, source: Path | None) -> None:
+    """Check every file of OUTPUT against its manifest, and against its source if given.
+
+    Without --source: sizes, hashes, headers, scales, padding, index, config. With it also: every
+    weight's SQNR and largest error, and every copied tensor bit for bit. Lists all faults; exit 1
+    if there is any.
+
+    \b
+    Examples:
+      run-ckpt verify flux-mxfp4
+      run-ckpt verify flux-mxfp4 --source flux
+    """
+    from run_ckpt.cli.progress import show_progress
+    from run_ckpt.cli.tables import make_console, print_measured
+    from run_ckpt.tools.verify.component import verdict, verify_output
+
+    with show_progress() as progress:
+        reports = verify_output(output, source, progress)
+    for report in reports:
+        if report.measured:
+            print_measured(make_console(), report)
+        for fault in report.faults:
+            click.echo(f"fault: {report.name + '/' if report.name else ''}{fault}", err=True)
+    click.echo(verdict(reports))
+    if any(report.faults for report in reports):
+        sys.exit(1)

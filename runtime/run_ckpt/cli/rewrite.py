@@ -1,0 +1,60 @@
+"""The commands of `run-ckpt` that write a converted checkpoint anew: dequantize and relayout."""
+
+from pathlib import Path
+
+import click
+
+from run_ckpt.contract.dialects.table import DIALECTS
+from run_ckpt.contract.layouts import LAYOUTS
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "source"]),
+    default="bfloat16",
+    show_default=True,
+    help="Dtype of the weights that were quantized; source: what each had there.",
+)
+def dequantize(output: Path, folder: Path, dtype: str) -> None:
+    """Write OUTPUT to DIR as a plain checkpoint that from_pretrained loads.
+
+    Quantized weights become numbers again, under the source's names; all else stays bit for bit.
+
+    \b
+    Example:
+      run-ckpt dequantize flux-mxfp4 flux-bf16
+    """
+    from run_ckpt.cli.progress import show_progress
+    from run_ckpt.tools.rewrite.dequantize import dequantize as write
+
+    with show_progress() as progress:
+        write(output, folder, dtype=dtype, progress=progress)
+    click.echo(f"Dequantized {output} to {folder}.")
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option("--layout", type=click.Choice(LAYOUTS), required=True, help="Storage order of MXFP4 weights and scales.")
+@click.option("--dialect", type=click.Choice(DIALECTS), help="Default: mxfp4 for aiter, quark for plain.")
+def relayout(output: Path, folder: Path, layout: str, dialect: str | None) -> None:
+    """Write OUTPUT to DIR with its MXFP4 layers in another layout.
+
+    A pure permutation: no value changes, and going back gives the same files.
+
+    \b
+    Examples:
+      run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
+      run-ckpt relayout llama-mxfp4 llama-vllm --layout plain --dialect compressed-tensors
+    """
+    from run_ckpt.cli.progress import show_progress
+    from run_ckpt.tools.rewrite.relayout import relayout as write
+
+    with show_progress() as progress:
+        write(output, folder, layout=layout, dialect=dialect, progress=progress)
+    click.echo(f"Wrote {output} to {folder} in layout {layout}.")

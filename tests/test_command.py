@@ -1,0 +1,94 @@
+"""What convert-ckpt and run-ckpt have in common on the command line."""
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+import convert_ckpt.cli
+import run_ckpt.cli.main
+from run_ckpt.cli.command import EXIT_CODES, run_command
+from run_ckpt.contract.errors import CheckpointError, UsageError
+from tests.converted import FLUX_DIGITS
+
+COMMANDS = {"convert-ckpt": convert_ckpt.cli.cli, "run-ckpt": run_ckpt.cli.main.run_ckpt}
+
+
+def exit_code(command: click.Command, name: str, *args: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        run_command(command, name, args)
+    return int(stop.value.code or 0)
+
+
+def failing(error: BaseException | None) -> click.Command:
+    """Return a command that raises."""
+
+    def run() -> None:
+        if error:
+            raise error
+
+    return click.Command("test", callback=run)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (CheckpointError("bad file. Fetch it again."), 1, "error: bad file. Fetch it again.\n"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'\n"),
+        (UsageError("no such thing."), 2, "error: no such thing.\n"),
+        (KeyboardInterrupt(), 130, "stopped.\n"),
+    ],
+    ids=["done", "checkpoint", "system", "usage", "ctrl-c"],
+)
+def test_the_exit_code_says_how_it_ended(
+    error: BaseException | None, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(failing(error), "test") == code
+    # After Ctrl-C click ends the line that the terminal shows ^C in.
+    assert capsys.readouterr().err.removeprefix("\n") == line
+
+
+def test_a_fault_of_our_own_is_not_hidden() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        run_command(failing(ModuleNotFoundError("no_such_module", name="no_such_module")), "test", [])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_documents_the_exit_codes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(COMMANDS[name], name, "--help") == 0
+    assert EXIT_CODES in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_completion_script_is_for_this_command(name: str, shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(COMMANDS[name], name, "--completion", shell) == 0
+    script = capsys.readouterr().out
+    # The variable by which click knows that it is asked for completions.
+    assert f"_{name.upper().replace('-', '_')}_COMPLETE={shell}_complete" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "words", "answer"),
+    [
+        ("run_ckpt.cli.main", "run-ckpt", "deq", "dequantize"),
+        ("convert_ckpt.cli", "convert-ckpt", "--form", "--format"),
+    ],
+    ids=COMMANDS,
+)
+def test_bash_gets_the_words_that_may_follow(module: str, name: str, words: str, answer: str) -> None:
+    variable = f"_{name.upper().replace('-', '_')}_COMPLETE"
+    asking = {variable: "bash_complete", "COMP_WORDS": f"{name} {words}", "COMP_CWORD": "1"}
+    code = f"import os; os.environ |= {asking}; from {module} import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [f"plain,{answer}"]
+
+
+def test_formats_may_be_written_in_capitals(capsys: pytest.CaptureFixture[str]) -> None:
+    args = (str(FLUX_DIGITS), "--dry-run", "--format", "MXFP4")
+    assert exit_code(convert_ckpt.cli.cli, "convert-ckpt", *args) == 0
+    assert "23 of 90 tensors to mxfp4" in capsys.readouterr().out
