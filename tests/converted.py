@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from run_ckpt.contract.manifest import MANIFEST_NAME, seal_manifest
-from run_ckpt.storage.atomic import hash_path
+from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.shards import read_folder
 from tests import checkpoints
 
@@ -74,6 +74,6 @@ def reseal(folder: Path) -> None:
 
     def describe(manifest: dict[str, Any]) -> None:
         for name, entry in manifest["files"].items():
-            entry.update(nbytes=(folder / name).stat().st_size, sha256=hash_path(folder / name))
+            entry.update(nbytes=(folder / name).stat().st_size, blake3=hash_path(folder / name))
 
     edit_manifest(folder, describe)

@@ -116,7 +116,7 @@ def test_numbers_follow_the_manifest(tmp_path: Path) -> None:
     assert worst.startswith(f"| `{name}` | 3.21 dB |")
     assert "SGLang builds it as a plain linear" in card
     for file, entry in read_result(output)[0].manifest.files.items():
-        assert f"| `{file}` | {entry['nbytes']:,} | `{entry['sha256']}` |" in card
+        assert f"| `{file}` | {entry['nbytes']:,} | `{entry['blake3']}` |" in card
 
 
 @pytest.mark.parametrize("has_heatmap", [False, True])
@@ -186,7 +186,7 @@ def rerun(command: str, folder: Path, *, snapshot: Path) -> None:
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
     root = Path(__file__).parents[1]
-    script = f'export PATH="{folder}:$PATH" PYTHONPATH="{root}"\n{command}'
+    script = f'export PATH="{folder}:$PATH" PYTHONPATH="{root}/convert:{root}/runtime"\n{command}'
     subprocess.run(["bash", "-euc", script], cwd=folder, check=True, timeout=120)
 
 

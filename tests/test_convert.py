@@ -1,6 +1,5 @@
 """The whole conversion: what comes out of which checkpoint, in which dialect."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 
 from run_ckpt.contract.codec import fp8_scale, quantize_fp8, quantize_mxfp4
@@ -211,7 +211,7 @@ def test_the_manifest_holds_the_hash_and_size_of_every_other_file_and_of_the_sou
     written.pop("quantization_manifest.json")
 
     def describe(data: bytes) -> dict[str, object]:
-        return {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return {"nbytes": len(data), "blake3": blake3(data).hexdigest()}
 
     assert manifest.files == {name: describe(data) for name, data in written.items()}
     shards = {p.name: describe(p.read_bytes()) for p in llm.glob("*.safetensors")}
@@ -397,7 +397,7 @@ def test_a_fused_scale_whose_members_lie_in_different_shards_is_whole_in_every_r
             parts = [output[f"layers.{i}.feed_forward.{name}.{scale}"] for name in names]
             assert_bits_equal(output[f"layers.{i}.feed_forward.w13.{scale}"], torch.cat(parts))
         for path in (tmp_path / f"out{run}").glob("*.safetensors"):
-            assert manifest.files[path.name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+            assert manifest.files[path.name]["blake3"] == blake3(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("granularity", ["channel", "block"])

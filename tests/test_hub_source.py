@@ -1,5 +1,6 @@
 """A Hub repo as SOURCE: the bytes of the local conversion, little disk, whatever the line does."""
 
+import hashlib
 import os
 import random
 import signal
@@ -13,6 +14,8 @@ import torch
 
 from convert_ckpt.run.partial_output import Staging
 from run_ckpt.contract.errors import CheckpointError, FetchError
+from run_ckpt.progress import Silent
+from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 from tests.hub_fixtures import Lines, assert_same_but_for_the_source, convert_remote, hub, make_llm
 from tests.hub_server import TOKEN, Fault, HubServer, read_files
@@ -36,6 +39,9 @@ def test_a_repo_gives_the_bytes_of_the_local_copy(
     convert(llm, tmp_path / "local", format=weight_format)
     source = assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
     assert (source["name"], source["revision"]) == ("me/llm", commit)
+    for name, entry in source["files"].items():
+        assert entry["sha256"] == hashlib.sha256((llm / name).read_bytes()).hexdigest()
+    assert verify_output(tmp_path / "out", None, Silent())[0].faults == ()
     assert {path.name for path in tmp_path.iterdir()} == {"llm", "out", "local"}
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert_ckpt.run.buffers import Scratch
-from convert_ckpt.run.slab import Errors, fp8_scales, largest_magnitude, quantize, weight_bits
+from convert_ckpt.run.buffers import Buffers
+from convert_ckpt.run.slab import ErrorSums, fp8_scales, largest_magnitude, quantize, weight_bits
 from run_ckpt.contract import codec
 from run_ckpt.contract.dialects.dialect import usual_scale_shape
 from run_ckpt.contract.formats import (
@@ -44,7 +44,7 @@ class Converted:
 
     weight: Tensor
     scale: Tensor
-    errors: Errors
+    errors: ErrorSums
     largest_bits: int
 
 
@@ -158,7 +158,7 @@ def kernel_bits(weight: Tensor) -> np.ndarray:
 
 
 def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_rows: int | None = None) -> Converted:
-    """Quantize slabs of ``slab_rows`` rows and lay their pieces into files that were zero, as the engine does."""
+    """Quantize slabs of ``slab_rows`` rows and lay what they write into files that were zero, as the engine does."""
     layer = make_layer(weight, scheme, scale_rule)
     specs = layer.specs()
     files = {role: np.zeros(spec.nbytes, np.uint8) for role, spec in specs.items()}
@@ -166,16 +166,16 @@ def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_ro
     tensor_scale = None
     if scheme == TENSOR_FP8:
         tensor_scale = fp8_scales(np.array([largest_magnitude(bits)], np.uint32))
-    scratch = Scratch()
+    buffers = Buffers()
     all_errors, largest_bits = [], 0
     step = slab_rows or layer.N
     for row in range(0, layer.N, step):
-        scratch.take(WEIGHT, step * layer.K)[:] = UNWRITTEN
+        buffers.get(WEIGHT, step * layer.K)[:] = UNWRITTEN
         slab = bits[row : row + step]
-        pieces, errors, largest = quantize(slab, layer, row, scratch, 0, tensor_scale)
-        for piece in pieces:
-            data = piece.data.reshape(-1).view(np.uint8)
-            files[piece.role][piece.offset : piece.offset + data.size] = data
+        writes, errors, largest = quantize(slab, layer, row, buffers, tensor_scale)
+        for write in writes:
+            data = write.data.reshape(-1).view(np.uint8)
+            files[write.role][write.offset : write.offset + data.size] = data
         all_errors.append(errors)
         largest_bits = max(largest_bits, largest)
     tensors = {role: torch.from_numpy(data) for role, data in files.items()}
@@ -187,7 +187,7 @@ def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_ro
     return Converted(
         tensors[WEIGHT].reshape(specs[WEIGHT].shape),
         tensors[WEIGHT_SCALE].reshape(specs[WEIGHT_SCALE].shape),
-        Errors(
+        ErrorSums(
             sum(errors.squared_error for errors in all_errors),
             sum(errors.squared_signal for errors in all_errors),
             max(errors.largest for errors in all_errors),
@@ -217,9 +217,9 @@ def reference_fp8(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return codec.quantize_fp8(weight, expand_fp8_scale(scale, N, K)), scale
 
 
-def expected_errors(weight: Tensor, decoded: Tensor) -> Errors:
+def expected_errors(weight: Tensor, decoded: Tensor) -> ErrorSums:
     error = weight.double() - decoded.double()
-    return Errors(float((error**2).sum()), float((weight.double() ** 2).sum()), float(error.abs().max()))
+    return ErrorSums(float((error**2).sum()), float((weight.double() ** 2).sum()), float(error.abs().max()))
 
 
 @pytest.mark.parametrize("layout", MXFP4_SCHEMES)
@@ -265,8 +265,8 @@ def test_tiled_scale_fills_the_first_rows_of_the_padded_scale_and_leaves_the_res
     # padded [512, 16], and the rows from 288 on are never written. K / 32 = 10 is padded to 16 inside a tile.
     weight = normal(288, 320)
     layer = make_layer(weight, AITER_MXFP4)
-    pieces, _, _ = quantize(kernel_bits(weight), layer, 0, Scratch(), 0, None)
-    scale = next(piece for piece in pieces if piece.role == WEIGHT_SCALE)
+    writes, _, _ = quantize(kernel_bits(weight), layer, 0, Buffers(), None)
+    scale = next(write for write in writes if write.role == WEIGHT_SCALE)
     padded = reference_mxfp4(weight, AITER_MXFP4, "even")[1]
     assert (scale.offset, scale.data.size, layer.scale_shape) == (0, 288 * 16, (512, 16))
     assert_bits_equal(torch.from_numpy(scale.data).reshape(288, 16), padded[:288])
@@ -275,8 +275,8 @@ def test_tiled_scale_fills_the_first_rows_of_the_padded_scale_and_leaves_the_res
 
 def test_tiled_slab_starts_at_its_row_in_the_padded_scale() -> None:
     weight = normal(288, 320)
-    pieces, _, _ = quantize(kernel_bits(weight)[96:], make_layer(weight, AITER_MXFP4), 96, Scratch(), 0, None)
-    assert {piece.role: piece.offset for piece in pieces} == {WEIGHT: 96 * 160, WEIGHT_SCALE: 96 * 16}
+    writes, _, _ = quantize(kernel_bits(weight)[96:], make_layer(weight, AITER_MXFP4), 96, Buffers(), None)
+    assert {write.role: write.offset for write in writes} == {WEIGHT: 96 * 160, WEIGHT_SCALE: 96 * 16}
 
 
 @pytest.mark.parametrize("scale_rule", SCALE_RULES)
@@ -334,8 +334,8 @@ def test_fp8_codes_saturate_under_a_scale_that_is_too_small() -> None:
     # A fused group's scale comes from the group; the kernel itself must not rely on it.
     weight = torch.tensor([[1000.0, -1000.0] * 8] * 16)
     layer = make_layer(weight, TENSOR_FP8)
-    pieces, _, _ = quantize(kernel_bits(weight), layer, 0, Scratch(), 0, np.ones(1, np.float32))
-    assert np.unique(pieces[0].data).tolist() == [0x7E, 0xFE]
+    writes, _, _ = quantize(kernel_bits(weight), layer, 0, Buffers(), np.ones(1, np.float32))
+    assert np.unique(writes[0].data).tolist() == [0x7E, 0xFE]
 
 
 @pytest.mark.parametrize("scale_rule", SCALE_RULES)

@@ -8,19 +8,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from convert_ckpt.run.buffers import Scratch
-from convert_ckpt.run.digest import Hasher
 from convert_ckpt.run.engine import Engine
 from convert_ckpt.run.partial_output import Staging
-from convert_ckpt.run.schedule import Batch
+from convert_ckpt.run.readers import ShardReaders
+from convert_ckpt.run.schedule import Slab
 from run_ckpt.contract.errors import CheckpointError, PartialRunError, ProblemsError
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
 COMMAND = "import sys; from convert_ckpt.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
+SHARD = "model-0000{}-of-00004.safetensors"
 
 
 @pytest.fixture
@@ -59,12 +61,24 @@ def stop_after(n_files: int, source: Path, output: Path, monkeypatch: pytest.Mon
     assert not output.exists()
 
 
+def count_bytes_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Return a counter of the tensor bytes that runs from now on read of each shard."""
+    n_read: Counter[str] = Counter()
+    read = ShardReaders.read
+
+    def count(self: ShardReaders, slab: Slab, out: np.ndarray) -> None:
+        n_read[slab.tensor.shard] += slab.nbytes
+        read(self, slab, out)
+
+    monkeypatch.setattr(ShardReaders, "read", count)
+    return n_read
+
+
 @pytest.mark.parametrize("n_files", [1, 2, 3])
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
 def test_a_stopped_run_goes_on_with_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int, weight_format: str
 ) -> None:
-    monkeypatch.setattr("convert_ckpt.run.engine.choose_hasher", lambda _: Hasher((1,), 1))
     convert(source, tmp_path / "whole", format=weight_format)
     stop_after(n_files, source, tmp_path / "out", monkeypatch, format=weight_format)
     summary = convert(source, tmp_path / "out", format=weight_format)
@@ -74,21 +88,91 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
 
 
 def test_finished_shards_are_not_read_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert_ckpt.run.engine.choose_hasher", lambda _: Hasher((1,), 1))
     stop_after(2, source, tmp_path / "out", monkeypatch, format="mxfp4")
-    done = set(Staging(tmp_path / "out").read_records("root"))
-    assert len(done) == 2
-    read: set[str] = set()
-    process = Engine._process
-
-    def spy(self: Engine, batch: Batch, scratch: Scratch) -> None:
-        read.update(slab.tensor.shard for slab in batch)
-        process(self, batch, scratch)
-
-    monkeypatch.setattr(Engine, "_process", spy)
+    assert set(Staging(tmp_path / "out").read_records("root")) == {SHARD.format(1), SHARD.format(2)}
+    n_read = count_bytes_read(monkeypatch)
     convert(source, tmp_path / "out", format="mxfp4")
-    assert len(read) == 2
-    assert not read & done
+    assert n_read == {SHARD.format(3): 4 * 256 * 1024 * 2, SHARD.format(4): 4 * 256 * 1024 * 2}
+
+
+def one_block_a_shard(folder: Path, rows: int) -> Path:
+    """Write four shards of one block each, its down_proj and its fused q, k and v [rows, 1024]."""
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+    shards = [
+        {f"model.layers.{i}.{name}.weight": random_weight(rows, 1024, seed=4 * i + j) for j, name in enumerate(names)}
+        for i in range(4)
+    ]
+    return save_checkpoint(folder, shards, {"architectures": ["LlamaForCausalLM"]})
+
+
+# Kills its own process, as kill -9 does, once a share of the source is read.
+DIE_AT = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from convert_ckpt.cli import main
+from convert_ckpt.run.readers import ShardReaders
+
+bytes_per_second, last_byte, n_records = float(sys.argv.pop(1)), float(sys.argv.pop(1)), int(sys.argv.pop(1))
+records = Path(sys.argv[2] + ".partial/records/root")
+read, lock, n_read = ShardReaders.read, threading.Lock(), 0
+
+def read_until(self, slab, out):
+    global n_read
+    with lock:
+        time.sleep(slab.nbytes / bytes_per_second)
+        n_read += slab.nbytes if slab.hash_order is not None else 0
+        last = slab.hash_order is not None and n_read > last_byte
+    if last:
+        deadline = time.monotonic() + 30
+        while len(list(records.glob("*.json"))) < n_records and time.monotonic() < deadline:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+    read(self, slab, out)
+
+ShardReaders.read = read_until
+main()
+"""
+
+
+def kill_at(share: float, source: Path, output: Path, *options: str, bytes_per_second: float, n_records: int) -> None:
+    """Convert from a source that is read at ``bytes_per_second``, and kill the run after that share of its bytes.
+
+    n_records: how many finished shards the disk is waited for before.
+    """
+    nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    arguments = [str(value) for value in (bytes_per_second, share * nbytes, n_records, source, output, *options)]
+    process = subprocess.run([sys.executable, "-c", DIE_AT, *arguments, "--quiet"], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
+def test_a_run_killed_at_60_percent_reads_no_more_than_the_other_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_format: str
+) -> None:
+    monkeypatch.setattr("convert_ckpt.run.schedule.SLAB_NBYTES", 2**18)
+    source = one_block_a_shard(tmp_path / "in", rows=256)
+    kill_at(0.6, source, tmp_path / "out", "--format", weight_format, bytes_per_second=1e9, n_records=2)
+    n_read = count_bytes_read(monkeypatch)
+    assert convert(source, tmp_path / "out", format=weight_format).n_files_resumed == 2
+    shard_nbytes = (2 if weight_format == "fp8" else 1) * 4 * 256 * 1024 * 2  # per-tensor FP8 is scanned, then encoded
+    assert n_read == {SHARD.format(3): shard_nbytes, SHARD.format(4): shard_nbytes}
+    convert(source, tmp_path / "whole", format=weight_format)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
+def test_half_of_a_larger_source_is_kept_without_waiting_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_format: str
+) -> None:
+    source = one_block_a_shard(tmp_path / "in", rows=8192)  # 268 MB
+    kill_at(0.6, source, tmp_path / "out", "--format", weight_format, bytes_per_second=100e6, n_records=0)
+    n_read = count_bytes_read(monkeypatch)
+    assert convert(source, tmp_path / "out", format=weight_format).n_files_resumed >= 2
+    assert n_read.keys() <= {SHARD.format(3), SHARD.format(4)}
+    convert(source, tmp_path / "whole", format=weight_format)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
 def test_other_options_are_refused_with_the_way_out(

@@ -159,7 +159,7 @@ def test_one_changed_byte_in_any_file_is_found(copy_of: Callable[[str], Path], f
     data = bytearray((output / file).read_bytes())
     data[-3] ^= 0x20
     (output / file).write_bytes(data)
-    assert any(f"{file}: SHA-256" in fault for fault in check(output))
+    assert any(f"{file}: BLAKE3" in fault for fault in check(output))
 
 
 def test_one_changed_byte_in_a_header_is_found(copy_of: Callable[[str], Path]) -> None:
@@ -167,7 +167,7 @@ def test_one_changed_byte_in_a_header_is_found(copy_of: Callable[[str], Path]) -
     data = bytearray((output / FIRST_SHARD).read_bytes())
     data[20] ^= 1
     (output / FIRST_SHARD).write_bytes(data)
-    assert any(f"{FIRST_SHARD}: SHA-256" in fault for fault in check(output))
+    assert any(f"{FIRST_SHARD}: BLAKE3" in fault for fault in check(output))
 
 
 def test_a_truncated_shard_is_found_with_its_sizes(copy_of: Callable[[str], Path]) -> None:
@@ -354,6 +354,10 @@ def test_shards_without_an_index_are_found(copy_of: Callable[[str], Path]) -> No
 
 MANIFEST_EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown schema version": (lambda m: m.update(schema_version=99), "schema version 99"),
+    "schema version of SHA-256": (
+        lambda m: m.update(schema_version=1),
+        "schema version 1; this version reads 2. Convert the source again with this version, or use the version",
+    ),
     "unknown dialect": (lambda m: m["recipe"].update(dialect="klingon"), "dialect 'klingon' is unknown"),
     "other dialect": (lambda m: m["recipe"].update(dialect="quark"), "can't say --format mxfp4 --layout aiter"),
     "no recipe": (lambda m: m.update(recipe={}), "the recipe lacks"),
@@ -364,8 +368,8 @@ MANIFEST_EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "renamed tensor": (lambda m: m["layers"][Q]["tensors"].update(weight="w"), "the mxfp4 dialect names them"),
     "unknown source dtype": (lambda m: m["layers"][Q].update(source_dtype="I8"), "source_dtype 'I8'"),
     "missing section": (lambda m: m.pop("kept"), "KeyError: 'kept'"),
-    "path out of the folder": (lambda m: m["files"].update({"../x": {"nbytes": 0, "sha256": ""}}), "'../x' is not"),
-    "file without a hash": (lambda m: m["files"]["config.json"].pop("sha256"), "needs nbytes and sha256"),
+    "path out of the folder": (lambda m: m["files"].update({"../x": {"nbytes": 0, "blake3": ""}}), "'../x' is not"),
+    "file without a hash": (lambda m: m["files"]["config.json"].pop("blake3"), "needs nbytes and blake3"),
     "source without files": (lambda m: m["source"].pop("files"), "source.files is missing"),
 }
 
@@ -428,7 +432,7 @@ def test_a_changed_source_is_found(converted: dict[str, Path], tmp_path: Path) -
     source = shutil.copytree(FLUX_DIGITS, tmp_path / "source")
     edit_tensor(source, "proj_out.bias", lambda data: data.__setitem__(0, data[0] ^ 1))
     faults = check(converted["mxfp4-aiter"], source)
-    assert any(fault.startswith("source ") and "SHA-256" in fault for fault in faults)
+    assert any(fault.startswith("source ") and "BLAKE3" in fault for fault in faults)
     assert any("proj_out.bias: differs from the source" in fault for fault in faults)
 
 
@@ -461,7 +465,7 @@ def test_all_faults_are_listed_together(copy_of: Callable[[str], Path]) -> None:
     edit_tensor(output, f"{Q}.weight", lambda data: data.__setitem__(0, 0x7F))
     edit_manifest(output, lambda m: m["layers"][K].update(max_abs_error=1.0))
     (report,) = verify_output(output, FLUX_DIGITS, Silent())
-    for expected in ("extra: not listed", "has no quantization_config", "NaN codes", f"{K}: the largest", "SHA-256"):
+    for expected in ("extra: not listed", "has no quantization_config", "NaN codes", f"{K}: the largest", "BLAKE3"):
         assert any(expected in fault for fault in report.faults), expected
     assert verdict([report]) == f"{len(report.faults)} faults found: do not use this checkpoint."
 

@@ -1,12 +1,13 @@
 """The story of a conversion: open, plan, check, run, finish."""
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from blake3 import blake3
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.plan import Job, make_plan
@@ -18,11 +19,13 @@ from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open_source
 from convert_ckpt.source.reference import Reference
 from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
+from convert_ckpt.source.store import SHA256
 from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
-from run_ckpt.storage.atomic import hash_path, target_faults, write_durably
+from run_ckpt.storage.atomic import target_faults, write_durably
+from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.version import VERSION
 
@@ -31,7 +34,7 @@ class ShardListener(Protocol):
     """Told which shards will come, of each that is finished (from any thread), and before they get another path."""
 
     def start(self, names: Iterable[str]) -> None: ...
-    def add(self, name: str, path: Path, nbytes: int, sha256: str) -> None: ...
+    def add(self, name: str, path: Path, nbytes: int) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -137,7 +140,7 @@ def _convert_job(
 
     def hand_over(name: str, record: FileRecord) -> None:
         if listener:
-            listener.add(_join(job.name, name), folder / name, **record.file)
+            listener.add(_join(job.name, name), folder / name, record.file["nbytes"])
 
     def on_file(name: str, record: FileRecord) -> None:
         staging.write_record(component, name, asdict(record))
@@ -159,22 +162,37 @@ def _convert_job(
     progress.start(f"convert {job.name}".strip(), engine.progress_nbytes)
     engine.run(n_workers)
     _check_unchanged(before, _shard_identities(opened, job))
-    manifest = _complete_manifest(job.plan.manifest, records, write_side_files(folder, job.source, job.plan))
+    side_files = write_side_files(folder, job.source, job.plan)
+    manifest = _complete_manifest(job.plan.manifest, records, side_files, _stated_sha256(opened, job))
     write_durably(folder / MANIFEST_NAME, manifest.to_json())
     return n_resumed
 
 
 def _complete_manifest(
-    manifest: Manifest, records: Mapping[str, FileRecord], side_files: dict[str, dict[str, Any]]
+    manifest: Manifest,
+    records: Mapping[str, FileRecord],
+    side_files: dict[str, dict[str, Any]],
+    stated_sha256: Mapping[str, dict[str, str]],
 ) -> Manifest:
     measured = {module: entry for record in records.values() for module, entry in record.layers.items()}
-    sources = {name: entry for record in records.values() for name, entry in record.sources.items()}
+    sources = {
+        name: {**entry, **stated_sha256.get(name, {})}
+        for record in records.values()
+        for name, entry in record.sources.items()
+    }
     return replace(
         manifest,
         source={**manifest.source, "files": sources},
         layers={module: replace(layer, **measured[module]) for module, layer in manifest.layers.items()},
         files={**side_files, **{name: record.file for name, record in records.items()}},
     )
+
+
+def _stated_sha256(opened: OpenedSource, job: Job) -> dict[str, dict[str, str]]:
+    """Return shard -> {"sha256": ...} where the store states it; what was fetched was compared with that."""
+    files = {shard.name: opened.remote_file(job.name, shard.name) for shard in job.source.folder.shards}
+    checksums = {name: file.checksum for name, file in files.items() if file and file.checksum}
+    return {name: {kind: digest} for name, (kind, digest) in checksums.items() if kind == SHA256}
 
 
 def _fingerprint(opened: OpenedSource, jobs: list[Job], options: Options) -> dict[str, Any]:
@@ -201,13 +219,13 @@ def _shard_identities(opened: OpenedSource, job: Job) -> dict[str, dict[str, Any
     """Return shard -> what changes when its content does, as far as that is known without reading it."""
     identities = {}
     for shard in job.source.folder.shards:
-        header = hashlib.sha256(shard.header.data).hexdigest()
+        header = blake3(shard.header.data).hexdigest()
         file = opened.remote_file(job.name, shard.name)
         if file:
-            identities[shard.name] = {"nbytes": file.nbytes, "version": file.version, "header_sha256": header}
+            identities[shard.name] = {"nbytes": file.nbytes, "version": file.version, "header_blake3": header}
         else:
             stat = shard.path.stat()
-            identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_sha256": header}
+            identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_blake3": header}
     return identities
 
 

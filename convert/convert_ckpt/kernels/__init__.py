@@ -1,1 +1,1 @@
-"""Twins of the contract's codec in vector code: the same bytes at the speed of memory; and SHA-256."""
+"""Twins of the contract's codec in vector code: the same bytes at the speed of memory."""

@@ -26,8 +26,7 @@ def source_nbytes_here(opened: OpenedSource, jobs: list[Job]) -> int:
     if opened.store is None or opened.keep_source:
         return 0
     return max(
-        largest_at_once(list_fetches(list_slabs(job.plan, set(), set(), n_at_once=1)), _shard_nbytes(opened, job))
-        for job in jobs
+        largest_at_once(list_fetches(list_slabs(job.plan, set(), set())), _shard_nbytes(opened, job)) for job in jobs
     )
 
 

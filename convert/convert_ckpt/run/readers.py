@@ -1,89 +1,114 @@
-"""The source shards of one component: brought, read ahead, read, hashed in order, and given up."""
+"""The source shards of one component: waited for, read, hashed in order, and released."""
 
-import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from convert_ckpt.plan.plan import TensorPlan
-from convert_ckpt.run.digest import Hasher
-from convert_ckpt.run.reader import ShardReader
-from convert_ckpt.run.schedule import Batch, Slab, list_fetches
-from convert_ckpt.run.wait import Gate
+from convert_ckpt.run.schedule import Slab, list_fetches
+from convert_ckpt.run.slab import weight_bits
+from convert_ckpt.run.wait import Signal
 from convert_ckpt.source.shards import ShardProvider
+from run_ckpt.storage.reader import read_fully
 from run_ckpt.storage.shards import Shard
 
+_READ_AHEAD_NBYTES = 128 * 2**20
 
-class Sources:
-    """What the workers read. ``slabs`` are all that will be read, in the order in which work is taken."""
 
-    def __init__(self, shards: Iterable[Shard], supply: ShardProvider, hasher: Hasher, slabs: list[Slab], gate: Gate):
-        self._supply = supply
-        self._hasher = hasher
-        self._gate = gate
+class ShardReaders:
+    """What the workers read. ``slabs`` are all that will be read, in the order in which they are taken."""
+
+    def __init__(self, shards: Iterable[Shard], provider: ShardProvider, slabs: list[Slab], signal: Signal):
+        self._provider = provider
+        self._signal = signal
         self._fetches = list_fetches(slabs)
-        self._readers = {shard.name: ShardReader(shard, hasher.open(shard.header.data)) for shard in shards}
-        self._next_turn: Counter[str] = Counter()
+        self._shards = {shard.name: shard for shard in shards}
+        self._digests = {shard.name: blake3(shard.header.data) for shard in self._shards.values()}
+        self._n_hashed: Counter[str] = Counter()
         self._unread = Counter(slab.tensor.shard for slab in slabs)
+        self._fds: dict[str, int] = {}
 
     def start(self) -> None:
         """Begin to bring the shards."""
-        self._supply.start(self._fetches)
-
-    def announce(self, batch: Batch) -> None:
-        """Let the kernel begin to read a batch, as far as its shards are here.
-
-        A thread that comes late may find the shard done with, closed and gone: it needs no advice any more.
-        """
-        for slab in batch:
-            if self._supply.is_here(slab.tensor.shard):
-                with contextlib.suppress(OSError):
-                    self._open(slab).announce(slab.offset, slab.nbytes)
+        self._provider.start(self._fetches)
 
     def read(self, slab: Slab, out: np.ndarray) -> None:
         """Fill ``out``; wait for the shard to come."""
-        self._open(slab).read(out, slab.offset)
+        if slab.hash_order is not None:
+            self._read_ahead(slab)
+        self._read(slab.tensor.shard, slab.offset, out)
 
-    def hash(self, batch: Batch, raws: list[np.ndarray]) -> None:
-        """Add the bytes of a first reading to the digests of their shards, in each shard's order."""
-        if batch[0].turn is None:
+    def hash(self, slab: Slab, raw: np.ndarray) -> None:
+        """Add the bytes of a first reading to the hash of their shard, after those before them."""
+        shard = slab.tensor.shard
+        if slab.hash_order is None:
             return
-        self._gate.wait_until(lambda: all(self._next_turn[slab.tensor.shard] == slab.turn for slab in batch))
-        self._hasher.update([self._readers[slab.tensor.shard].digest for slab in batch], raws)
-        with self._gate.changing():
-            self._next_turn.update(slab.tensor.shard for slab in batch)
+        self._signal.wait_until(lambda: self._n_hashed[shard] == slab.hash_order)
+        self._digests[shard].update(raw.data)
+        with self._signal.notify():
+            self._n_hashed[shard] += 1
 
     def count(self, slab: Slab) -> None:
-        """Note that a slab is done with; after its last one a shard is given up."""
+        """Note that a slab is done; after its last one a shard is released."""
         shard = slab.tensor.shard
-        if replaced := slab.replaced:
-            self._readers[shard].drop(replaced)
-        with self._gate.changing():
+        with self._signal.notify():
             self._unread[shard] -= 1
-            done = self._unread[shard] == 0
-        if done:
-            self._readers[shard].close()
-            self._supply.release(shard)
+            if self._unread[shard]:
+                return
+        os.close(self._fds.pop(shard))
+        self._provider.release(shard)
 
     def describe(self, shard: str) -> dict[str, Any]:
-        """Return the size and the SHA-256 of a shard of which all has passed."""
-        return self._readers[shard].describe()
+        """Return the size in bytes and the BLAKE3 of a fully read shard."""
+        return {"nbytes": self._shards[shard].header.file_nbytes, "blake3": self._digests[shard].hexdigest()}
 
-    def describe_nonfinite(self, tensor: TensorPlan) -> str:
-        return self._readers[tensor.shard].describe_nonfinite(tensor.stored)
+    def describe_nonfinite(self, plan: TensorPlan) -> str:
+        """Name the first element of a weight that is NaN or infinite."""
+        tensor = plan.stored
+        N, K = tensor.spec.shape
+        row = np.empty(tensor.spec.nbytes // N, np.uint8)
+        for n in range(N):
+            self._read(plan.shard, tensor.offset + n * row.nbytes, row)
+            bits = weight_bits(row, tensor.spec.dtype, K)
+            values = (bits.view(np.uint16).astype(np.uint32) << 16 if tensor.spec.dtype == "BF16" else bits).view(
+                np.float32
+            )[0]
+            if not np.isfinite(values).all():
+                k = int(np.argmin(np.isfinite(values)))
+                return (
+                    f"{plan.shard}: {tensor.spec.name}[{n}, {k}] is {values[k]}: no code stands for it."
+                    " Repair the source, or keep this layer with --ignore."
+                )
+        raise AssertionError("a non-finite weight was reported, but all its rows are finite")
 
     def stop(self) -> None:
         """Wait for no shard any longer."""
-        self._supply.stop()
+        self._provider.stop()
 
     def close(self) -> None:
-        self._supply.stop()
-        for reader in self._readers.values():
-            reader.close()
+        """Stop, and close all files. No thread may be reading."""
+        self._provider.stop()
+        while self._fds:
+            os.close(self._fds.popitem()[1])
 
-    def _open(self, slab: Slab) -> ShardReader:
-        reader = self._readers[slab.tensor.shard]
-        reader.open(self._supply.wait)
-        return reader
+    def _open(self, shard: str) -> int:
+        """Return the shard's file, open to read, once it is here."""
+        if shard not in self._fds:
+            path = self._provider.wait(shard)
+            with self._signal.notify():
+                if shard not in self._fds:
+                    self._fds[shard] = os.open(path, os.O_RDONLY)
+        return self._fds[shard]
+
+    def _read_ahead(self, slab: Slab) -> None:
+        """Let the kernel begin to bring what follows in the shard into its page cache."""
+        start = slab.offset + (_READ_AHEAD_NBYTES if slab.hash_order else 0)
+        nbytes = slab.nbytes if slab.hash_order else _READ_AHEAD_NBYTES
+        os.posix_fadvise(self._open(slab.tensor.shard), start, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _read(self, shard: str, offset: int, out: np.ndarray) -> None:
+        read_fully(self._open(shard), out.data, offset, shard)

@@ -10,11 +10,12 @@ from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.table import DIALECTS, quantization_config
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
-from run_ckpt.storage.atomic import describe_file, write_durably
+from run_ckpt.storage.atomic import write_durably
+from run_ckpt.storage.hashing import describe_file
 
 
 def write_side_files(folder: Path, source: Component, plan: Plan) -> dict[str, dict[str, Any]]:
-    """Write config.json, the index and the copies; return name -> size and sha256 of each."""
+    """Write config.json, the index and the copies; return name -> what the manifest says of each."""
     texts = {}
     config = make_config(source.config, plan.manifest)
     if config is not None:

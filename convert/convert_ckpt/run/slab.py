@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert_ckpt.run.buffers import Scratch
+from convert_ckpt.run.buffers import Buffers
 from run_ckpt.contract.formats import E4M3_MAX
 from run_ckpt.contract.layouts import AITER
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
@@ -14,7 +14,7 @@ _INFINITY_BITS = 0x7F800000
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorWrite:
     """Bytes for the tensor that plays ``role``, at byte ``offset`` of it."""
 
     role: str
@@ -23,7 +23,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Errors:
+class ErrorSums:
     """Sums over elements, in float64: (w - decoded)^2, w^2; and the largest |w - decoded|."""
 
     squared_error: float
@@ -62,26 +62,25 @@ def fp8_scales(amax_bits: np.ndarray) -> np.ndarray:
 
 
 def quantize(
-    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int, tensor_scale: np.ndarray | None
-) -> tuple[list[Piece], Errors, int]:
-    """Return pieces, errors and the largest magnitude of rows ``row``.. of a layer.
+    bits: np.ndarray, layer: Layer, row: int, buffers: Buffers, tensor_scale: np.ndarray | None
+) -> tuple[list[TensorWrite], ErrorSums, int]:
+    """Return writes, errors and the largest magnitude (float32 bits) of rows ``row``.. of a layer.
 
-    file_offset: where the layer's codes begin in their file. tensor_scale: float32 [1] where the scale follows from
-    the whole weight, whose amax was taken before (the largest magnitude is then returned as 0), else None.
+    bits: of the rows, see weight_bits. The writes' data lie in ``buffers``. tensor_scale: float32 [1] where the scale
+    follows from the whole weight, whose amax was taken before (the largest magnitude is then returned as 0), else None.
     """
-    return _QUANTIZERS[layer.format.name](bits, layer, row, scratch, file_offset, tensor_scale)
+    return _QUANTIZERS[layer.format.name](bits, layer, row, buffers, tensor_scale)
 
 
 def _quantize_mxfp4(
-    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int, tensor_scale: np.ndarray | None
-) -> tuple[list[Piece], Errors, int]:
+    bits: np.ndarray, layer: Layer, row: int, buffers: Buffers, tensor_scale: np.ndarray | None
+) -> tuple[list[TensorWrite], ErrorSums, int]:
     from convert_ckpt.kernels.mxfp4 import quantize_slab
 
     n_rows, K = bits.shape
     pitch = layer.scale_shape[1]
-    offset = row * K // 2
-    weight = scratch.take_to_write(WEIGHT, n_rows * K // 2, file_offset + offset)
-    scale = scratch.take(WEIGHT_SCALE, n_rows * pitch)
+    weight = buffers.get(WEIGHT, n_rows * K // 2)
+    scale = buffers.get(WEIGHT_SCALE, n_rows * pitch)
     scale[:] = 0
     errors, largest = quantize_slab(
         bits,
@@ -91,13 +90,13 @@ def _quantize_mxfp4(
         scale_out=scale,
         scale_pitch=pitch,
     )
-    pieces = [Piece(WEIGHT, offset, weight), Piece(WEIGHT_SCALE, row * pitch, scale)]
-    return pieces, Errors(*errors.tolist()), largest
+    writes = [TensorWrite(WEIGHT, row * K // 2, weight), TensorWrite(WEIGHT_SCALE, row * pitch, scale)]
+    return writes, ErrorSums(*errors.tolist()), largest
 
 
 def _quantize_fp8(
-    bits: np.ndarray, layer: Layer, row: int, scratch: Scratch, file_offset: int, tensor_scale: np.ndarray | None
-) -> tuple[list[Piece], Errors, int]:
+    bits: np.ndarray, layer: Layer, row: int, buffers: Buffers, tensor_scale: np.ndarray | None
+) -> tuple[list[TensorWrite], ErrorSums, int]:
     from convert_ckpt.kernels.fp8 import encode_slab, tile_maxima
 
     n_rows, K = bits.shape
@@ -109,13 +108,13 @@ def _quantize_fp8(
         scales = fp8_scales(amax_bits)
     else:
         scales = tensor_scale.reshape(1, 1)
-    codes = scratch.take_to_write(WEIGHT, n_rows * K, file_offset + row * K).reshape(n_rows, K)
+    codes = buffers.get(WEIGHT, n_rows * K).reshape(n_rows, K)
     errors = encode_slab(bits, scales, tile_rows, tile_cols, codes)
     scale_offset = row // tile_rows * scales.shape[1] * scales.itemsize
-    pieces = [Piece(WEIGHT, row * K, codes)]
+    writes = [TensorWrite(WEIGHT, row * K, codes)]
     if tensor_scale is None or row == 0:
-        pieces.append(Piece(WEIGHT_SCALE, scale_offset, scales))
-    return pieces, Errors(*errors.tolist()), largest
+        writes.append(TensorWrite(WEIGHT_SCALE, scale_offset, scales))
+    return writes, ErrorSums(*errors.tolist()), largest
 
 
 # Format -> the wrapper of its kernel.

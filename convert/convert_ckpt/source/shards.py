@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from convert_ckpt.source.store import Patience, RemoteFile, Store, checksum_fault, new_digest, read_range
 from run_ckpt.contract.errors import FetchError, TransientError
 from run_ckpt.progress import Progress
+from run_ckpt.storage.hashing import add_file
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.units import format_nbytes
 
@@ -19,7 +20,6 @@ from run_ckpt.storage.units import format_nbytes
 # 3,000 requests in five minutes that the Hub answers to the anonymous (https://huggingface.co/docs/hub/rate-limits).
 _REQUESTS_AT_ONCE = 4
 _PART_NBYTES = 32 * 2**20
-_READ_NBYTES = 4 * 2**20
 # The Hub's own download into its cache can't be interrupted; its thread ends with the process.
 _LONGEST_STOP_SECONDS = 10
 
@@ -35,10 +35,7 @@ class FetchStep:
 class ShardProvider(Protocol):
     """Hands the engine its source shards: ``wait`` returns once a shard is here, ``release`` gives it up."""
 
-    one_at_a_time: bool
-
     def start(self, steps: list[FetchStep]) -> None: ...
-    def is_here(self, name: str) -> bool: ...
     def wait(self, name: str) -> Path: ...
     def release(self, name: str) -> None: ...
     def stop(self) -> None: ...
@@ -47,16 +44,11 @@ class ShardProvider(Protocol):
 class LocalShards:
     """Shards that are here already, and stay."""
 
-    one_at_a_time = False
-
     def __init__(self, shards: Iterable[Shard]):
         self._paths = {shard.name: shard.path for shard in shards}
 
     def start(self, steps: list[FetchStep]) -> None:
         pass
-
-    def is_here(self, name: str) -> bool:
-        return True
 
     def wait(self, name: str) -> Path:
         return self._paths[name]
@@ -76,8 +68,6 @@ class FetchedShards:
     One shard is fetched while the one before it is converted. A shard in ``folder`` that is not whole is
     gone on with. What lies in the store's cache is used there and never removed.
     """
-
-    one_at_a_time = True
 
     def __init__(
         self,
@@ -112,9 +102,6 @@ class FetchedShards:
         self._progress.start_fetching(sum(self._file(step.shard).nbytes for step in steps))
         self._thread = threading.Thread(target=self._run, args=(steps,), name="fetch", daemon=True)
         self._thread.start()
-
-    def is_here(self, name: str) -> bool:
-        return name in self._here
 
     def wait(self, name: str) -> Path:
         """Return a shard's path once it is here. Raises what kept it from coming."""
@@ -258,7 +245,5 @@ class FetchedShards:
 
 def _digest_of(path: Path, file: RemoteFile) -> Any:
     digest = new_digest(file)
-    with open(path, "rb", buffering=0) as data:
-        while part := data.read(_READ_NBYTES):
-            digest.update(part)
+    add_file(digest, path)
     return digest

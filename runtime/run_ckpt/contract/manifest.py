@@ -1,19 +1,20 @@
 """quantization_manifest.json: what was converted, from what, how, and what every byte means."""
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from run_ckpt.contract.errors import ManifestError
 from run_ckpt.contract.formats import QuantFormat, Scheme, read_scheme
 from run_ckpt.contract.tensors import TensorSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "quantization_manifest.json"
-_SEAL = "sha256_of_the_rest"
+_SEAL = "blake3_of_the_rest"
 _END = "\n}"
 
 WEIGHT = "weight"
@@ -100,7 +101,8 @@ class Manifest:
 
     ``unquantized_linears`` maps each linear layer left alone to its name in SGLang's runtime, or
     to None where SGLang would not quantize it anyway (then no ignore list needs it).
-    ``files`` maps each file of the folder but the manifest to its size in bytes and SHA-256.
+    ``files`` maps each file of the folder but the manifest to its size (``nbytes``) and hash (``blake3``), and so
+    does ``source["files"]`` each source shard; with its ``sha256`` too where a store stated that.
     """
 
     tool: dict[str, str]
@@ -144,14 +146,14 @@ class Manifest:
 
 
 def seal_manifest(document: dict[str, Any]) -> str:
-    """Return the file's text for a manifest as JSON: sorted, and last of all the SHA-256 of the text without it."""
+    """Return the file's text for a manifest as JSON: sorted, and last of all the BLAKE3 of the text without it."""
     unsealed = {key: value for key, value in document.items() if key != _SEAL}
     text = json.dumps(unsealed, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return text.removesuffix(_END) + _seal(text)
 
 
 def _seal(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = blake3(text.encode()).hexdigest()
     return f',\n "{_SEAL}": "{digest}"{_END}\n'
 
 
@@ -178,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest:
         if version != SCHEMA_VERSION:
             raise ManifestError(
                 f"{path}: schema version {version!r}; this version reads {SCHEMA_VERSION}."
-                " Use the tool version that the manifest names, or convert again."
+                " Convert the source again with this version, or use the version of the tool that the manifest names."
             )
         if not _is_sealed(text):
             raise ManifestError(f"{path}: was changed after it was written. Fetch it again, or convert again.")

@@ -34,8 +34,8 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     if recipe["dialect"] not in DIALECTS:
         known = ", ".join(DIALECTS)
         return [f"{MANIFEST_NAME}: dialect {recipe['dialect']!r} is unknown; known are {known}. {_ADVICE}"]
-    faults = [*_file_table_faults("files", manifest.files)]
-    faults += _file_table_faults("source.files", manifest.source.get("files"))
+    faults = [*_file_table_faults("files", manifest.files, {"nbytes", "blake3"})]
+    faults += _file_table_faults("source.files", manifest.source.get("files"), {"nbytes", "blake3", "sha256"})
     for name, layer in manifest.layers.items():
         faults += [f"{MANIFEST_NAME}: layer {name}: {fault}. {_ADVICE}" for fault in _layer_faults(name, layer, recipe)]
     if not faults:
@@ -64,14 +64,13 @@ def spec_faults(
     return faults
 
 
-def _file_table_faults(table: str, files: Any) -> list[str]:
+def _file_table_faults(table: str, files: Any, known: set[str]) -> list[str]:
     if not isinstance(files, dict):
         return [f"{MANIFEST_NAME}: {table} is missing. {_ADVICE}"]
     faults = []
     for name, entry in files.items():
-        known = isinstance(entry, dict) and set(entry) == {"nbytes", "sha256"}
-        if not known or type(entry["nbytes"]) is not int or not isinstance(entry["sha256"], str):
-            faults.append(f"{MANIFEST_NAME}: {table}: {name}: needs nbytes and sha256 and nothing else. {_ADVICE}")
+        if not isinstance(entry, dict) or not {"nbytes", "blake3"} <= set(entry) <= known or not _are_facts(**entry):
+            faults.append(f"{MANIFEST_NAME}: {table}: {name}: needs nbytes and blake3 and nothing else. {_ADVICE}")
         if unsafe_file_name(name):
             faults.append(f"{MANIFEST_NAME}: {table}: {name!r} is not the name of a file of the folder. {_ADVICE}")
     return faults
@@ -113,6 +112,10 @@ def _reference_faults(manifest: Manifest) -> Iterator[str]:
         ]
         if unknown or not fused.members:
             yield f"fused scale {name}: {unknown or 'its member list'} holds no quantized layer with a {fused.role}"
+
+
+def _are_facts(nbytes: object, **hashes: object) -> bool:
+    return type(nbytes) is int and all(isinstance(value, str) for value in hashes.values())
 
 
 def _is_size(value: object) -> bool:

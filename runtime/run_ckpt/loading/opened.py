@@ -11,9 +11,9 @@ from run_ckpt.contract.errors import CheckpointError, ManifestError, ProblemsErr
 from run_ckpt.contract.file_names import CONFIG_NAME, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
 from run_ckpt.loading.foreign import layers_in_headers
-from run_ckpt.storage.atomic import describe_file
 from run_ckpt.storage.checks import config_faults
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
+from run_ckpt.storage.hashing import describe_file
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import read_folder
 

@@ -1,14 +1,10 @@
-"""Files and folders that are whole or absent after a crash, their hashes, and folders that may be written."""
+"""Files and folders that are whole or absent after a crash, and folders that may be written."""
 
 import fcntl
-import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 from run_ckpt.contract.errors import CheckpointError
-
-_READ_NBYTES = 4 * 2**20
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -20,23 +16,6 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     part.replace(path)
     sync_folder(path.parent)
-
-
-def hash_file(fd: int) -> str:
-    """Return the SHA-256 of an open file."""
-    digest = hashlib.sha256()
-    buffer = bytearray(min(_READ_NBYTES, os.fstat(fd).st_size + 1))
-    offset = 0
-    while n_read := os.preadv(fd, [buffer], offset):
-        digest.update(memoryview(buffer)[:n_read])
-        offset += n_read
-    return digest.hexdigest()
-
-
-def hash_path(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hash_file(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -73,11 +52,6 @@ def publish_folder(result: Path, target: Path) -> None:
     sync_folder(result)
     result.rename(target)
     sync_folder(target.parent)
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return a file's size in bytes and SHA-256."""
-    return {"nbytes": path.stat().st_size, "sha256": hash_path(path)}
 
 
 def target_faults(source: Path | None, target: Path) -> list[str]:

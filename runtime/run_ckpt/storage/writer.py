@@ -1,12 +1,13 @@
 """One output shard: planned header first, bytes at their offset, its final name when complete."""
 
 import os
-from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
-from run_ckpt.storage.atomic import hash_file, sync_folder
+from run_ckpt.storage.atomic import sync_folder
+from run_ckpt.storage.hashing import hash_file
 from run_ckpt.storage.header import Header
 
 _FLUSH_NBYTES = 64 * 2**20
@@ -34,15 +35,11 @@ class ShardWriter:
         os.ftruncate(self._fd, self._nbytes)
         _write_all(self._fd, memoryview(header.data), 0)
 
-    def offset(self, name: str) -> int:
-        """Return where tensor ``name`` begins in the file."""
-        return self._places[name].offset
-
     def write(self, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write ``data`` (contiguous) at byte ``offset`` of tensor ``name``."""
         view = memoryview(data).cast("B")
         with self._lock:  # the kernel lets one thread at a time write to a file, and the others spin
-            _write_all(self._fd, view, self.offset(name) + offset)
+            _write_all(self._fd, view, self._places[name].offset + offset)
             self._unflushed += len(view)
             if self._unflushed >= _FLUSH_NBYTES and self._flush.done():
                 self._flush.result()  # the kernel reports a failed write once, so look at every answer
@@ -56,19 +53,15 @@ class ShardWriter:
             os.close(self._fd)
             self._fd = -1
 
-    def finish(self, hash_it: Callable[[int], str] = hash_file) -> tuple[int, str]:
-        """Make the file durable under its final name; return its size and SHA-256.
-
-        hash_it: returns the SHA-256 of an open file.
-        """
-        synced = self._background.submit(os.fsync, self._fd)
-        digest = hash_it(self._fd)
-        synced.result()
+    def finish(self) -> dict[str, Any]:
+        """Make the file durable under its final name; return what the manifest says of it (hashing.describe_file)."""
+        digest = hash_file(self._fd)
         self._flush.result()
+        os.fsync(self._fd)
         self.close()
         self._part.replace(self._path)
         sync_folder(self._path.parent)
-        return self._nbytes, digest
+        return {"nbytes": self._nbytes, "blake3": digest}
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

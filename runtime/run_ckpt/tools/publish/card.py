@@ -153,8 +153,8 @@ def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
             yield f"{title} was `{name}`."
     made = [entry for component in components for entry in _checksums(component, component.manifest.files)]
     used = [entry for component in components for entry in _checksums(component, component.manifest.source["files"])]
-    yield _details(f"SHA-256 of the files ({MANIFEST_NAME} holds more)", _table(("file", "bytes", "SHA-256"), made))
-    yield _details("SHA-256 of the source's shards", _table(("file", "bytes", "SHA-256"), used))
+    yield _details(f"BLAKE3 of the files ({MANIFEST_NAME} holds more)", _table(("file", "bytes", "BLAKE3"), made))
+    yield _details("BLAKE3 of the source's shards", _table(("file", "bytes", "BLAKE3"), used))
 
 
 def _convert_command(components: Sequence[ConvertedComponent]) -> str:
@@ -174,7 +174,7 @@ def _convert_command(components: Sequence[ConvertedComponent]) -> str:
 
 def _checksums(component: ConvertedComponent, files: dict[str, dict[str, object]]) -> list[tuple[str, str, str]]:
     return [
-        (f"`{join_component(component.name, name)}`", f"{entry['nbytes']:,}", f"`{entry['sha256']}`")
+        (f"`{join_component(component.name, name)}`", f"{entry['nbytes']:,}", f"`{entry['blake3']}`")
         for name, entry in sorted(files.items())
     ]
 

@@ -1,6 +1,5 @@
 """`run-ckpt push`: a result to the Hub, shard by shard, and what makes it complete in the last commit."""
 
-import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from run_ckpt.contract.errors import ProblemsError, PublishError
 from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX, join_component
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
-from run_ckpt.storage.atomic import describe_file
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.card import make_card
 from run_ckpt.tools.publish.heatmap import draw_heatmap, make_grids
@@ -81,9 +79,9 @@ class ShardUploads:
             raise _holds_something_else(self._repository, foreign)
         self._thread.start()
 
-    def add(self, name: str, path: Path, nbytes: int, sha256: str) -> None:
+    def add(self, name: str, path: Path, nbytes: int) -> None:
         """Note that a shard is finished."""
-        self._queue.put(LocalFile(name, path, nbytes, sha256))
+        self._queue.put(LocalFile(name, path, nbytes))
 
     def stop(self) -> None:
         """Return once the shard that is being sent is done. The others are left to push_result()."""
@@ -113,10 +111,10 @@ def _verified_files(components: Sequence[ConvertedComponent], progress: Progress
         listed = component.manifest.files
         progress.start(f"hash {component.name}".strip(), sum(entry["nbytes"] for entry in listed.values()))
         problems += file_faults(component.path, listed, "the manifest", progress)
-        listed = {**listed, MANIFEST_NAME: describe_file(component.path / MANIFEST_NAME)}
-        for name, entry in listed.items():
-            path_in_repo = join_component(component.name, name)
-            files.append(LocalFile(path_in_repo, component.path / name, entry["nbytes"], entry["sha256"]))
+        sizes = {name: entry["nbytes"] for name, entry in listed.items()}
+        sizes[MANIFEST_NAME] = (component.path / MANIFEST_NAME).stat().st_size
+        for name, nbytes in sizes.items():
+            files.append(LocalFile(join_component(component.name, name), component.path / name, nbytes))
     if problems:
         raise ProblemsError("nothing was pushed: the checkpoint is damaged", problems)
     return files
@@ -135,7 +133,7 @@ def card_files(
 
 
 def _in_memory(name: str, data: bytes) -> LocalFile:
-    return LocalFile(name, data, len(data), hashlib.sha256(data).hexdigest())
+    return LocalFile(name, data, len(data))
 
 
 def _send(repository: Repository, files: list[LocalFile], target: Target, progress: Progress) -> Pushed:

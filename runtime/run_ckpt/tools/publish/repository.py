@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from run_ckpt.contract.errors import PublishError, UsageError
+from run_ckpt.storage.hashing import add_file
 from run_ckpt.version import VERSION
 
 if TYPE_CHECKING:
@@ -58,7 +60,15 @@ class LocalFile:
     name: str
     content: Path | bytes
     nbytes: int
-    sha256: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """What the Hub knows a large file by, hexadecimal; the file is read when this is first asked for."""
+        if isinstance(self.content, bytes):
+            return hashlib.sha256(self.content).hexdigest()
+        digest = hashlib.sha256()
+        add_file(digest, self.content)
+        return digest.hexdigest()
 
 
 class Repository:
@@ -183,10 +193,7 @@ def _addition(file: LocalFile) -> CommitOperationAdd:
     from huggingface_hub import CommitOperationAdd
 
     content = file.content if isinstance(file.content, bytes) else str(file.content)
-    operation = CommitOperationAdd(file.name, content)
-    # Known from the manifest, and just verified: saves reading the file once more.
-    operation.upload_info.sha256 = bytes.fromhex(file.sha256)
-    return operation
+    return CommitOperationAdd(file.name, content)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

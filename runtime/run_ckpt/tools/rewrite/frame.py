@@ -16,7 +16,6 @@ from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import (
-    describe_file,
     lock_file,
     partial_folder,
     publish_folder,
@@ -25,6 +24,7 @@ from run_ckpt.storage.atomic import (
     write_durably,
 )
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
+from run_ckpt.storage.hashing import describe_file
 from run_ckpt.storage.header import Header, build_header
 from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard
@@ -102,8 +102,7 @@ def _write_component(checkpoint: Checkpoint, folder: Path, steps: Rewrite, progr
             name = steps.rename(shard.name)
             writer = ShardWriter(folder / name, headers[shard.name], background)
             _write_tensors(checkpoint, shard, steps, writer, progress)
-            nbytes, digest = writer.finish()
-            files[name] = {"nbytes": nbytes, "sha256": digest}
+            files[name] = writer.finish()
     for name, text in _texts(checkpoint, headers, steps).items():
         write_durably(folder / name, text)
         files[name] = describe_file(folder / name)

@@ -1,6 +1,5 @@
 """Files of a converted checkpoint against its manifest, config.json and index: every fault, as sentences."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +12,15 @@ from run_ckpt.contract.manifest_checks import spec_faults
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.checks import CONFIG_KEY
+from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder
 
-_READ_NBYTES = 4 * 2**20
 _REFETCH = "Fetch it again, or convert again."
 
 
 def file_faults(folder: Path, files: Mapping[str, Mapping[str, Any]], authority: str, progress: Progress) -> list[str]:
-    """Return a sentence for every file that is missing or not of the size and SHA-256 in ``files``."""
+    """Return a sentence for every file that is missing or not of the size and BLAKE3 in ``files``."""
     faults, to_hash = [], []
     for name in sorted(files):
         path = folder / name
@@ -33,10 +32,10 @@ def file_faults(folder: Path, files: Mapping[str, Mapping[str, Any]], authority:
         else:
             to_hash.append(name)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(lambda name: _hash(folder / name, progress), to_hash)
+        digests = pool.map(lambda name: hash_path(folder / name, progress.advance), to_hash)
         for name, digest in zip(to_hash, digests, strict=True):
-            if digest != files[name]["sha256"]:
-                says = f"SHA-256 is {digest[:12]}..., {authority} says {files[name]['sha256'][:12]}..."
+            if digest != files[name]["blake3"]:
+                says = f"BLAKE3 is {digest[:12]}..., {authority} says {files[name]['blake3'][:12]}..."
                 faults.append(f"{name}: {says}: its bytes have changed. {_REFETCH}")
     return faults
 
@@ -119,12 +118,3 @@ def _side_file_differences(manifest: Manifest, output: TensorFolder, source_path
             yield f"{name}: the source has no such file. Give the SOURCE it was made from."
         elif (source_path / name).read_bytes() != (output.root / name).read_bytes():
             yield f"{name}: differs from the source's. Convert again."
-
-
-def _hash(path: Path, progress: Progress) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while data := file.read(_READ_NBYTES):
-            digest.update(data)
-            progress.advance(len(data))
-    return digest.hexdigest()

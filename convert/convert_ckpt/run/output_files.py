@@ -1,0 +1,79 @@
+"""The output shards of one component: written in any order, and finished in the background."""
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert_ckpt.plan.plan import FilePlan, Plan
+from convert_ckpt.run.schedule import Slab, list_places
+from convert_ckpt.run.wait import Signal
+from run_ckpt.storage.writer import ShardWriter
+
+# One hashes a finished file while the other waits for the disk.
+_N_THREADS = 2
+
+
+class OutputFiles:
+    """What the workers write: the files of ``plan`` that are not ``finished``. ``slabs`` are all that write to them.
+
+    ``on_finished`` is called with each file that is complete and durable, and with what the manifest says of it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        finished: set[str],
+        folder: Path,
+        slabs: list[Slab],
+        signal: Signal,
+        on_finished: Callable[[FilePlan, dict[str, Any]], None],
+    ):
+        self._files = {file.name: file for file in plan.files if file.name not in finished}
+        self._places = list_places(plan, finished)
+        self._folder = folder
+        self._signal = signal
+        self._on_finished = on_finished
+        self._unwritten = Counter(name for slab in slabs for name in slab.outputs)
+        self._writers: dict[str, ShardWriter] = {}
+        self._background = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="finish")
+
+    def write(self, tensor: str, offset: int, data: np.ndarray) -> None:
+        """Write to byte ``offset`` of an output tensor, wherever that is stored."""
+        for place in self._places[tensor]:
+            self._writer(place.file).write(place.tensor, place.offset + offset, data.data)
+
+    def count(self, slab: Slab) -> None:
+        """Note that a slab is written; after its last one a file is finished in the background."""
+        with self._signal.notify():
+            self._unwritten.subtract(slab.outputs)
+            complete = [name for name in slab.outputs if self._unwritten[name] == 0]
+        for name in complete:
+            self._background.submit(self._finish, name)
+
+    def wait(self) -> None:
+        """Wait until every file to be finished is."""
+        self._background.shutdown()
+
+    def close(self) -> None:
+        """Let the files go, finished or not. No thread may be writing."""
+        self._background.shutdown()
+        for writer in self._writers.values():
+            writer.close()
+
+    def _finish(self, name: str) -> None:
+        try:
+            self._on_finished(self._files[name], self._writer(name).finish())
+        except BaseException as error:
+            self._signal.fail(error)
+
+    def _writer(self, name: str) -> ShardWriter:
+        if name not in self._writers:
+            with self._signal.notify():
+                if name not in self._writers:
+                    path = self._folder / name
+                    self._writers[name] = ShardWriter(path, self._files[name].header, self._background)
+        return self._writers[name]
