@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tests.models import MODELS
+from tests.models import MODELS, save
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -45,4 +45,17 @@ def make_pipeline(folder: Path) -> Path:
         transformer=MODELS["flux1"].build(),
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_language_model(folder: Path) -> Path:
+    """Write a small Llama with random weights that reads single letters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    save(MODELS["llama"], MODELS["llama"].build(), str(folder))
+    vocabulary = {letter: number for number, letter in enumerate(["<s>", *LETTERS, " "])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
     return folder

@@ -17,8 +17,7 @@ from run_ckpt.tools.compare.figures import PIPELINE_FIGURES, TEXT_FIGURES, Pipel
 from run_ckpt.tools.compare.metrics import psnr_db, ssim, sum_errors, sum_text_errors
 from run_ckpt.tools.compare.trajectory import Sample, read_samples
 from tests.checkpoints import convert
-from tests.models import MODELS, save
-from tests.pipelines import LETTERS, make_pipeline
+from tests.pipelines import make_language_model, make_pipeline
 
 
 def run(*arguments: object) -> Result:
@@ -241,14 +240,8 @@ def test_prompts_without_a_prompt_are_refused(pipeline: Path) -> None:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama "base" that reads letters, and "mxfp4" of it."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
     root = tmp_path_factory.mktemp("llama")
-    save(MODELS["llama"], MODELS["llama"].build(), str(root / "base"))
-    vocabulary = {letter: number for number, letter in enumerate(["<s>", *LETTERS, " "])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(root / "base")
+    make_language_model(root / "base")
     convert(root / "base", root / "mxfp4", format="mxfp4")
     (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 4)
     return root

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import click
 
+from run_ckpt.cli.calibrate import calibrate
 from run_ckpt.cli.check import inspect, verify
 from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.cli.compare import compare
@@ -33,13 +34,14 @@ def run_ckpt() -> None:
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
       run-ckpt report flux-mxfp4 --output report.html
+      run-ckpt calibrate --model-path FLUX --output stats
       run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 --prompt "a cat" --output cat.png
       run-ckpt compare --model-path FLUX --transformer-path flux-mxfp4 --prompts prompts.txt
       run-ckpt push flux-mxfp4 me/flux-mxfp4
     """
 
 
-for _command in (inspect, verify, dequantize, relayout, generate, compare, bench, card, report, push):
+for _command in (inspect, verify, dequantize, relayout, calibrate, generate, compare, bench, card, report, push):
     run_ckpt.add_command(_command)
 
 

@@ -54,13 +54,18 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _add(command, _PLACEMENT_OPTIONS)
 
 
+def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add where a model runs of which nothing is quantized."""
+    return _add(command, _PLACEMENT_OPTIONS[:2])
+
+
 def placement(options: Mapping[str, Any]) -> Placement:
     """Return the placement among the values of a command."""
     import torch
 
     from run_ckpt.tools.generate import Placement
 
-    return Placement(options["device"] or default_device(), getattr(torch, options["dtype"]), options["backend"])
+    return Placement(options["device"] or default_device(), getattr(torch, options["dtype"]), options.get("backend"))
 
 
 def _add(command: Callable[..., Any], options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:

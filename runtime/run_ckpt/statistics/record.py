@@ -21,7 +21,6 @@ from run_ckpt.storage.units import format_nbytes
 # Correlations of the whole input up to this K, in blocks above: what ``auto`` means.
 _FULL_UP_TO = 6144
 _BLOCK_SIZE = 1024
-# The second of every four samples is held out.
 _HELD_OUT_EVERY = 4
 _NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
@@ -87,6 +86,7 @@ class Recorder:
         self._current: dict[str, _Seen] = {}
         self._masks: list[Tensor] = []
         self._n_samples = self._n_calls = 0
+        self._held_out: bool | None = None
 
     @property
     def left_out(self) -> list[str]:
@@ -98,9 +98,13 @@ class Recorder:
         """Layers that have no statistics and were never called."""
         return [name for name in self._layers if name not in self._done and name not in self._leader_of]
 
-    def next_sample(self) -> None:
-        """Say that what runs from here on is another sample, with another prompt."""
+    def next_sample(self, *, held_out: bool | None = None) -> None:
+        """Say that what runs from here on is another sample; held out or not, or as its turn is.
+
+        Samples of one prompt belong together: held out, they would say that what fits the others fits them.
+        """
         self._n_samples += 1
+        self._held_out = held_out
 
     def start(self) -> None:
         """Hook in."""
@@ -174,14 +178,18 @@ class Recorder:
         if leader == name:
             self._current[name] = _Seen(x)
             if name in self._sums:
-                sample = self._n_samples or self._n_calls
                 with torch.inference_mode():
-                    self._sums[name].add(self._rows(x), held_out=sample % _HELD_OUT_EVERY == 2)
+                    self._sums[name].add(self._rows(x), held_out=self._is_held_out())
         elif leader not in self._current or not self._current[leader].is_(x):
             raise CheckpointError(
                 f"{name}: was given the same input as {leader} in its first call, and now another one. Run a model"
                 " whose layers always share their inputs, or none."
             )
+
+    def _is_held_out(self) -> bool:
+        if self._held_out is not None:
+            return self._held_out
+        return held_out_in_turn((self._n_samples or self._n_calls) - 1)
 
     def _make_room(self, leader: str, K: int, device: torch.device) -> None:
         block_size = self._block_size(K)
@@ -211,6 +219,11 @@ class Recorder:
             if x.shape[:-1] == mask.shape:
                 return x[mask.to(x.device).bool()]
         return x.reshape(-1, x.shape[-1])
+
+
+def held_out_in_turn(number: int) -> bool:
+    """True for the second of every four, counted from 0."""
+    return number % _HELD_OUT_EVERY == 1
 
 
 class _Seen:

@@ -47,9 +47,9 @@ def compare_texts(
     BASE stays in memory beside the result at work: the logits of a text would be larger. Raises UsageError where
     the text is shorter than two tokens, CheckpointError for what can't be loaded or is not finite.
     """
-    tokenizer, reference = _load_base(base, placement)
+    tokenizer, reference = load_language_model(base, placement)
     n_context = min(n_context, getattr(reference.config, "max_position_embeddings", n_context))
-    windows = list(_windows(tokenizer, text, n_context))
+    windows = list(cut_windows(tokenizer, text, n_context))
     if not windows:
         raise UsageError("--text: holds no two tokens, so that nothing can be predicted. Give a longer text.")
     say(f"loaded {type(reference).__name__} from {base}; {sum(map(len, windows))} tokens in {len(windows)} windows")
@@ -62,7 +62,8 @@ def compare_texts(
     return TextComparison(base, float(torch.tensor(nll / n).exp()), n, tuple(results))
 
 
-def _load_base(base: str, placement: Placement) -> tuple[Any, Any]:
+def load_language_model(base: str, placement: Placement) -> tuple[Any, Any]:
+    """Return the tokenizer and the model of ``base``, folder or Hub repo. Raises CheckpointError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -75,7 +76,7 @@ def _load_base(base: str, placement: Placement) -> tuple[Any, Any]:
     return tokenizer, model.to(placement.device).eval()
 
 
-def _windows(tokenizer: Any, text: str, n_context: int) -> Iterator[Tensor]:
+def cut_windows(tokenizer: Any, text: str, n_context: int) -> Iterator[Tensor]:
     """Yield int64 [T], each with as much text as fits; a tokenizer's first token opens every one of them."""
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []

@@ -1,0 +1,62 @@
+"""`run-ckpt calibrate`: statistics of what goes into the layers of a model, for convert-ckpt."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from run_ckpt.cli.model_options import device_options, pipeline_arguments, pipeline_options, placement
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.storage.units import parse_nbytes
+
+_FOLDER = click.Path(path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("--model-path", required=True, help="BASE: the pipeline or language model, folder or Hub repo.")
+@click.option("--output", type=_FOLDER, required=True, help="Folder for the statistics.")
+@click.option("--prompts", type=_FILE, help="A text file with one prompt in each line.  [default: 32 of our own]")
+@click.option("--text", type=_FILE, help="For a language model: a text such as it will read.")
+@click.option("--samples", type=click.IntRange(2), default=32, show_default=True, help="How many to run.")
+@click.option("--seed", type=int, default=1000, show_default=True, help="Of the first sample; each next has the next.")
+@pipeline_options
+@click.option(
+    "--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of the text."
+)
+@click.option(
+    "--hessian",
+    default="auto",
+    show_default=True,
+    help="Correlations to record: full, block=N, none; auto: full for K <= 6144, else blocks of 1024.",
+)
+@click.option(
+    "--memory", metavar="SIZE", help="For the sums, such as 8GB; runs as often as needed.  [default: no limit]"
+)
+@device_options
+def calibrate(
+    model_path: str, output: Path, prompts: Path | None, text: Path | None, samples: int, seed: int, **options: Any
+) -> None:
+    """Run BASE and record what goes into its linear layers, for convert-ckpt --calibration.
+
+    Every fourth prompt (or window of the text) is held out: it measures what the others chose. A run that was
+    stopped, or did not fit into --memory, goes on with the layers that OUTPUT lacks.
+
+    \b
+    Examples:
+      run-ckpt calibrate --model-path Tongyi-MAI/Z-Image-Turbo --steps 9 --guidance-scale 0 --output stats
+      run-ckpt calibrate --model-path LLAMA --text wiki.txt --output stats --memory 16GB
+    """
+    from run_ckpt.tools.calibrate import DEFAULT_PROMPTS, Recording, calibrate_pipeline, calibrate_text
+
+    if prompts and text:
+        raise UsageError("give either --prompts FILE, for a pipeline, or --text FILE, for a language model.")
+    recording = Recording(output, options["hessian"], parse_nbytes(options["memory"]) if options["memory"] else None)
+    if text:
+        written = text.read_text(encoding="utf-8", errors="replace")
+        calibrate_text(model_path, written, samples, options["context"], recording, placement(options), click.echo)
+    else:
+        from run_ckpt.tools.compare.trajectory import read_samples
+
+        drawn = read_samples(prompts or DEFAULT_PROMPTS, samples, seed)
+        calibrate_pipeline(model_path, drawn, pipeline_arguments(options), recording, placement(options), click.echo)
