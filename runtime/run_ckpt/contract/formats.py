@@ -15,9 +15,15 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # the point rounds up where the lower code is odd.
 E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 E2M1_TIE_ROUNDS_UP = (False, True, False, True, False, True, False)
+# The exponent of E2M1's largest power of two: 4.0 = 2^2.
+E2M1_EMAX = 2
+# Half of E2M1's last step: the step below 2^(k+1) is 2^(k-1) wide, so amax rounds up to 2^(k+1) from
+# 2^(k+1) - 2^(k-2) = 1.75 * 2^k on. A quarter of 2^k, added to the bits of a float32, carries into the exponent there.
+ROUND_UP_FROM_1_75 = 1 << 21
 
 # OCP MX v1.0, 5.4.1: value 2^(byte - 127); 255 is NaN.
 E8M0_BIAS = 127
+E8M0_LARGEST = 254
 E8M0_NAN = 255
 MXFP4_BLOCK_SIZE = 32
 

@@ -4,14 +4,7 @@ import torch
 from torch import Tensor
 
 from run_ckpt.contract.elements import encode_e2m1, scale_to_units
-from run_ckpt.contract.formats import E2M1_VALUES, E8M0_BIAS
-
-E8M0_LARGEST = 254
-# E2M1's largest exponent: 4.0 = 2^2 is its largest power of two.
-E2M1_EMAX = 2
-# Half of E2M1's last step, twice: the steps below 2^(k+1) are 2^(k-1) wide, so amax rounds up to 2^(k+1) from
-# 2^(k+1) - 2^(k-2) = 1.75 * 2^k on. In the bits of a float32 that is reached by adding 0.25 * 2^23 to the mantissa.
-ROUND_UP_FROM_1_75 = 0x200000
+from run_ckpt.contract.formats import E2M1_EMAX, E2M1_VALUES, E8M0_BIAS, E8M0_LARGEST, ROUND_UP_FROM_1_75
 
 
 def choose_scale_codes(blocks: Tensor, rule: str) -> Tensor:
