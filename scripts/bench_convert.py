@@ -30,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from run_ckpt.contract.layouts import AITER, PLAIN, Layout
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
 
@@ -201,11 +202,11 @@ def bench_kernels() -> Table:
         target = np.ones_like(weight)
         return lambda: np.copyto(target, weight)
 
-    def quantize(rule: str, tiled: bool) -> Callable[[np.ndarray], Callable[[], object]]:
+    def quantize(rule: str, layout: Layout) -> Callable[[np.ndarray], Callable[[], object]]:
         def bind(weight: np.ndarray) -> Callable[[], object]:
             packed, codes = np.ones(rows * K // 2, np.uint8), np.ones(rows * K // 32, np.uint8)
             return lambda: mxfp4.quantize_slab(
-                weight, rule, tiled=tiled, weight_out=packed, scale_out=codes, scale_pitch=K // 32
+                weight, rule, layout, weight_out=packed, scale_out=codes, scale_pitch=K // 32
             )
 
         return bind
@@ -220,9 +221,9 @@ def bench_kernels() -> Table:
 
     kernels = {
         "np.copyto": copy,
-        "mxfp4 even, aiter": quantize("even", True),
-        "mxfp4 even, plain": quantize("even", False),
-        "mxfp4 mse, aiter": quantize("mse", True),
+        "mxfp4 even, aiter": quantize("even", AITER),
+        "mxfp4 even, plain": quantize("even", PLAIN),
+        "mxfp4 mse, aiter": quantize("mse", AITER),
         "fp8 amax": lambda weight: lambda: fp8.tile_maxima(weight, rows, K),
         "fp8 encode": encode,
         "BLAKE3": hash_slab,

@@ -189,10 +189,11 @@ def quantize_online(_folder: Path, shards: list[Path], weight_format: str) -> Ca
 
     from convert_ckpt.kernels import fp8, mxfp4
     from convert_ckpt.run.slab import fp8_scales
+    from run_ckpt.contract.layouts import AITER
 
     def to_mxfp4(bits: Any) -> Any:
         packed, codes = np.empty(bits.size // 2, np.uint8), np.empty(bits.size // 32, np.uint8)
-        mxfp4.quantize_slab(bits, "even", tiled=True, weight_out=packed, scale_out=codes, scale_pitch=K // 32)
+        mxfp4.quantize_slab(bits, "even", AITER, weight_out=packed, scale_out=codes, scale_pitch=K // 32)
         return packed, codes
 
     def to_fp8(bits: Any) -> Any:

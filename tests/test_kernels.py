@@ -393,14 +393,13 @@ if sys.argv[1] == "narrow":
 from convert_ckpt.kernels.fp8 import encode_slab
 from convert_ckpt.kernels.mxfp4 import quantize_slab
 from run_ckpt.contract.formats import SCALE_RULES
+from run_ckpt.contract.layouts import PLAIN
 
 values = np.random.default_rng(0).standard_normal((32, 1056), np.float32)
 for bits in (values.view(np.int32), np.ascontiguousarray(values.view(np.int16)[:, 1::2])):
     for rule in SCALE_RULES:
         codes, scale_codes = np.zeros(32 * 528, np.uint8), np.zeros(32 * 33, np.uint8)
-        errors, _ = quantize_slab(
-            bits, rule, tiled=False, weight_out=codes, scale_out=scale_codes, scale_pitch=33
-        )
+        errors, _ = quantize_slab(bits, rule, PLAIN, weight_out=codes, scale_out=scale_codes, scale_pitch=33)
         print(errors.tobytes().hex())
     scales = np.full((1, 9), 0.01, np.float32)
     print(encode_slab(bits, scales, 128, 128, np.zeros((32, 1056), np.uint8)).tobytes().hex())

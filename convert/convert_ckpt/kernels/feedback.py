@@ -7,17 +7,12 @@ from functools import cache
 
 import numpy as np
 
-from convert_ckpt.kernels.ir import F32, I32, I64, Code, Value
-from convert_ckpt.kernels.jit import Kernel, address
-from convert_ckpt.kernels.rounding import round_to
-from run_ckpt.contract.formats import E2M1, E2M1_VALUES, E4M3, E4M3_MAX
+from convert_ckpt.kernels.ir import F32, I32, I64, Array, FunctionBuilder, Vector
+from convert_ckpt.kernels.jit import Kernel
+from convert_ckpt.kernels.rounding import MAGNITUDE_MASK, SIGN_MASK, round_to
 
 # Rows at a time: four registers of AVX-512 hide the latency of the additions.
 LANES = 64
-# Element -> (mantissa bits, smallest normal value, largest value).
-_ELEMENTS = {E2M1.name: (1, 1.0, E2M1_VALUES[-1]), E4M3.name: (3, 2.0**-6, E4M3_MAX)}
-_SIGN = 0x80000000
-_F32_NBYTES = 4
 
 
 def round_columns(
@@ -38,54 +33,37 @@ def round_columns(
     """
     width, n = values.shape
     assert n % LANES == 0
-    arrays = (values, feedback, coefficients, scales, scale_rows)
-    _make_kernel(element)(*(address(array) for array in arrays), width, n)
+    _round_kernel(element)(values, feedback, coefficients, scales, scale_rows, width, n)
 
 
 @cache
-def _make_kernel(element: str) -> Kernel:
-    mantissa_bits, smallest_normal, largest = _ELEMENTS[element]
-
+def _round_kernel(element: str) -> Kernel:
     def write(
-        code: Code,
-        values: Value,
-        feedback: Value,
-        coefficients: Value,
-        scales: Value,
-        scale_rows: Value,
-        width: Value,
-        n: Value,
+        build: FunctionBuilder,
+        values: Array,
+        feedback: Array,
+        coefficients: Array,
+        scales: Array,
+        scale_rows: Array,
+        width: Vector,
+        n: Vector,
     ) -> None:
-        def round_rows(tile: Value, _: list[Value]) -> list[Value]:
-            def at(array: Value, row: Value) -> Value:
-                return array + (row * n + tile * LANES) * _F32_NBYTES
-
-            def round_column(i: Value, _: list[Value]) -> list[Value]:
+        for tile in build.range(n // LANES):
+            first = tile * LANES
+            for i in build.range(width):
                 k = width - 1 - i
-                start = at(feedback, k)
-
-                def subtract(i: Value, carried: list[Value]) -> list[Value]:
-                    j = k + 1 + i
-                    factor = code.load(coefficients + (j * width + k) * _F32_NBYTES, F32)
-                    return [carried[0] + code.load(at(feedback, j), F32, LANES) * factor.splat(LANES)]
-
                 # + 0.0 makes -0 to 0, which leaves the sign of a zero in the weight as it is.
-                (fed,) = code.loop(width - 1 - k, [code.load(start, F32, LANES) + 0.0], subtract)
-                weight = code.load(at(values, k), F32, LANES)
-                scale = code.load(at(scales, code.load(scale_rows + k * 8, I64)), F32, LANES)
-                quotient = ((weight - fed) / scale).reinterpret(I32)
-                magnitude = (quotient & 0x7FFFFFFF).reinterpret(F32)
-                rounded = round_to(
-                    magnitude, mantissa_bits=mantissa_bits, smallest_normal=smallest_normal, largest=largest
-                )[1]
-                decoded = ((rounded * scale).reinterpret(I32) | (quotient & _SIGN)).reinterpret(F32)
-                code.store(decoded, at(values, k))
-                code.store(decoded - weight, start)
-                return []
+                fed = build.variable(feedback.load(k * n + first, LANES) + 0.0)
+                for later in build.range(width - 1 - k):
+                    j = k + 1 + later
+                    factor = coefficients.load(j * width + k).splat(LANES)
+                    fed.value += feedback.load(j * n + first, LANES) * factor
+                weight = values.load(k * n + first, LANES)
+                scale = scales.load(scale_rows.load(k) * n + first, LANES)
+                quotient = ((weight - fed.value) / scale).reinterpret(I32)
+                _, rounded = round_to((quotient & MAGNITUDE_MASK).reinterpret(F32), element)
+                decoded = ((rounded * scale).reinterpret(I32) | (quotient & SIGN_MASK)).reinterpret(F32)
+                values.store(k * n + first, decoded)
+                feedback.store(k * n + first, decoded - weight)
 
-            code.loop(width, [], round_column)
-            return []
-
-        code.loop(n // LANES, [], round_rows)
-
-    return Kernel(f"round_columns_{element}", 7, write)
+    return Kernel(write, (F32, F32, F32, F32, I64))

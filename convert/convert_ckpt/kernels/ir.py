@@ -1,12 +1,36 @@
 """Vector code in Python's operators: what is written here LLVM turns into the instructions of any processor.
 
+A kernel is a Python function that runs once, when it is compiled: with Vectors and Arrays in place of numbers, whose
+operators write instructions down. Python's own ``if`` and ``for`` choose what is written; ``build.range`` writes a
+loop, and a ``build.variable`` is what its turns change. The sum of squares of n float32, n a multiple of 8:
+
+>>> def sum_of_squares(build: FunctionBuilder, x: Array, out: Array, n: Vector) -> None:
+...     sums = build.variable(build.constant(F32, 0.0, lanes=8))
+...     for i in build.range(n // 8):
+...         lanes = x.load(i * 8, 8)
+...         sums.value += lanes * lanes
+...     out.store(0, sums.value.fold(Vector.__add__))
+
+>>> def twin(x: np.ndarray) -> np.float32:
+...     sums = np.zeros(8, np.float32)
+...     for lanes in x.reshape(-1, 8):
+...         sums += lanes * lanes
+...     while len(sums) > 1:
+...         sums = np.add(*np.split(sums, 2))
+...     return sums[0]
+
+>>> x, out = np.linspace(0, 1, 1000, dtype=np.float32), np.empty(1, np.float32)
+>>> Kernel(sum_of_squares, (F32, F32))(x, out, x.size)
+>>> bool(out[0] == twin(x))
+True
+
 A vector takes as many registers as the processor needs for it. Every step is done in the order in which it is written
 and rounded by itself, so that results have the same bits on every machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from llvmlite import ir
 
@@ -14,206 +38,241 @@ I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64
 F32, F64 = ir.FloatType(), ir.DoubleType()
 
 
-class Value:
-    """An integer or a float, or a vector of equal ``lanes`` of them. A Python number beside it is one like it.
+class Vector:
+    """``lanes`` integers or floats of one type, ``element``; with one lane a scalar.
 
-    ``>>`` shifts zeros in; ``<`` and ``>`` compare signed integers, or floats that are not NaN.
+    An operand beside a Vector is one of the same type and lanes, or a Python number, which then fills all lanes.
+    ``//``, ``%`` and ``>>`` take integers as unsigned; ``<`` and ``>`` compare signed integers, or floats that are
+    not NaN, and give a mask: i1 in each lane.
     """
 
-    def __init__(self, code: Code, value: ir.Value):
-        self._code = code
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value):
+        self._builder = builder
         self.value = value
         self.lanes = value.type.count if isinstance(value.type, ir.VectorType) else 1
         self.element = value.type.element if isinstance(value.type, ir.VectorType) else value.type
 
-    def __add__(self, other: Operand) -> Value:
+    def __add__(self, other: Operand) -> Vector:
         return self._arithmetic("add", other)
 
-    def __sub__(self, other: Operand) -> Value:
+    def __sub__(self, other: Operand) -> Vector:
         return self._arithmetic("sub", other)
 
-    def __mul__(self, other: Operand) -> Value:
+    def __mul__(self, other: Operand) -> Vector:
         return self._arithmetic("mul", other)
 
-    def __truediv__(self, other: Operand) -> Value:
-        return self._new(self._code.builder.fdiv(self.value, self.match(other)))
+    def __truediv__(self, other: Operand) -> Vector:
+        return self._new(self._builder.fdiv(self.value, self._match(other)))
 
-    def __floordiv__(self, other: Operand) -> Value:
-        return self._new(self._code.builder.udiv(self.value, self.match(other)))
+    def __floordiv__(self, other: Operand) -> Vector:
+        return self._new(self._builder.udiv(self.value, self._match(other)))
 
-    def __mod__(self, other: Operand) -> Value:
-        return self._new(self._code.builder.urem(self.value, self.match(other)))
+    def __mod__(self, other: Operand) -> Vector:
+        return self._new(self._builder.urem(self.value, self._match(other)))
 
-    def __and__(self, other: Operand) -> Value:
-        return self._new(self._code.builder.and_(self.value, self.match(other)))
+    def __and__(self, other: Operand) -> Vector:
+        return self._new(self._builder.and_(self.value, self._match(other)))
 
-    def __or__(self, other: Operand) -> Value:
-        return self._new(self._code.builder.or_(self.value, self.match(other)))
+    def __or__(self, other: Operand) -> Vector:
+        return self._new(self._builder.or_(self.value, self._match(other)))
 
-    def __xor__(self, other: Operand) -> Value:
-        return self._new(self._code.builder.xor(self.value, self.match(other)))
+    def __lshift__(self, other: Operand) -> Vector:
+        return self._new(self._builder.shl(self.value, self._match(other)))
 
-    def __lshift__(self, other: Operand) -> Value:
-        return self._new(self._code.builder.shl(self.value, self.match(other)))
+    def __rshift__(self, other: Operand) -> Vector:
+        return self._new(self._builder.lshr(self.value, self._match(other)))
 
-    def __rshift__(self, other: Operand) -> Value:
-        return self._new(self._code.builder.lshr(self.value, self.match(other)))
-
-    def __lt__(self, other: Operand) -> Value:
+    def __lt__(self, other: Operand) -> Vector:
         return self._compare("<", other)
 
-    def __gt__(self, other: Operand) -> Value:
+    def __gt__(self, other: Operand) -> Vector:
         return self._compare(">", other)
 
-    def where(self, yes: Value, no: Operand) -> Value:
+    def where(self, yes: Vector, no: Operand) -> Vector:
         """Lanes of ``yes`` where this mask holds, else of ``no``."""
-        return self._new(self._code.builder.select(self.value, yes.value, yes.match(no)))
+        return self._new(self._builder.select(self.value, yes.value, yes._match(no)))
 
-    def reinterpret(self, element: ir.Type, lanes: int | None = None) -> Value:
-        """The same bits as other lanes."""
-        return self._new(self._code.builder.bitcast(self.value, kind(element, lanes or self.lanes)))
+    def reinterpret(self, element: ir.Type, lanes: int | None = None) -> Vector:
+        """The same bits as lanes of another type; the lowest lane holds the lowest bits."""
+        return self._new(self._builder.bitcast(self.value, _type_of(element, lanes or self.lanes)))
 
-    def widen(self, element: ir.Type) -> Value:
+    def widen(self, element: ir.Type) -> Vector:
         """Wider integers, zeros above; wider floats."""
-        cast = self._code.builder.fpext if self.element == F32 else self._code.builder.zext
-        return self._new(cast(self.value, kind(element, self.lanes)))
+        cast = self._builder.fpext if self.element == F32 else self._builder.zext
+        return self._new(cast(self.value, _type_of(element, self.lanes)))
 
-    def narrow(self, element: ir.Type) -> Value:
-        """The low bits."""
-        return self._new(self._code.builder.trunc(self.value, kind(element, self.lanes)))
+    def narrow(self, element: ir.Type) -> Vector:
+        """The low bits of integers."""
+        return self._new(self._builder.trunc(self.value, _type_of(element, self.lanes)))
 
-    def splat(self, lanes: int) -> Value:
+    def splat(self, lanes: int) -> Vector:
         """A vector whose lanes are all this scalar."""
-        first = self._code.builder.insert_element(
-            ir.Constant(kind(self.element, lanes), ir.Undefined), self.value, ir.Constant(I32, 0)
-        )
-        return self._new(first).pick([0] * lanes)
+        undefined = ir.Constant(_type_of(self.element, lanes), ir.Undefined)
+        first = self._builder.insert_element(undefined, self.value, ir.Constant(I32, 0))
+        return self._new(self._builder.shuffle_vector(first, undefined, _constant(I32, 0, lanes)))
 
-    def shuffle(self, other: Value, picks: Sequence[int]) -> Value:
-        """Lane i is lane picks[i] of this vector, or of ``other`` counted on; one lane is a scalar."""
-        if len(picks) == 1:
-            source = self if picks[0] < self.lanes else other
-            return self._new(self._code.builder.extract_element(source.value, ir.Constant(I32, picks[0] % self.lanes)))
-        mask = ir.Constant(kind(I32, len(picks)), [ir.Constant(I32, pick) for pick in picks])
-        return self._new(self._code.builder.shuffle_vector(self.value, other.value, mask))
+    def join(self, other: Vector) -> Vector:
+        """The lanes of this vector, then those of ``other``, of which there are as many."""
+        return self._pick(other, range(2 * self.lanes))
 
-    def pick(self, picks: Sequence[int]) -> Value:
-        """Lane i is lane picks[i]."""
-        return self.shuffle(self, picks)
-
-    def join(self, other: Value) -> Value:
-        """The lanes of this vector, then those of ``other``."""
-        return self.shuffle(other, range(2 * self.lanes))
-
-    def halves(self) -> tuple[Value, Value]:
+    def halves(self) -> tuple[Vector, Vector]:
         """The lower and the upper lanes."""
         half = self.lanes // 2
-        return self.pick(range(half)), self.pick(range(half, self.lanes))
+        return self._pick(self, range(half)), self._pick(self, range(half, self.lanes))
 
-    def fold(self, combine: Callable[[Value, Value], Value], lanes: int = 1) -> Value:
+    def fold(self, combine: Callable[[Vector, Vector], Vector], lanes: int = 1) -> Vector:
         """Combine the lower half with the upper half until ``lanes`` are left."""
         folded = self
         while folded.lanes > lanes:
             folded = combine(*folded.halves())
         return folded
 
-    def like(self, number: int | float) -> Value:
-        """A constant of this kind, all lanes the same."""
-        return self._code.constant(self.element, [number] * self.lanes)
+    def like(self, number: int | float) -> Vector:
+        """A constant of this type, all lanes the same."""
+        return self._new(_constant(self.element, number, self.lanes))
 
-    def match(self, other: Operand) -> ir.Value:
-        """The IR value of ``other`` as an operand beside this one."""
-        return other.value if isinstance(other, Value) else self.like(other).value
+    def _match(self, other: Operand) -> ir.Value:
+        return other.value if isinstance(other, Vector) else _constant(self.element, other, self.lanes)
 
-    def _arithmetic(self, operation: str, other: Operand) -> Value:
+    def _arithmetic(self, operation: str, other: Operand) -> Vector:
         prefix = "f" if self.element in (F32, F64) else ""
-        return self._new(getattr(self._code.builder, prefix + operation)(self.value, self.match(other)))
+        return self._new(getattr(self._builder, prefix + operation)(self.value, self._match(other)))
 
-    def _compare(self, operation: str, other: Operand) -> Value:
-        builder = self._code.builder
-        compare = builder.fcmp_ordered if self.element in (F32, F64) else builder.icmp_signed
-        return self._new(compare(operation, self.value, self.match(other)))
+    def _compare(self, operation: str, other: Operand) -> Vector:
+        compare = self._builder.fcmp_ordered if self.element in (F32, F64) else self._builder.icmp_signed
+        return self._new(compare(operation, self.value, self._match(other)))
 
-    def _new(self, value: ir.Value) -> Value:
-        return Value(self._code, value)
+    def _pick(self, other: Vector, lanes: Sequence[int]) -> Vector:
+        """These lanes of this vector, and of ``other`` counted on."""
+        indices = [ir.Constant(I32, lane) for lane in lanes]
+        if len(indices) == 1:
+            return self._new(self._builder.extract_element(self.value, indices[0]))
+        mask = ir.Constant(_type_of(I32, len(indices)), indices)
+        return self._new(self._builder.shuffle_vector(self.value, other.value, mask))
+
+    def _new(self, value: ir.Value) -> Vector:
+        return Vector(self._builder, value)
 
 
-Operand = Value | int | float
+Operand = Vector | int | float
 
 
-def kind(element: ir.Type, lanes: int) -> ir.Type:
-    """A vector type, or the element itself for one lane."""
-    return ir.VectorType(element, lanes) if lanes > 1 else element
-
-
-def larger(x: Value, y: Value) -> Value:
+def larger(x: Vector, y: Operand) -> Vector:
     """The larger one, lane by lane."""
     return (x > y).where(x, y)
 
 
-class Code:
-    """The function that is being written: loads, stores, constants, calls and loops. Addresses are I64."""
+def smaller(x: Vector, y: Operand) -> Vector:
+    """The smaller one, lane by lane."""
+    return (x < y).where(x, y)
+
+
+class Array:
+    """Numbers of one type that lie in memory one after the other; indices count them. Nothing need be aligned."""
+
+    def __init__(self, builder: ir.IRBuilder, address: Vector, element: ir.Type):
+        self._builder = builder
+        self._address = address
+        self.element = element
+
+    def at(self, index: Vector) -> Array:
+        """The part from ``index`` on."""
+        return Array(self._builder, self._address_of(index), self.element)
+
+    def load(self, index: Operand, lanes: int = 1) -> Vector:
+        """``lanes`` numbers, the first of them at ``index``."""
+        return Vector(self._builder, self._builder.load(self._pointer(index, lanes), align=1))
+
+    def store(self, index: Operand, numbers: Vector) -> None:
+        """Write ``numbers``, the first of them at ``index``."""
+        self._builder.store(numbers.value, self._pointer(index, numbers.lanes), align=1)
+
+    def _pointer(self, index: Operand, lanes: int) -> ir.Value:
+        return self._builder.inttoptr(self._address_of(index).value, _type_of(self.element, lanes).as_pointer())
+
+    def _address_of(self, index: Operand) -> Vector:
+        if isinstance(index, Vector) and index.element != I64:
+            index = index.widen(I64)
+        return self._address + index * nbytes_of(self.element)
+
+
+class Variable:
+    """A value that outlives the turns of a loop; read and set ``value``."""
+
+    def __init__(self, builder: ir.IRBuilder, start: Vector):
+        self._builder = builder
+        # In the entry block, or each turn would take more of the stack; LLVM makes registers of it.
+        with builder.goto_entry_block():
+            self._slot = builder.alloca(start.value.type)
+        self.value = start
+
+    @property
+    def value(self) -> Vector:
+        return Vector(self._builder, self._builder.load(self._slot))
+
+    @value.setter
+    def value(self, value: Vector) -> None:
+        self._builder.store(value.value, self._slot)
+
+
+class FunctionBuilder:
+    """The function that is being written."""
 
     def __init__(self, builder: ir.IRBuilder):
-        self.builder = builder
+        self._builder = builder
 
-    def constant(self, element: ir.Type, lanes: Sequence[int | float]) -> Value:
-        constants = [ir.Constant(element, lane) for lane in lanes]
-        return Value(self, ir.Constant(kind(element, len(lanes)), constants) if len(lanes) > 1 else constants[0])
+    def constant(self, element: ir.Type, number: int | float, lanes: int = 1) -> Vector:
+        return Vector(self._builder, _constant(element, number, lanes))
 
-    def load(self, address: Value, element: ir.Type, lanes: int = 1) -> Value:
-        """Read from an address that need not be aligned."""
-        pointer = self.builder.inttoptr(address.value, kind(element, lanes).as_pointer())
-        return Value(self, self.builder.load(pointer, align=1))
+    def variable(self, start: Vector) -> Variable:
+        return Variable(self._builder, start)
 
-    def load_nth(self, address: Value, i: Value, element: ir.Type, lanes: int) -> Value:
-        """Read vector i of those that lie one after the other from ``address`` on."""
-        return self.load(address + i * (lanes * element.width // 8), element, lanes)
+    def range(self, count: Vector) -> Iterator[Vector]:
+        """Write a loop: the body of the ``for`` over this runs once here, and count times in the kernel.
 
-    def store(self, value: Value, address: Value) -> None:
-        """Write to an address that need not be aligned."""
-        pointer = self.builder.inttoptr(address.value, value.value.type.as_pointer())
-        self.builder.store(value.value, pointer, align=1)
-
-    def call(self, name: str, *operands: Value) -> Value:
-        """Call an LLVM intrinsic whose result is of the first operand's kind, such as ``llvm.x86.sha256msg1``."""
-        operand_kinds = [operand.value.type for operand in operands]
-        module = self.builder.module
-        function = module.globals.get(name)
-        if function is None:
-            function = ir.Function(module, ir.FunctionType(operand_kinds[0], operand_kinds), name)
-        return Value(self, self.builder.call(function, [operand.value for operand in operands]))
-
-    def loop(
-        self, count: Value, start: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
-    ) -> list[Value]:
-        """Return what ``body(i, carried)`` returned last, for i = 0 .. count - 1; ``start`` is carried first."""
-        builder = self.builder
-        before = builder.block
-        head = builder.append_basic_block("head")
-        inside = builder.append_basic_block("inside")
-        after = builder.append_basic_block("after")
+        Yields the number of the turn, I64 from 0 on. No ``break``, no ``return`` in the body.
+        """
+        builder = self._builder
+        head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+        turn = self.variable(count.like(0))
         builder.branch(head)
         builder.position_at_end(head)
-        index, *carried = [builder.phi(value.value.type) for value in (count, *start)]
-        builder.cbranch(builder.icmp_unsigned("<", index, count.value), inside, after)
-        builder.position_at_end(inside)
-        results = [Value(self, index) + 1, *body(Value(self, index), [Value(self, phi) for phi in carried])]
-        end = builder.block
+        number = turn.value
+        builder.cbranch(builder.icmp_unsigned("<", number.value, count.value), body, after)
+        builder.position_at_end(body)
+        yield number
+        turn.value = number + 1
         builder.branch(head)
-        for phi, first, again in zip([index, *carried], [count.like(0), *start], results, strict=True):
-            phi.add_incoming(first.value, before)
-            phi.add_incoming(again.value, end)
         builder.position_at_end(after)
-        return [Value(self, phi) for phi in carried]
 
 
-def write_function(name: str, n_arguments: int, write: Callable[..., None]) -> str:
-    """Return the IR of a module with the function ``name``; ``write(code, *arguments)`` writes its body."""
-    module = ir.Module(name)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * n_arguments), name)
+def write_function(write: Callable[..., None], elements: Sequence[ir.Type], n_integers: int) -> str:
+    """Return the IR of a module with one function, ``kernel``; ``write(build, *arrays, *integers)`` writes its body.
+
+    It takes the addresses of arrays of these ``elements``, then n_integers integers, all of them I64.
+    """
+    module = ir.Module("kernel")
+    signature = ir.FunctionType(ir.VoidType(), [I64] * (len(elements) + n_integers))
+    function = ir.Function(module, signature, "kernel")
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    code = Code(builder)
-    write(code, *[Value(code, argument) for argument in function.args])
+    arguments = [Vector(builder, argument) for argument in function.args]
+    arrays = [Array(builder, address, element) for address, element in zip(arguments, elements, strict=False)]
+    write(FunctionBuilder(builder), *arrays, *arguments[len(elements) :])
     builder.ret_void()
     return str(module)
+
+
+def nbytes_of(element: ir.Type) -> int:
+    """Bytes of one number of this type."""
+    if isinstance(element, ir.IntType):
+        return int(element.width) // 8
+    return 4 if element == F32 else 8
+
+
+def _type_of(element: ir.Type, lanes: int) -> ir.Type:
+    return ir.VectorType(element, lanes) if lanes > 1 else element
+
+
+def _constant(element: ir.Type, number: int | float, lanes: int) -> ir.Constant:
+    constant = ir.Constant(element, number)
+    return ir.Constant(ir.VectorType(element, lanes), [constant] * lanes) if lanes > 1 else constant

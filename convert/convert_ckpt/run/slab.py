@@ -6,7 +6,6 @@ import numpy as np
 
 from convert_ckpt.run.buffers import Buffers
 from run_ckpt.contract.formats import E4M3_MAX
-from run_ckpt.contract.layouts import AITER
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
 # float32 bits of infinity: magnitudes from here on are not finite.
@@ -83,12 +82,7 @@ def _quantize_mxfp4(
     scale = buffers.get(WEIGHT_SCALE, n_rows * pitch)
     scale[:] = 0
     errors, largest = quantize_slab(
-        bits,
-        layer.scale_rule,
-        tiled=layer.scheme.layout == AITER,
-        weight_out=weight,
-        scale_out=scale,
-        scale_pitch=pitch,
+        bits, layer.scale_rule, layer.scheme.layout, weight_out=weight, scale_out=scale, scale_pitch=pitch
     )
     writes = [TensorWrite(WEIGHT, row * K // 2, weight), TensorWrite(WEIGHT_SCALE, row * pitch, scale)]
     return writes, ErrorSums(*errors.tolist()), largest
