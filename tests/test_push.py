@@ -12,13 +12,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from convert_ckpt.options import Options
-from convert_ckpt.pipeline import convert_checkpoint
+from convert_ckpt import api
 from convert_ckpt.push import convert_and_push
 from run_ckpt.contract.errors import CheckpointError, ProblemsError, PublishError, UsageError
 from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME
@@ -361,11 +359,9 @@ def test_a_conversion_whose_result_is_there_already_sends_nothing(
     push(output)
     hub.sent.clear()
     lines = Lines()
-    run = partial(convert_checkpoint, source, tmp_path / "again", Options("mxfp4"))
-    run = partial(run, n_workers=2, restart=False, progress=Silent())
-    options = {"base_model": None, "at_end": False, "progress": lines}
-    _, pushed = convert_and_push(run, tmp_path / "again", {"repo_id": REPO}, **options)  # type: ignore[arg-type]
-    assert "nothing to push" in str(pushed)
+    summary = api.convert(source, tmp_path / "again", format="mxfp4", push_to_hub=REPO, progress=lines)
+    assert "nothing to push" in str(summary.pushed)
+    assert summary.to_json()["pushed_to"] == f"{hub.url}/{REPO}"
     assert hub.sent == []
     assert any("at the end" in line for line in lines.lines)
 

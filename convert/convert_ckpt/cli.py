@@ -1,10 +1,8 @@
-"""``convert-ckpt``: options -> one call -> a line that says the result."""
+"""``convert-ckpt``: options -> one call of the Python API -> a line that says the result."""
 
 import json
 import os
-import tempfile
-from dataclasses import asdict
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +31,21 @@ A run that was stopped is continued by the same command. Look at the result with
 run-ckpt inspect OUT, check it with run-ckpt verify OUT --source SOURCE.
 
 {EXIT_CODES}"""
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
-def _default_workers() -> int:
-    return min(8, (os.cpu_count() or 1) + 1)
-
-
-@click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(epilog=_EPILOG, context_settings=_CONTEXT)
 @click.argument("source")
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--format",
-    "format_",
-    type=click.Choice(FORMATS, case_sensitive=False),
-    required=True,
-    help="Format of linear weights.",
+    "--format", type=click.Choice(FORMATS, case_sensitive=False), required=True, help="Format of linear weights."
 )
-@click.option("--layout", type=click.Choice(LAYOUTS), default="aiter", show_default=True, help="MXFP4 byte order.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default=Options.layout, help="MXFP4 byte order.")
 @click.option(
-    "--granularity",
-    type=click.Choice(GRANULARITIES),
-    default="tensor",
-    show_default=True,
-    help="Reach of an FP8 scale.",
+    "--granularity", type=click.Choice(GRANULARITIES), default=Options.granularity, help="Reach of an FP8 scale."
 )
 @click.option(
-    "--scale-rule", type=click.Choice(SCALE_RULES), default="even", show_default=True, help="How MXFP4 picks a scale."
+    "--scale-rule", type=click.Choice(SCALE_RULES), default=Options.scale_rule, help="How MXFP4 picks a scale."
 )
 @click.option("--dialect", type=click.Choice(DIALECTS), help="Consumer's vocabulary.  [default: by format and model]")
 @click.option(
@@ -76,7 +63,7 @@ def _default_workers() -> int:
 @click.option("--keep-source", is_flag=True, help="Keep what is fetched, in the Hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")
-@click.option("--workers", type=click.IntRange(1, 64), default=_default_workers, help="Threads.  [default: cores + 1]")
+@click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: cores + 1, at most 8]")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the result, each shard as soon as it is finished.")
 @click.option("--push-at-end", is_flag=True, help="Upload all shards at the end instead.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to; made if missing.  [default: main]")
@@ -100,99 +87,35 @@ def cli(**arguments: Any) -> None:
     Face Hub, s3://, gs://, az:// and whatever else fsspec opens. It is fetched shard by shard while it is
     converted, and takes the disk of OUTPUT and two shards. For a gated repo log in with hf auth login.
     """
-    options = Options(
-        format=arguments["format_"],
-        **{name: arguments[name] for name in _OPTION_NAMES},
-    )
-    output = arguments["output"]
-    unused = [name for name in _PUSH_OPTIONS if arguments[name] and not arguments["push_to_hub"]]
-    if unused:
-        raise click.UsageError(f"--{unused[0].replace('_', '-')} goes with --push-to-hub OWNER/NAME.")
-    if arguments["dry_run"]:
-        _show_plan(output, options, arguments)
-    elif output is None:
+    dry_run, quiet, as_json = (arguments.pop(name) for name in ("dry_run", "quiet", "as_json"))
+    if dry_run:
+        _show_plan(arguments, as_json=as_json)
+    elif arguments["output"] is None:
         raise click.UsageError("Missing argument 'OUTPUT' (only --dry-run goes without).")
     else:
-        _convert(output, options, arguments)
+        _convert(arguments, quiet=quiet, as_json=as_json)
 
 
-_TARGET_OPTIONS = ("revision", "private", "commit_message", "overwrite")
-_PUSH_OPTIONS = ("push_at_end", "base_model", *_TARGET_OPTIONS)
-_OPTION_NAMES = (
-    "layout",
-    "granularity",
-    "scale_rule",
-    "dialect",
-    "preset",
-    "recipe",
-    "ignore",
-    "calibration",
-    "allow_unaligned_k",
-)
-
-
-def _show_plan(output: Path | None, options: Options, arguments: dict[str, Any]) -> None:
-    from convert_ckpt.pipeline import check_output, plan_checkpoint
-    from convert_ckpt.preview import plan_json, plan_lines
-    from convert_ckpt.run.disk import check_disk
-    from convert_ckpt.run.partial_output import Staging
-    from convert_ckpt.source.opened import Selection, open_source
-    from convert_ckpt.source.reference import parse_reference
+def _show_plan(arguments: dict[str, Any], *, as_json: bool) -> None:
+    from convert_ckpt.api import plan_conversion
     from run_ckpt.cli.progress import PlainLines
 
-    reference = parse_reference(arguments["source"])
-    if output is not None:
-        check_output(reference, output)
-    selection = Selection(arguments["component"], arguments["keep_source"])
-    with (
-        tempfile.TemporaryDirectory(prefix="convert-ckpt-") as scratch,
-        open_source(reference, selection, PlainLines().log, Path(scratch) / "skeleton") as opened,
-    ):
-        jobs = plan_checkpoint(opened, options)
-        if output is not None:
-            check_disk(opened, jobs, Staging(output))
-        if arguments["as_json"]:
-            click.echo(json.dumps(plan_json(jobs), indent=1))
-        else:
-            click.echo("\n".join(plan_lines(opened, jobs)))
+    others = {name: arguments[name] for name in ("output", "component", "keep_source")}
+    options = Options(**{field.name: arguments[field.name] for field in fields(Options)})
+    preview = plan_conversion(arguments["source"], options, progress=PlainLines(), **others)
+    click.echo(json.dumps(preview.components, indent=1) if as_json else str(preview))
 
 
-def _convert(output: Path, options: Options, arguments: dict[str, Any]) -> None:
-    from convert_ckpt.pipeline import convert_checkpoint
-    from convert_ckpt.source.opened import Selection
-    from convert_ckpt.source.reference import parse_reference
+def _convert(arguments: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
+    from convert_ckpt.api import convert
     from run_ckpt.cli.progress import show_progress
 
-    quiet, as_json = arguments["quiet"], arguments["as_json"]
     with show_progress(quiet=quiet or as_json) as progress:
-        convert = partial(
-            convert_checkpoint,
-            parse_reference(arguments["source"]),
-            output,
-            options,
-            n_workers=arguments["workers"],
-            restart=arguments["restart"],
-            progress=progress,
-            selection=Selection(arguments["component"], arguments["keep_source"]),
-        )
-        if arguments["push_to_hub"]:
-            from convert_ckpt.push import convert_and_push
-
-            target = {name: arguments[name] for name in _TARGET_OPTIONS}
-            summary, pushed = convert_and_push(
-                convert,
-                output,
-                {"repo_id": arguments["push_to_hub"], **target},
-                base_model=arguments["base_model"],
-                at_end=arguments["push_at_end"],
-                progress=progress,
-            )
-        else:
-            summary, pushed = convert(), None
+        summary = convert(**arguments, progress=progress)
     if as_json:
-        click.echo(json.dumps({**asdict(summary), **({"pushed_to": pushed.url} if pushed else {})}))
+        click.echo(json.dumps(summary.to_json()))
     elif not quiet:
-        click.echo("\n".join(str(line) for line in (summary, pushed) if line))
+        click.echo(str(summary))
 
 
 def main() -> None:

@@ -13,21 +13,37 @@ from run_ckpt.contract.layouts import LAYOUTS
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides the bytes of the result, the source apart.
-
-    ``dialect`` and ``preset`` are None where they are to follow from format, layout and model.
-    """
+    """Everything that decides the bytes of the result, the source aside. Raises UsageError for unknown values."""
 
     format: str
+    """Format of the linear layers' weights, "mxfp4" or "fp8"; a recipe may give layers their own."""
+
     layout: str = "aiter"
+    """Byte order of MXFP4 weights and scales: "aiter", shuffled for AITER's kernels, or "plain", row-major."""
+
     granularity: str = "tensor"
+    """What shares an FP8 scale: a "tensor", a "channel" (row), or a "block" of 128 x 128."""
+
     scale_rule: str = "even"
+    """How MXFP4 picks the power of two for a block of 32: "even" (AITER's), "floor" (OCP MX v1.0), "roundup", "mse"."""
+
     dialect: str | None = None
+    """Whose names and config keys are written, such as "quark". None: by format, layout and model."""
+
     preset: str | None = None
+    """What is known of the model's layers, such as "flux1". None: by the class in config.json."""
+
     recipe: Path | None = None
+    """TOML file of rules that decide layer by layer, before the preset's."""
+
     ignore: tuple[str, ...] = ()
+    """Patterns of modules to keep as they are; * stands for any characters."""
+
     calibration: Path | None = None
+    """Safetensors file with the activation range of each layer, <layer>.input_amax: FP8 becomes static."""
+
     allow_unaligned_k: bool = False
+    """Quantize to shuffled MXFP4 also where K is a multiple of 64 but not of 256, for which AITER tunes no kernel."""
 
     def __post_init__(self) -> None:
         _check_choice("--format", self.format, FORMATS)

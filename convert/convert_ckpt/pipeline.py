@@ -1,17 +1,20 @@
 """The story of a conversion: open, plan, check, run, finish."""
 
+from __future__ import annotations
+
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.plan import Job, make_plan
-from convert_ckpt.preview import plan_lines
+from convert_ckpt.preview import plan_json, plan_lines
 from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.engine import Engine, FileRecord
 from convert_ckpt.run.partial_output import Staging
@@ -29,6 +32,9 @@ from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.version import VERSION
 
+if TYPE_CHECKING:
+    from run_ckpt.tools.publish.push import Pushed
+
 
 class ShardListener(Protocol):
     """Told which shards will come, of each that is finished (from any thread), and before they get another path."""
@@ -40,7 +46,11 @@ class ShardListener(Protocol):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did, all components together."""
+    """What a run did, all components together.
+
+    ``n_converted`` of ``n_tensors`` tensors were quantized, the others copied. Sizes are those of all shards.
+    ``n_files_resumed`` shards were finished by an earlier, stopped run. ``pushed`` says what was uploaded.
+    """
 
     output: str
     format: str
@@ -50,14 +60,32 @@ class Summary:
     output_nbytes: int
     n_files_resumed: int
     seconds: float
+    pushed: Pushed | None = None
 
     def __str__(self) -> str:
         resumed = f", {self.n_files_resumed} finished files taken over" if self.n_files_resumed else ""
         return (
             f"Converted {self.n_converted} of {self.n_tensors} tensors to {self.format}:"
             f" {format_nbytes(self.source_nbytes)} -> {format_nbytes(self.output_nbytes)}"
-            f" in {self.seconds:.3g} s{resumed}"
+            f" in {self.seconds:.3g} s{resumed}" + (f"\n{self.pushed}" if self.pushed else "")
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values; of the push its URL."""
+        values = asdict(replace(self, pushed=None))
+        del values["pushed"]
+        return {**values, **({"pushed_to": self.pushed.url} if self.pushed else {})}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would do: ``lines`` for people, and a JSON object for each of ``components``."""
+
+    lines: tuple[str, ...]
+    components: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 def plan_checkpoint(opened: OpenedSource, options: Options) -> list[Job]:
@@ -78,6 +106,22 @@ def plan_checkpoint(opened: OpenedSource, options: Options) -> list[Job]:
     if problems:
         raise ProblemsError(f"{opened.reference}: can't be converted", problems)
     return jobs
+
+
+def preview_checkpoint(
+    reference: Reference, output: Path | None, options: Options, *, selection: Selection, log: Callable[[str], None]
+) -> Preview:
+    """Plan a conversion and write nothing. ``output``, if given, is checked, and its disk for space."""
+    if output is not None:
+        check_output(reference, output)
+    with (
+        TemporaryDirectory(prefix="convert-ckpt-") as scratch,
+        open_source(reference, selection, log, Path(scratch) / "skeleton") as opened,
+    ):
+        jobs = plan_checkpoint(opened, options)
+        if output is not None:
+            check_disk(opened, jobs, Staging(output))
+        return Preview(tuple(plan_lines(opened, jobs)), plan_json(jobs))
 
 
 def convert_checkpoint(

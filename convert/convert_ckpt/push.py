@@ -8,7 +8,7 @@ from typing import Any
 from convert_ckpt.pipeline import Summary
 from run_ckpt.contract.errors import CheckpointError, PublishError
 from run_ckpt.progress import Progress
-from run_ckpt.tools.publish.push import Pushed, ShardUploads, push_result
+from run_ckpt.tools.publish.push import ShardUploads, push_result
 from run_ckpt.tools.publish.repository import LocalFile, Target, open_repository
 
 
@@ -20,7 +20,7 @@ def convert_and_push(
     base_model: str | None,
     at_end: bool,
     progress: Progress,
-) -> tuple[Summary, Pushed]:
+) -> Summary:
     """Convert and push. convert: convert_checkpoint() with all but its ``listener`` bound.
 
     A repo that can't be written to stops it before anything is converted. What fails later leaves
@@ -40,7 +40,7 @@ def convert_and_push(
         early = uploads.sent
     try:
         pushed = push_result(output, target, base_model=base_model, progress=progress)
-        return summary, replace(pushed, sent=(*early, *pushed.sent))
+        return replace(summary, pushed=replace(pushed, sent=(*early, *pushed.sent)))
     except (CheckpointError, KeyboardInterrupt) as error:
         reason = str(error) or "the push was stopped."
         raise PublishError(

@@ -1,0 +1,146 @@
+"""The command's options as Python arguments: ``convert`` and ``plan_conversion``."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from convert_ckpt.options import Options
+from convert_ckpt.pipeline import Preview, Summary, convert_checkpoint, preview_checkpoint
+from convert_ckpt.source.opened import Selection
+from convert_ckpt.source.reference import parse_reference
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.progress import Progress, Silent
+
+
+def convert(
+    source: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    format: str,
+    layout: str = Options.layout,
+    granularity: str = Options.granularity,
+    scale_rule: str = Options.scale_rule,
+    dialect: str | None = None,
+    preset: str | None = None,
+    recipe: str | PathLike[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    calibration: str | PathLike[str] | None = None,
+    allow_unaligned_k: bool = False,
+    component: str | Sequence[str] = (),
+    keep_source: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    push_to_hub: str | None = None,
+    push_at_end: bool = False,
+    revision: str | None = None,
+    private: bool = False,
+    commit_message: str | None = None,
+    overwrite: bool = False,
+    base_model: str | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Convert the checkpoint ``source``, write it to the folder ``output``, and return what was done.
+
+    ``output`` appears complete or not at all. A call that was stopped is continued by the same call.
+
+    source: a folder with config.json and safetensors shards, a pipeline folder, one .safetensors file,
+    owner/name[@revision] on the Hugging Face Hub, or a URL that fsspec opens. It is only read.
+
+    format to allow_unaligned_k decide the bytes: the fields of Options say what each does.
+    component: transformers of a pipeline to convert, by name or pattern. Default: all of them.
+    keep_source: keep what is fetched, in the Hub's own cache. Default: a shard is removed once it is converted.
+    restart: throw away what a stopped run left in OUTPUT.partial.
+    workers: threads. Default: one more than there are cores, at most 8.
+
+    push_to_hub: repo owner/name to upload the result to, each shard as soon as it is finished.
+    push_at_end: upload all shards at the end instead.
+    revision: branch to push to, made if missing. Default: main.
+    private: make a new repo private.
+    commit_message: title of the last commit.
+    overwrite: replace what the repo holds.
+    base_model: what the model card names as base. Default: ``source``, if that is on the Hub.
+
+    progress: what the run reports to, from any of its threads. Default: nothing.
+
+    Raises UsageError for arguments that contradict each other, ProblemsError with every reason why the source
+    can't be converted, other kinds of CheckpointError (FetchError, PublishError, ...) and OSError.
+    """
+    options = Options(
+        format=format,
+        layout=layout,
+        granularity=granularity,
+        scale_rule=scale_rule,
+        dialect=dialect,
+        preset=preset,
+        recipe=_path(recipe),
+        ignore=_strings(ignore),
+        calibration=_path(calibration),
+        allow_unaligned_k=allow_unaligned_k,
+    )
+    progress = progress or Silent()
+    run = partial(
+        convert_checkpoint,
+        parse_reference(os.fspath(source)),
+        Path(output),
+        options,
+        n_workers=_count_workers(workers),
+        restart=restart,
+        progress=progress,
+        selection=Selection(_strings(component), keep_source),
+    )
+    target = {"revision": revision, "private": private, "commit_message": commit_message, "overwrite": overwrite}
+    if push_to_hub is None:
+        _refuse_unused({"push_at_end": push_at_end, "base_model": base_model, **target})
+        return run()
+    from convert_ckpt.push import convert_and_push
+
+    target["repo_id"] = push_to_hub
+    return convert_and_push(run, Path(output), target, base_model=base_model, at_end=push_at_end, progress=progress)
+
+
+def plan_conversion(
+    source: str | PathLike[str],
+    options: Options,
+    *,
+    output: str | PathLike[str] | None = None,
+    component: str | Sequence[str] = (),
+    keep_source: bool = False,
+    progress: Progress | None = None,
+) -> Preview:
+    """Return what each tensor of ``source`` would become and why, with exact sizes; write nothing.
+
+    It reads headers and small files only. ``output``, if given, is checked as a place to write to, and its disk
+    for space. The other arguments and what is raised are as for ``convert``.
+    """
+    return preview_checkpoint(
+        parse_reference(os.fspath(source)),
+        _path(output),
+        options,
+        selection=Selection(_strings(component), keep_source),
+        log=(progress or Silent()).log,
+    )
+
+
+def _path(path: str | PathLike[str] | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _strings(values: str | Sequence[str]) -> tuple[str, ...]:
+    return (values,) if isinstance(values, str) else tuple(values)
+
+
+def _count_workers(workers: int | None) -> int:
+    if workers is None:
+        return min(8, (os.cpu_count() or 1) + 1)
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: at least one thread is needed.")
+    return workers
+
+
+def _refuse_unused(push_options: dict[str, Any]) -> None:
+    for name, value in push_options.items():
+        if value:
+            raise UsageError(f"--{name.replace('_', '-')} goes with --push-to-hub OWNER/NAME.")
