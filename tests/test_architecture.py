@@ -33,7 +33,11 @@ HOMES: dict[str, tuple[str, ...]] = {
     "aiter": ("run_ckpt/backends/",),
     "petit_kernel": ("run_ckpt/backends/",),
     "triton": ("run_ckpt/backends/triton/",),
-    "huggingface_hub": ("convert_ckpt/source/hub.py", "run_ckpt/tools/publish/repository.py"),
+    "huggingface_hub": (
+        "convert_ckpt/source/hub.py",
+        "run_ckpt/storage/hub_client.py",
+        "run_ckpt/tools/publish/repository.py",
+    ),
     "yaml": ("convert_ckpt/source/source_card.py", "run_ckpt/tools/publish/metadata.py"),
     "fsspec": ("convert_ckpt/source/url.py",),
     "diffusers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/generate.py"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convert_ckpt.source.store import Patience
+from convert_ckpt.source.store import Retry
 from run_ckpt.contract.errors import FetchError, TransientError
 from tests.checkpoints import convert
 from tests.hub_fixtures import assert_same_but_for_the_source, convert_remote, hub, make_llm
@@ -196,7 +196,7 @@ def test_a_host_that_ignores_ranges_serves_small_files_and_is_named_for_large_on
     convert_remote("me/llm", tmp_path / "small", format="mxfp4")
     convert(llm, tmp_path / "local", format="mxfp4")
     assert_same_but_for_the_source(tmp_path / "small", tmp_path / "local")
-    monkeypatch.setattr("convert_ckpt.source.shards._PART_NBYTES", 400_000)
+    monkeypatch.setattr("convert_ckpt.source.download._PART_NBYTES", 400_000)
     with pytest.raises(FetchError, match=r"model-00001.*does not answer range requests"):
         convert_remote("me/llm", tmp_path / "large", format="mxfp4")
 
@@ -226,6 +226,21 @@ def test_offline_mode_is_named(hub: HubServer, tmp_path: Path, monkeypatch: pyte
         convert_remote("me/llm", tmp_path / "out", format="mxfp4")
 
 
+@pytest.mark.parametrize("is_offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])
+def test_a_misspelt_path_does_not_blame_the_network_alone(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_offline: bool
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    hub.stop()
+    why = "HF_HUB_OFFLINE is set" if is_offline else "no full answer from"
+    with pytest.raises(FetchError, match=f"^models/flux: no such path here, and {why}"):
+        convert_remote("models/flux", tmp_path / "out", format="mxfp4")
+    with pytest.raises(FetchError, match=f"^models/flux: {why}"):
+        convert_remote("hf://models/flux", tmp_path / "out", format="mxfp4")
+
+
 class Clock(threading.Event):
     """Notes how long it would have waited."""
 
@@ -238,31 +253,46 @@ class Clock(threading.Event):
         return False
 
 
+def fail_times(n_times: int, error: TransientError) -> Callable[[], str]:
+    """Return a function that fails so many times, and then returns."""
+    errors = iter([error] * n_times)
+
+    def answer() -> str:
+        for next_error in errors:
+            raise next_error
+        return "answer"
+
+    return answer
+
+
 def test_waits_double_and_start_anew_after_an_answer() -> None:
     clock, lines = Clock(), []  # type: ignore[var-annotated]
-    patience = Patience(lines.append, clock)
-    for _ in range(5):
-        patience.wait(TransientError("no."))
-    patience.progressed()
-    patience.wait(TransientError("no."))
+    retry = Retry(lines.append, clock)
+    assert retry(fail_times(5, TransientError("no."))) == "answer"
+    assert retry(fail_times(1, TransientError("no."))) == "answer"
     assert clock.waits == [0.5, 1, 2, 4, 8, 0.5]
     assert lines == ["no. Trying again in 8 s."]
 
 
 def test_the_store_says_how_long_to_wait_but_not_for_hours() -> None:
     clock = Clock()
-    patience = Patience(lambda _: None, clock)
-    patience.wait(TransientError("busy.", 120))
+    retry = Retry(lambda _: None, clock)
+    retry(fail_times(1, TransientError("busy.", 120)))
     assert clock.waits == [120]
     with pytest.raises(FetchError, match="Gave up"):
-        patience.wait(TransientError("busy.", 3600))
+        retry(fail_times(1, TransientError("busy.", 3600)))
 
 
 def test_patience_ends_and_sooner_before_the_first_answer() -> None:
     for first_contact, n_waits in ((True, 2), (False, 8)):
         clock = Clock()
-        patience = Patience(lambda _: None, clock, first_contact=first_contact)
         with pytest.raises(FetchError, match=f"after {n_waits + 1} tries"):
-            for _ in range(10):
-                patience.wait(TransientError("no."))
+            Retry(lambda _: None, clock, first_contact)(fail_times(10, TransientError("no.")))
         assert len(clock.waits) == n_waits
+
+
+def test_a_run_that_is_stopped_waits_for_no_store() -> None:
+    retry = Retry(lambda _: None)
+    retry.stopped.set()
+    with pytest.raises(FetchError, match="the run was stopped"):
+        retry(fail_times(1, TransientError("no.", 500)))

@@ -129,7 +129,7 @@ def test_a_header_longer_than_the_first_request_is_read_to_its_end(hub: HubServe
 def test_cut_connections_cost_only_the_bytes_that_did_not_come(
     hub: HubServer, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert_ckpt.source.shards._PART_NBYTES", 400_000)  # several ranges a shard
+    monkeypatch.setattr("convert_ckpt.source.download._PART_NBYTES", 400_000)  # several ranges a shard
     hub.add_repo("me/llm", read_files(llm))
     moments = random.Random(0)
     header_nbytes = 2**17

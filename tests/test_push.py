@@ -282,7 +282,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, output:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
-    with pytest.raises(PublishError, match="can't be reached") as error:
+    with pytest.raises(PublishError, match="no full answer") as error:
         push(output)
     assert "\n" not in str(error.value)
 
@@ -294,7 +294,7 @@ def test_a_change_by_someone_else_during_the_push_is_noticed(hub: Hub, output: P
             hub.add_commit(repo, "main", "meanwhile", repo.branches["main"][-1].files)
 
     hub.fault = intrude
-    with pytest.raises(PublishError, match="412: it was changed"):
+    with pytest.raises(PublishError, match=r"it was changed.*\(412\)"):
         push(output)
 
 

@@ -48,7 +48,7 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.Abs
 def test_a_bucket_gives_the_bytes_of_the_local_copy(
     s3: fsspec.AbstractFileSystem, llm: Path, tmp_path: Path, weight_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert_ckpt.source.shards._PART_NBYTES", 400_000)
+    monkeypatch.setattr("convert_ckpt.source.download._PART_NBYTES", 400_000)
     s3.put(str(llm), "bucket/models/llm", recursive=True)
     convert_remote("s3://bucket/models/llm/", tmp_path / "out", format=weight_format)
     convert(llm, tmp_path / "local", format=weight_format)

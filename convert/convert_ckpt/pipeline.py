@@ -24,7 +24,7 @@ from convert_ckpt.source.reference import Reference
 from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
 from convert_ckpt.source.store import SHA256
 from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
-from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.file_names import CONFIG_NAME, join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults, write_durably
@@ -155,7 +155,7 @@ def convert_checkpoint(
                     progress.log(line)
             staging.adopt(_fingerprint(opened, jobs, options), restart=restart)
             if listener:
-                listener.start(_join(job.name, file.name) for job in jobs for file in job.plan.files)
+                listener.start(join_names(job.name, file.name) for job in jobs for file in job.plan.files)
             if not staging.is_published():
                 n_resumed = sum(_convert_job(opened, job, staging, n_workers, progress, listener) for job in jobs)
             if listener:
@@ -184,12 +184,12 @@ def _convert_job(
 
     def hand_over(name: str, record: FileRecord) -> None:
         if listener:
-            listener.add(_join(job.name, name), folder / name, record.file["nbytes"])
+            listener.add(join_names(job.name, name), folder / name, record.file["nbytes"])
 
     def on_file(name: str, record: FileRecord) -> None:
         staging.write_record(component, name, asdict(record))
         records[name] = record
-        progress.log(f"wrote {_join(job.name, name)} ({format_nbytes(record.file['nbytes'])})")
+        progress.log(f"wrote {join_names(job.name, name)} ({format_nbytes(record.file['nbytes'])})")
         hand_over(name, record)
 
     for name, record in records.items():
@@ -290,7 +290,3 @@ def _summarize(output: Path, options: Options, jobs: list[Job], n_resumed: int, 
         n_files_resumed=n_resumed,
         seconds=seconds,
     )
-
-
-def _join(component: str, name: str) -> str:
-    return f"{component}/{name}" if component else name

@@ -33,8 +33,8 @@ def source_nbytes_here(opened: OpenedSource, jobs: list[Job]) -> int:
 def _disk_faults(opened: OpenedSource, jobs: list[Job], staging: Staging) -> list[str]:
     output = sum(job.plan.output_nbytes for job in jobs) + _SPARE_NBYTES
     needed = {staging.folder: output + source_nbytes_here(opened, jobs) - _nbytes_of(staging.result, staging.fetched)}
-    if opened.store and opened.keep_source:
-        needed[opened.store.cache_folder] = _uncached_nbytes(opened, jobs)
+    if opened.store and opened.store.cache and opened.keep_source:
+        needed[opened.store.cache.folder] = _uncached_nbytes(opened, jobs)
     on_disk: dict[int, list[tuple[Path, int]]] = {}
     for folder, nbytes in needed.items():
         parent = next(folder for folder in (folder, *folder.parents) if folder.exists())

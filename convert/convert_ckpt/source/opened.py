@@ -1,7 +1,6 @@
 """SOURCE opened: a folder to plan from, and the store that holds the rest where it lies elsewhere."""
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,9 +10,9 @@ from pathlib import Path
 
 from convert_ckpt.source.component import Component, find_components, is_side_file, open_component
 from convert_ckpt.source.reference import HubRef, Reference, UrlRef
-from convert_ckpt.source.store import Patience, RemoteFile, Store, read_file, read_range
+from convert_ckpt.source.store import RemoteFile, Retry, Store, read_file, read_range
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, unsafe_file_name
+from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, join_names, unsafe_file_name
 from run_ckpt.storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES
 
 # Most headers fit, so that a shard's header takes one request.
@@ -52,11 +51,12 @@ class OpenedSource:
         source = open_component(self.components[name])
         if self.store is None:
             return source
-        return replace(source, name=_join(self.store.name, name), revision=self.store.revision)
+        return replace(source, name=join_names(self.store.name, name), revision=self.store.revision)
 
     def is_cached(self, component: str, name: str) -> bool:
         """True where the store's own cache holds a file."""
-        return self.store is not None and self.store.cached(self.remote_path(component, name)) is not None
+        cache = self.store and self.store.cache
+        return bool(cache and cache.find(self.remote_path(component, name)))
 
     def remote_file(self, component: str, name: str) -> RemoteFile | None:
         """Return what the store tells of a file, None where the source is here."""
@@ -67,7 +67,7 @@ class OpenedSource:
         assert self.store
         root = self.store.root
         folder = root.rpartition("/")[0] if root in self.store.files else root
-        return _join(folder, component, name)
+        return join_names(folder, component, name)
 
 
 @contextmanager
@@ -104,16 +104,16 @@ def open_source(
 def _open_store(
     reference: HubRef | UrlRef, selection: Selection, pinned_revision: str | None, log: Callable[[str], None]
 ) -> Store:
-    patience = Patience(log, first_contact=True)
+    retry = Retry(log, first_contact=True)
     if isinstance(reference, UrlRef):
         from convert_ckpt.source.url import open_url
 
         if selection.keep_source:
             raise UsageError(f"--keep-source: only the Hub has a cache to keep {reference} in. Copy it first instead.")
-        return open_url(reference.url, patience)
+        return open_url(reference.url, retry)
     from convert_ckpt.source.hub import open_repo
 
-    return open_repo(reference, patience, pinned_revision, log)
+    return open_repo(reference, retry, pinned_revision, log)
 
 
 def _select(components: dict[str, Path], selection: Selection) -> dict[str, Path]:
@@ -151,18 +151,17 @@ def _is_near(name: str, root: str) -> bool:
 
 def _pipeline_files(store: Store) -> set[str]:
     folders = (store.root, store.root.rpartition("/")[0])
-    return {_join(folder, name) for folder in folders for name in _PIPELINE_FILES} & store.files.keys()
+    return {join_names(folder, name) for folder in folders for name in _PIPELINE_FILES} & store.files.keys()
 
 
 def _fill(store: Store, components: dict[str, Path], folder: Path, log: Callable[[str], None]) -> None:
     """Put the small files and the shards' headers of the components in their place."""
-    stopped = threading.Event()
+    retry = Retry(log, first_contact=True)
 
     def fill(path: Path) -> None:
         name = path.relative_to(folder).as_posix()
-        patience = Patience(log, stopped, first_contact=True)
         read = _read_header if path.name.endswith(SUFFIX) else read_file
-        data = read(store, name, patience)
+        data = read(store, name, retry)
         with open(path, "r+b") as file:
             file.write(data)
 
@@ -172,7 +171,7 @@ def _fill(store: Store, components: dict[str, Path], folder: Path, log: Callable
         try:
             list(pool.map(fill, sorted(paths)))
         except BaseException:  # Ctrl-C too: nobody should wait for requests whose answer is not wanted any more
-            stopped.set()
+            retry.stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -185,15 +184,11 @@ def _is_read(path: Path) -> bool:
     return path.name == CONFIG_NAME or path.name.endswith((SUFFIX, INDEX_SUFFIX)) or is_side_file(path)
 
 
-def _read_header(store: Store, name: str, patience: Patience) -> bytearray:
+def _read_header(store: Store, name: str, retry: Retry) -> bytearray:
     """Return a shard's header as it is; whoever parses it says what is wrong with it."""
     nbytes = store.files[name].nbytes
-    data = read_range(store, name, 0, min(_HEADER_GUESS_NBYTES, nbytes), patience)
+    data = read_range(store, name, 0, min(_HEADER_GUESS_NBYTES, nbytes), retry)
     end = LENGTH_NBYTES + int.from_bytes(data[:LENGTH_NBYTES], "little")
     if len(data) < end <= min(nbytes, LENGTH_NBYTES + MAX_HEADER_NBYTES):
-        data += read_range(store, name, len(data), end, patience)
+        data += read_range(store, name, len(data), end, retry)
     return data[:end]
-
-
-def _join(*parts: str) -> str:
-    return "/".join(filter(None, parts))

@@ -1,25 +1,20 @@
-"""Shards brought here one ahead of the conversion, checked, and removed once they are done with."""
+"""Source shards for the engine: on this machine, or fetched one ahead of the conversion and removed after it."""
 
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from convert_ckpt.source.store import Patience, RemoteFile, Store, checksum_fault, new_digest, read_range
-from run_ckpt.contract.errors import FetchError, TransientError
+from convert_ckpt.source.download import download
+from convert_ckpt.source.store import Checksum, Retry, Store
+from run_ckpt.contract.errors import FetchError
+from run_ckpt.contract.file_names import join_names
 from run_ckpt.progress import Progress
-from run_ckpt.storage.hashing import add_file
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.units import format_nbytes
 
-# One connection rarely fills a line. Four parts are in memory at once, 128 MiB; at up to 335 MB/s they stay under the
-# 3,000 requests in five minutes that the Hub answers to the anonymous (https://huggingface.co/docs/hub/rate-limits).
-_REQUESTS_AT_ONCE = 4
-_PART_NBYTES = 32 * 2**20
 # The Hub's own download into its cache can't be interrupted; its thread ends with the process.
 _LONGEST_STOP_SECONDS = 10
 
@@ -33,12 +28,19 @@ class FetchStep:
 
 
 class ShardProvider(Protocol):
-    """Hands the engine its source shards: ``wait`` returns once a shard is here, ``release`` gives it up."""
+    """Hands the engine its source shards."""
 
-    def start(self, steps: list[FetchStep]) -> None: ...
-    def wait(self, name: str) -> Path: ...
-    def release(self, name: str) -> None: ...
-    def stop(self) -> None: ...
+    def start(self, steps: list[FetchStep]) -> None:
+        """Begin to bring the shards, in this order."""
+
+    def wait(self, name: str) -> Path:
+        """Return a shard's path once it is here. Raises what kept it from coming."""
+
+    def release(self, name: str) -> None:
+        """Give up a shard."""
+
+    def stop(self) -> None:
+        """Bring no more, and let nobody wait any longer."""
 
 
 class LocalShards:
@@ -61,18 +63,16 @@ class LocalShards:
 
 
 class FetchedShards:
-    """Fetches the shards of one component, in the order of the work, into ``folder`` or the store's cache.
+    """Shards of one component fetched in the order of the work, into ``folder`` or the store's cache.
 
-    ``store_folder`` is where the store has them.
-
-    One shard is fetched while the one before it is converted. A shard in ``folder`` that is not whole is
-    gone on with. What lies in the store's cache is used there and never removed.
+    One shard is fetched while the one before it is converted. A shard in ``folder`` that is not whole is continued.
+    What lies in the store's cache is used there and never removed.
     """
 
     def __init__(
         self,
         store: Store,
-        store_folder: str,
+        remote_folder: str,
         shards: tuple[Shard, ...],
         folder: Path,
         progress: Progress,
@@ -80,12 +80,12 @@ class FetchedShards:
         keep: bool = False,
     ):
         self._store = store
-        self._store_folder = store_folder
-        self._headers = {shard.name: shard.header.data for shard in shards}
+        self._remote = {shard.name: join_names(remote_folder, shard.name) for shard in shards}
+        self._headers = {shard.name: shard.header for shard in shards}
         self._folder = folder
         self._progress = progress
         self._keep = keep
-        self._stopped = threading.Event()
+        self._retry = Retry(progress.log)
         self._changed = threading.Condition()
         self._here: dict[str, Path] = {}
         self._released: set[str] = set()
@@ -99,7 +99,7 @@ class FetchedShards:
         for path in self._folder.iterdir():
             if path.name not in needed:
                 path.unlink()
-        self._progress.start_fetching(sum(self._file(step.shard).nbytes for step in steps))
+        self._progress.start_fetching(sum(self._headers[step.shard].file_nbytes for step in steps))
         self._thread = threading.Thread(target=self._run, args=(steps,), name="fetch", daemon=True)
         self._thread.start()
 
@@ -123,10 +123,8 @@ class FetchedShards:
 
     def stop(self) -> None:
         """End the fetching; what has come stays for the next run."""
-        self._stopped.set()
-        with self._changed:
-            self._failure = self._failure or FetchError("the run was stopped")
-            self._changed.notify_all()
+        self._retry.stopped.set()
+        self._fail(FetchError("the run was stopped"))
         if self._thread:
             self._thread.join(_LONGEST_STOP_SECONDS)
 
@@ -140,9 +138,12 @@ class FetchedShards:
                     self._here[step.shard] = path
                     self._changed.notify_all()
         except BaseException as error:
-            with self._changed:
-                self._failure = self._failure or error
-                self._changed.notify_all()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
 
     def _wait_for_room(self, step: FetchStep) -> bool:
         """Wait until the shards before are done with; False if the run ended meanwhile."""
@@ -152,98 +153,32 @@ class FetchedShards:
 
     def _fetch(self, name: str) -> Path:
         """Return where the whole shard lies, its bytes compared with what the store and its header say."""
-        started = time.monotonic()
-        remote = self._remote_name(name)
-        path = self._store.cached(remote)
-        if path is None and self._keep:
-            path = self._cache(remote)
+        started, remote, header = time.monotonic(), self._remote[name], self._headers[name]
+        path = self._find_in_cache(remote)
         if path is None:
             path = self._folder / name
-            self._download(remote, path)
-        else:
-            fault = checksum_fault(remote, self._file(name), _digest_of(path, self._file(name)))
-            if fault:
-                raise FetchError(f"{fault} It lies in the Hub cache; remove it there.")
-            self._progress.advance_fetching(self._file(name).nbytes)
-        self._check_header(name, path)
+            download(self._store, remote, path, self._retry, self._progress.advance_fetching)
+        with open(path, "rb") as file:
+            if file.read(len(header.data)) != header.data or path.stat().st_size != header.file_nbytes:
+                raise FetchError(f"{remote}: is not the file whose header was read. Run this again.")
         seconds = time.monotonic() - started
-        self._progress.log(f"fetched {remote} ({format_nbytes(self._file(name).nbytes)}, {seconds:.3g} s)")
+        self._progress.log(f"fetched {remote} ({format_nbytes(header.file_nbytes)}, {seconds:.3g} s)")
         return path
 
-    def _cache(self, remote: str) -> Path:
-        patience = self._patience()
-        while True:
-            try:
-                return self._store.cache(remote)
-            except TransientError as error:
-                patience.wait(error)
-
-    def _download(self, remote: str, path: Path) -> None:
-        """Go on with the file where it ends. What does not add up in the end is fetched once more, from the start."""
+    def _find_in_cache(self, remote: str) -> Path | None:
+        """Return where the store's own cache has the file, fetched into it where the cache is to keep it."""
+        cache = self._store.cache
+        if cache is None:
+            return None
+        path = cache.find(remote)
+        if path is None:
+            if not self._keep:
+                return None
+            path = self._retry(lambda: cache.fetch(remote))
         file = self._store.files[remote]
-        resumed = path.exists() and 0 < path.stat().st_size <= file.nbytes
-        while True:
-            fault = checksum_fault(remote, file, self._append(remote, path))
-            if fault is None:
-                break
-            path.unlink()
-            self._progress.advance_fetching(-file.nbytes)
-            if not resumed:
-                raise FetchError(fault)
-            resumed = False
-        self._store.check_unchanged(remote)
-
-    def _append(self, remote: str, path: Path) -> Any:
-        """Fetch what the file lacks; return the digest of the whole."""
-        file = self._store.files[remote]
-        if path.exists() and path.stat().st_size > file.nbytes:
-            path.unlink()
-        digest = _digest_of(path, file) if path.exists() else new_digest(file)
-        with open(path, "ab") as out:
-            begin = out.tell()
-            self._progress.advance_fetching(begin)
-            for part in self._parts(remote, begin, file.nbytes):
-                out.write(part)
-                out.flush()
-                digest.update(part)
-                self._progress.advance_fetching(len(part))
-        return digest
-
-    def _parts(self, remote: str, begin: int, end: int) -> Iterator[bytearray]:
-        """Yield the bytes in order, several ranges of them on their way at a time."""
-
-        def fetch_part(start: int) -> bytearray:
-            return read_range(self._store, remote, start, min(start + _PART_NBYTES, end), self._patience())
-
-        pending: deque[Future[bytearray]] = deque()
-        with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="range") as pool:
-            try:
-                for start in range(begin, end, _PART_NBYTES):
-                    pending.append(pool.submit(fetch_part, start))
-                    if len(pending) == _REQUESTS_AT_ONCE:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _check_header(self, name: str, path: Path) -> None:
-        header = self._headers[name]
-        with open(path, "rb") as file:
-            if file.read(len(header)) != header or path.stat().st_size != self._file(name).nbytes:
-                raise FetchError(f"{self._remote_name(name)}: is not the file whose header was read. Run this again.")
-
-    def _patience(self) -> Patience:
-        return Patience(self._progress.log, self._stopped)
-
-    def _file(self, name: str) -> RemoteFile:
-        return self._store.files[self._remote_name(name)]
-
-    def _remote_name(self, name: str) -> str:
-        return f"{self._store_folder}/{name}" if self._store_folder else name
-
-
-def _digest_of(path: Path, file: RemoteFile) -> Any:
-    digest = new_digest(file)
-    add_file(digest, path)
-    return digest
+        checksum = Checksum(remote, file)
+        checksum.update_from(path)
+        if fault := checksum.fault():
+            raise FetchError(f"{fault} It lies in the Hub cache; remove it there.")
+        self._progress.advance_fetching(file.nbytes)
+        return path

@@ -1,13 +1,17 @@
-"""Files that lie elsewhere: what a store tells of them, and reading them with patience."""
+"""Files that lie elsewhere: what a store says of them, and reading them in spite of passing faults."""
 
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from run_ckpt.contract.errors import FetchError, TransientError
+from run_ckpt.storage.hashing import add_file
+from run_ckpt.storage.hub_client import new_git_blob_hash
+
+T = TypeVar("T")
 
 SHA256 = "sha256"
 GIT_BLOB = "git-sha1"
@@ -26,11 +30,24 @@ _NOTICED_SECONDS = 5
 @dataclass(frozen=True)
 class RemoteFile:
     """A file of a store. ``version`` changes with the content; ``checksum`` is (SHA256 or GIT_BLOB, hex digest),
-    None where the store tells none."""
+    None where the store states none."""
 
     nbytes: int
     version: str
     checksum: tuple[str, str] | None = None
+
+
+class StoreCache(Protocol):
+    """A cache on this machine that belongs to the store's own tools."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def find(self, path: str) -> Path | None:
+        """Return where the cache holds a file, None where it does not."""
+
+    def fetch(self, path: str) -> Path:
+        """Fetch a file into the cache. Raises TransientError or FetchError."""
 
 
 class Store(Protocol):
@@ -48,109 +65,115 @@ class Store(Protocol):
     def files(self) -> Mapping[str, RemoteFile]: ...
     @property
     def root(self) -> str: ...
+    @property
+    def cache(self) -> StoreCache | None: ...
 
     def read(self, path: str, start: int, stop: int) -> Iterator[bytes]:
         """Yield bytes [start, stop) of a file. Raises TransientError or FetchError."""
-        ...
 
     def check_unchanged(self, path: str) -> None:
         """Raise FetchError if the file is no longer the one in ``files``."""
-        ...
-
-    @property
-    def cache_folder(self) -> Path:
-        """Where the store's own cache lies."""
-        ...
-
-    def cached(self, path: str) -> Path | None:
-        """Return where the store's own cache holds the file already."""
-        ...
-
-    def cache(self, path: str) -> Path:
-        """Fetch the file into the store's own cache. Raises TransientError or FetchError."""
-        ...
 
 
-class Patience:
-    """Decides whether to try again, and waits: longer each time, or as long as the store asks.
+@dataclass(frozen=True)
+class Retry:
+    """Calls again what raises TransientError: after longer and longer waits, or as long as the store asks.
 
-    ``stopped`` ends a wait; ``log`` is told of waits that a person would notice.
+    ``log`` gets a line for each wait that a person would notice; ``stopped`` ends a wait. ``first_contact``: give up
+    soon, since nobody may be there.
     """
 
-    def __init__(
-        self, log: Callable[[str], None], stopped: threading.Event | None = None, *, first_contact: bool = False
-    ):
-        self._log = log
-        self._stopped = stopped or threading.Event()
-        self._tries = _FIRST_CONTACT_TRIES if first_contact else _TRIES
-        self._n_failed = 0
+    log: Callable[[str], None]
+    stopped: threading.Event = field(default_factory=threading.Event)
+    first_contact: bool = False
 
-    def progressed(self) -> None:
-        """Note that the store answered: the count starts anew. Raises FetchError if the run is stopped."""
-        self._n_failed = 0
-        if self._stopped.is_set():
+    def __call__(self, function: Callable[[], T]) -> T:
+        """Return what ``function`` returns. Raises FetchError after the last try, or where the run is stopped."""
+        n_tries = 0
+        while True:
+            try:
+                return function()
+            except TransientError as error:
+                n_tries += 1
+                self._wait(error, n_tries)
+
+    def _wait(self, error: TransientError, n_tries: int) -> None:
+        doubled = _FIRST_WAIT_SECONDS * 2 ** (n_tries - 1)
+        seconds = doubled if error.wait_seconds is None else error.wait_seconds
+        if n_tries >= (_FIRST_CONTACT_TRIES if self.first_contact else _TRIES) or seconds > _LONGEST_WAIT_SECONDS:
+            tries = f"{n_tries} tries" if n_tries > 1 else "one try"
+            raise FetchError(f"{error} Gave up after {tries}; run the same command again later.") from error
+        if seconds >= _NOTICED_SECONDS:
+            self.log(f"{error} Trying again in {seconds:.0f} s.")
+        self.stopped.wait(seconds)
+        self.check()
+
+    def check(self) -> None:
+        """Raise FetchError where the run is stopped."""
+        if self.stopped.is_set():
             raise FetchError("the run was stopped")
 
-    def wait(self, error: TransientError) -> None:
-        """Wait before the next try. Raises ``error`` after the last, or if the run is stopped."""
-        self._n_failed += 1
-        seconds = error.wait_seconds
-        if self._n_failed >= self._tries or (seconds or 0) > _LONGEST_WAIT_SECONDS:
-            tries = f"{self._n_failed} tries" if self._n_failed > 1 else "one try"
-            raise FetchError(f"{error} Gave up after {tries}; run the same command again later.") from error
-        if seconds is None:
-            seconds = _FIRST_WAIT_SECONDS * 2 ** (self._n_failed - 1)
-        if seconds >= _NOTICED_SECONDS:
-            self._log(f"{error} Trying again in {seconds:.0f} s.")
-        if self._stopped.wait(seconds):
-            raise error
 
-
-def read_range(store: Store, path: str, start: int, stop: int, patience: Patience) -> bytearray:
-    """Return bytes [start, stop) of a file; after a cut, what is missing is asked for, not all of it."""
+def read_range(store: Store, path: str, start: int, stop: int, retry: Retry) -> bytearray:
+    """Return bytes [start, stop) of a file; after a cut, only what is missing is asked for again."""
     data = bytearray()
-    while len(data) < stop - start:
+
+    def read_on() -> bool:
+        """Return False where the answer was cut after some bytes: that counts as no failed try."""
+        n_before = len(data)
         try:
-            for part in store.read(path, start + len(data), stop):
-                data += part
-                patience.progressed()
+            for part in store.read(path, start + n_before, stop):
+                data.extend(part)
+                retry.check()
             if len(data) < stop - start:
                 raise TransientError(f"{path}: the answer ended at byte {start + len(data):,} of {stop:,}.")
-        except TransientError as error:
-            patience.wait(error)
+        except TransientError:
+            if len(data) == n_before:
+                raise
+        return len(data) == stop - start
+
+    while not retry(read_on):
+        retry.stopped.wait(_FIRST_WAIT_SECONDS)
     return data
 
 
-def read_file(store: Store, path: str, patience: Patience) -> bytearray:
+def read_file(store: Store, path: str, retry: Retry) -> bytearray:
     """Return a small file, its checksum compared."""
     file = store.files[path]
-    data = read_range(store, path, 0, file.nbytes, patience)
-    digest = new_digest(file)
-    digest.update(data)
-    fault = checksum_fault(path, file, digest)
-    if fault:
+    data = read_range(store, path, 0, file.nbytes, retry)
+    checksum = Checksum(path, file)
+    checksum.update(data)
+    if fault := checksum.fault():
         raise FetchError(fault)
     return data
 
 
-def new_digest(file: RemoteFile) -> Any:
-    """Return the hash object whose digest the store tells, before the first byte."""
-    if file.checksum and file.checksum[0] == GIT_BLOB:
-        return hashlib.sha1(f"blob {file.nbytes}\0".encode(), usedforsecurity=False)
-    return hashlib.sha256()
+class Checksum:
+    """Compares the bytes of a file with what the store states of it, if it does."""
 
+    def __init__(self, path: str, file: RemoteFile):
+        self._path = path
+        self._kind, self._expected = file.checksum or ("", "")
+        self._digest: Any = None
+        if self._kind:
+            self._digest = hashlib.sha256() if self._kind == SHA256 else new_git_blob_hash(file.nbytes)
 
-def checksum_fault(path: str, file: RemoteFile, digest: Any) -> str | None:
-    """Return a sentence if all bytes have passed ``digest`` and it is not the store's."""
-    if file.checksum is None or digest.hexdigest() == file.checksum[1]:
-        return None
-    kind, expected = file.checksum
-    return (
-        f"{path}: the {kind} of what came is {digest.hexdigest()[:12]}..., the store says {expected[:12]}...:"
-        " damaged there or on the way. Run the same command again; if it stays, tell the owner."
-    )
+    def update(self, data: bytes | bytearray) -> None:
+        """Add the next bytes."""
+        if self._digest:
+            self._digest.update(data)
 
+    def update_from(self, path: Path) -> None:
+        """Add the bytes of a file on this machine."""
+        if self._digest and path.exists():
+            add_file(self._digest, path)
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its type where it says nothing."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    def fault(self) -> str | None:
+        """Return a sentence where all bytes have passed and are not those that the store states."""
+        if self._digest is None or self._digest.hexdigest() == self._expected:
+            return None
+        return (
+            f"{self._path}: the {self._kind} of what came is {self._digest.hexdigest()[:12]}..., the store says"
+            f" {self._expected[:12]}...: damaged there or on the way. Run the same command again; if it stays,"
+            " tell the owner."
+        )

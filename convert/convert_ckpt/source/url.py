@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from convert_ckpt.source.store import Patience, RemoteFile, first_line
-from run_ckpt.contract.errors import FetchError, TransientError, UsageError
+from convert_ckpt.source.store import RemoteFile, Retry
+from run_ckpt.contract.errors import FetchError, TransientError, UsageError, first_line
 
 # What file systems call the thing that changes with a file's content, the surest first.
 _VERSION_KEYS = (
@@ -25,7 +24,7 @@ _VERSION_KEYS = (
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
 
 
-def open_url(url: str, patience: Patience) -> "UrlStore":
+def open_url(url: str, retry: Retry) -> "UrlStore":
     """Return the folder (or file) at ``url`` as it is now. Raises UsageError or FetchError."""
     import fsspec
 
@@ -38,15 +37,14 @@ def open_url(url: str, patience: Patience) -> "UrlStore":
     except ValueError as error:
         raise UsageError(f"{scheme}://: {error}.") from error
     path = path.rstrip("/")
-    while True:
-        try:
-            with _plain_errors(url):
-                files, single = _list_files(filesystem, path)
-                break
-        except TransientError as error:
-            patience.wait(error)
+
+    def list_files() -> tuple[dict[str, RemoteFile], bool]:
+        with _plain_errors(url):
+            return _list_files(filesystem, path)
+
+    files, is_file = retry(list_files)
     folder, _, name = path.rpartition("/")
-    if single:
+    if is_file:
         return UrlStore(filesystem, folder, path, name, files, root=name)
     return UrlStore(filesystem, path, path, name or scheme, files)
 
@@ -62,6 +60,7 @@ class UrlStore:
     files: Mapping[str, RemoteFile]
     root: str = ""
     revision: None = None
+    cache: None = None
 
     def read(self, path: str, start: int, stop: int) -> Iterator[bytes]:
         """Yield bytes [start, stop) of a file. Raises TransientError or FetchError."""
@@ -74,16 +73,6 @@ class UrlStore:
             now, _ = _list_files(self.filesystem, self.listed)
         if now.get(path) != self.files[path]:
             raise FetchError(f"{path}: changed since the run began. Start again with --restart.")
-
-    @property
-    def cache_folder(self) -> Path:
-        raise AssertionError("--keep-source was refused before")
-
-    def cached(self, path: str) -> Path | None:
-        """None: such stores have no cache of their own."""
-
-    def cache(self, path: str) -> Path:
-        raise AssertionError("--keep-source was refused before")
 
 
 def _list_files(filesystem: Any, path: str) -> tuple[dict[str, RemoteFile], bool]:

@@ -62,3 +62,8 @@ class ProblemsError(CheckpointError):
         self.problems = tuple(problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{title} ({len(self.problems)} found):\n{lines}")
+
+
+def first_line(error: object) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

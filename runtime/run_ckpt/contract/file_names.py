@@ -10,9 +10,9 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
-def join_component(component: str, name: str) -> str:
-    """Return the path, within a result, of what is called ``name`` in a component; "" is the result itself."""
-    return f"{component}/{name}" if component else name
+def join_names(*names: str) -> str:
+    """Return a path within a checkpoint or a store; "" stands for the folder itself and leaves no trace."""
+    return "/".join(filter(None, names))
 
 
 def unsafe_file_name(name: str) -> bool:

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
-from run_ckpt.contract.file_names import HEATMAP_NAME, join_component
+from run_ckpt.contract.file_names import HEATMAP_NAME, join_names
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.storage.units import format_nbytes
@@ -174,7 +174,7 @@ def _convert_command(components: Sequence[ConvertedComponent]) -> str:
 
 def _checksums(component: ConvertedComponent, files: dict[str, dict[str, object]]) -> list[tuple[str, str, str]]:
     return [
-        (f"`{join_component(component.name, name)}`", f"{entry['nbytes']:,}", f"`{entry['blake3']}`")
+        (f"`{join_names(component.name, name)}`", f"{entry['nbytes']:,}", f"`{entry['blake3']}`")
         for name, entry in sorted(files.items())
     ]
 

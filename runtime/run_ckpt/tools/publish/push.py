@@ -7,7 +7,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from run_ckpt.contract.errors import ProblemsError, PublishError
-from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX, join_component
+from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX, join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
 from run_ckpt.storage.units import format_nbytes
@@ -114,7 +114,7 @@ def _verified_files(components: Sequence[ConvertedComponent], progress: Progress
         sizes = {name: entry["nbytes"] for name, entry in listed.items()}
         sizes[MANIFEST_NAME] = (component.path / MANIFEST_NAME).stat().st_size
         for name, nbytes in sizes.items():
-            files.append(LocalFile(join_component(component.name, name), component.path / name, nbytes))
+            files.append(LocalFile(join_names(component.name, name), component.path / name, nbytes))
     if problems:
         raise ProblemsError("nothing was pushed: the checkpoint is damaged", problems)
     return files

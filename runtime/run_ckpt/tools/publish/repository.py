@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,21 +12,10 @@ from typing import TYPE_CHECKING
 
 from run_ckpt.contract.errors import PublishError, UsageError
 from run_ckpt.storage.hashing import add_file
-from run_ckpt.version import VERSION
+from run_ckpt.storage.hub_client import hub_errors, make_client, new_git_blob_hash
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-_AGAIN = "Push again later: it goes on where it stopped."
-_REMEDIES = {
-    401: "the Hub does not accept your login. Log in with `hf auth login`, or set HF_TOKEN, to a token that may write.",
-    403: "your login may not write there. Use a token with write permission, or a repo of your own.",
-    404: "not found on the Hub. Check the name of the user or organization, and the revision.",
-    409: f"it exists and you may not see it, or another change to it is going on. {_AGAIN}",
-    412: "it was changed by someone else during the push. Push again: what is there is compared anew.",
-    429: f"the Hub allows no more requests for now. {_AGAIN}",
-}
 
 # SGLang 0.5.23 (multimodal_gen/registry.py) hands such a --model-path to plain diffusers.
 _MISREAD_NAME = re.compile(r"-(4bit|awq|gptq)", re.IGNORECASE)
@@ -100,7 +88,7 @@ class Repository:
     def stage(self, files: Iterable[LocalFile]) -> None:
         """Upload bytes; the repo does not show them until commit(). Bytes that the Hub has are not sent again."""
         operations = [_addition(file) for file in files]
-        with hub_errors(self._target.repo_id):
+        with hub_errors(self._target.repo_id, writes=True):
             self._api.preupload_lfs_files(
                 self._target.repo_id, operations, revision=self._target.revision, free_memory=False
             )
@@ -113,7 +101,7 @@ class Repository:
         self.stage(files)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [*self._staged]
         operations += [CommitOperationDelete(name, is_folder=False) for name in deleted]
-        with hub_errors(self._target.repo_id):
+        with hub_errors(self._target.repo_id, writes=True):
             commit = self._api.create_commit(
                 self._target.repo_id,
                 operations,
@@ -130,36 +118,12 @@ def open_repository(target: Target, *, show_bars: bool = True) -> Repository:
 
     show_bars: let the client draw its progress bars, where standard error is a terminal.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     if not show_bars:
         disable_progress_bars()
-    with hub_errors(target.repo_id):
-        return Repository(HfApi(library_name="convert-ckpt", library_version=VERSION), target)
-
-
-@contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one line with a remedy. Nothing of a token or a signed URL is in it."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-
-    try:
-        yield
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id}: not the name of a repo. Give owner/name of letters, digits, - _ and .") from error
-    except OfflineModeIsEnabled as error:
-        raise PublishError(f"{repo_id}: the Hub is switched off by HF_HUB_OFFLINE. Unset it.") from error
-    # RuntimeError is what a failed upload is wrapped in, ValueError what a refused README.md or LFS answer is.
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        answer = next((e for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
-        if answer is not None:
-            raise PublishError(f"{repo_id}: {_describe_answer(answer)}") from error
-        cause = list(_causes(error))[-1]
-        lines = str(cause).strip().splitlines() or [""]
-        raise PublishError(
-            f"{repo_id}: the Hub can't be reached or broke off ({type(cause).__name__}: {lines[0]}). {_AGAIN}"
-        ) from error
+    with hub_errors(target.repo_id, writes=True):
+        return Repository(make_client(), target)
 
 
 def _find_head(api: HfApi, target: Target) -> str | None:
@@ -196,23 +160,7 @@ def _addition(file: LocalFile) -> CommitOperationAdd:
     return CommitOperationAdd(file.name, content)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
-
-
-def _describe_answer(error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    if status in _REMEDIES:
-        return f"{status}: {_REMEDIES[status]}"
-    if status >= 500:
-        return f"{status}: the Hub is in trouble. {_AGAIN}"
-    said = f" ({error.server_message})" if error.server_message else ""
-    return f"{status}: the Hub refuses{said}."
-
-
 def _git_blob_id(file: LocalFile) -> str:
-    data = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    digest = new_git_blob_hash(file.nbytes)
+    digest.update(file.content if isinstance(file.content, bytes) else file.content.read_bytes())
+    return str(digest.hexdigest())

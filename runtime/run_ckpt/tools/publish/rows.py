@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_ckpt.contract.file_names import join_component
+from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import KeptTensor, Layer, Manifest
 from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.contract.module_names import block_pattern, split_name
@@ -41,12 +41,12 @@ class TensorRow:
     @property
     def path(self) -> str:
         """Component and name."""
-        return join_component(self.component, self.name)
+        return join_names(self.component, self.name)
 
     @property
     def kind(self) -> str:
         """Component and name without its block number."""
-        return join_component(self.component, block_pattern(self.name))
+        return join_names(self.component, block_pattern(self.name))
 
 
 @dataclass(frozen=True)
