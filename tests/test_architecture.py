@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -205,3 +206,16 @@ def test_module_is_at_most_300_lines(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_module_says_its_job_in_a_docstring(module: str) -> None:
     assert ast.get_docstring(ast.parse(source_of(module).read_text(encoding="utf-8")))
+
+
+def test_the_map_in_the_readme_names_what_is_there() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    places = re.findall(
+        r"^( {4,6})(\S+) ", readme.partition("## Where things are")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    top, missing = ROOT, []
+    for indent, place in places:
+        top = ROOT / place if len(indent) == 4 else top
+        path = top if len(indent) == 4 else top / place
+        missing += [] if path.exists() else [path]
+    assert (len(places) > 10, missing) == (True, [])
