@@ -8,11 +8,11 @@ import pytest
 from convert_ckpt.plan.preset import FusedPattern, Preset, find_preset, load_preset, preset_names
 from convert_ckpt.plan.recipe import (
     KEEP,
-    Fate,
+    Decision,
     FusedGroup,
     Rule,
-    choose_fates,
     close_over_groups,
+    decide,
     find_fused_groups,
     ignore_rules,
     preset_rules,
@@ -20,9 +20,10 @@ from convert_ckpt.plan.recipe import (
     unmatched_rules,
 )
 from convert_ckpt.plan.sglang_names import overmatched, sglang_prefixes
-from convert_ckpt.plan.shape_rules import in_numbered_block, linear_module, reason_not_linear, reason_to_keep
+from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear, reason_to_keep
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
+from run_ckpt.contract.module_names import split_name
 from run_ckpt.contract.tensors import TensorSpec
 
 QKV = FusedPattern(("*.to_q", "*.to_k", "*.to_v"))
@@ -44,8 +45,8 @@ def weight(N: int, K: int, dtype: str = "BF16") -> TensorSpec:
     return TensorSpec("layer.weight", dtype, (N, K))
 
 
-def formats(fates: dict[str, Fate]) -> dict[str, str]:
-    return {module: fate.format for module, fate in fates.items()}
+def formats(decisions: dict[str, Decision]) -> dict[str, str]:
+    return {module: decision.format for module, decision in decisions.items()}
 
 
 @pytest.mark.parametrize(
@@ -72,12 +73,12 @@ def test_pattern_matches_the_whole_name_with_star_for_any_characters(pattern: st
 
 def test_first_rule_that_matches_decides() -> None:
     rules = [Rule("*.to_q", "fp8", "first"), Rule("blocks.0.*", KEEP, "second")]
-    fates = choose_fates(["blocks.0.to_q", "blocks.0.to_k", "blocks.1.to_k"], rules, "mxfp4")
-    assert formats(fates) == {"blocks.0.to_q": "fp8", "blocks.0.to_k": KEEP, "blocks.1.to_k": "mxfp4"}
+    decisions = decide(["blocks.0.to_q", "blocks.0.to_k", "blocks.1.to_k"], rules, "mxfp4")
+    assert formats(decisions) == {"blocks.0.to_q": "fp8", "blocks.0.to_k": KEEP, "blocks.1.to_k": "mxfp4"}
 
 
 def test_fate_carries_the_reason_of_its_rule() -> None:
-    assert choose_fates(["a"], [Rule("a", KEEP, "it is fragile")], "fp8") == {"a": Fate(KEEP, "it is fragile")}
+    assert decide(["a"], [Rule("a", KEEP, "it is fragile")], "fp8") == {"a": Decision(KEEP, "it is fragile")}
 
 
 def test_ignore_rule_keeps_and_says_the_option() -> None:
@@ -271,7 +272,7 @@ def test_tensor_that_is_no_linear_says_why(name: str, shape: tuple[int, ...], re
     [("layers.3.mlp.up", True), ("0.up", True), ("layers.3", False), ("x_embedder", False), ("w13.a", False)],
 )
 def test_numbered_block_is_a_dotted_part_of_digits(module: str, numbered: bool) -> None:
-    assert in_numbered_block(module) == numbered
+    assert (split_name(module)[1] is not None) == numbered
 
 
 def test_fused_group_takes_the_same_block_in_every_member() -> None:
@@ -305,34 +306,36 @@ def test_module_is_in_one_group_at_most() -> None:
 GROUP = FusedGroup("qkv", ("to_q", "to_k", "to_v"), QKV)
 
 
-def fates_of(*member_formats: str) -> dict[str, Fate]:
+def decisions_of(*member_formats: str) -> dict[str, Decision]:
     members = zip(GROUP.members, member_formats, strict=True)
-    return {"other": Fate("fp8", "linear layer")} | {name: Fate(format_, "its own") for name, format_ in members}
+    return {"other": Decision("fp8", "linear layer")} | {
+        name: Decision(format_, "its own") for name, format_ in members
+    }
 
 
 def test_one_kept_member_keeps_the_whole_group() -> None:
-    closed = close_over_groups(fates_of("fp8", KEEP, "fp8"), [GROUP])
+    closed = close_over_groups(decisions_of("fp8", KEEP, "fp8"), [GROUP])
     assert formats(closed) == {"other": "fp8", "to_q": KEEP, "to_k": KEEP, "to_v": KEEP}
 
 
 def test_member_kept_for_the_group_says_which_one_asked() -> None:
-    closed = close_over_groups(fates_of("fp8", KEEP, "fp8"), [GROUP])
+    closed = close_over_groups(decisions_of("fp8", KEEP, "fp8"), [GROUP])
     assert (closed["to_q"].reason, closed["to_k"].reason) == ("fused with to_k, which is kept", "its own")
 
 
 def test_group_without_a_kept_member_stays_as_it_is() -> None:
-    fates = fates_of("fp8", "fp8", "fp8")
-    assert close_over_groups(fates, [GROUP]) == fates
+    decisions = decisions_of("fp8", "fp8", "fp8")
+    assert close_over_groups(decisions, [GROUP]) == decisions
 
 
 def test_group_kept_as_a_whole_keeps_its_reasons() -> None:
-    fates = fates_of(KEEP, KEEP, KEEP)
-    assert close_over_groups(fates, [GROUP]) == fates
+    decisions = decisions_of(KEEP, KEEP, KEEP)
+    assert close_over_groups(decisions, [GROUP]) == decisions
 
 
 def test_group_of_two_formats_is_refused_with_members_and_formats() -> None:
     with pytest.raises(UsageError, match=r"to_q, to_k, to_v are fused at load .* fp8, mxfp4"):
-        close_over_groups(fates_of("fp8", "mxfp4", "fp8"), [GROUP])
+        close_over_groups(decisions_of("fp8", "mxfp4", "fp8"), [GROUP])
 
 
 # SGLang 0.5.23's names, probed on its classes.

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from convert_ckpt.options import Options
-from convert_ckpt.plan.plan import Plan, make_plan
+from convert_ckpt.plan.make_plan import make_plan
+from convert_ckpt.plan.plan import Plan
 from convert_ckpt.run.schedule import Slab, list_slabs, scale_group
 from convert_ckpt.source.component import open_component
 from tests.checkpoints import random_weight, save_checkpoint

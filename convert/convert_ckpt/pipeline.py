@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from blake3 import blake3
 
 from convert_ckpt.options import Options
-from convert_ckpt.plan.plan import Job, make_plan
+from convert_ckpt.plan.make_plan import make_plan
+from convert_ckpt.plan.plan import Job
 from convert_ckpt.preview import plan_json, plan_lines
 from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.engine import Engine, FileRecord

@@ -28,7 +28,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Fate:
+class Decision:
     """What becomes of a module and why."""
 
     format: str
@@ -85,14 +85,14 @@ def preset_rules(preset: Preset) -> list[Rule]:
     return [Rule(pattern, KEEP, reason) for pattern, reason in preset.keep.items()]
 
 
-def choose_fates(modules: Iterable[str], rules: list[Rule], default_format: str) -> dict[str, Fate]:
-    """Return module -> fate by the first rule that matches, else the default format."""
-    default = Fate(default_format, "linear layer")
-    fates = {}
+def decide(modules: Iterable[str], rules: list[Rule], default_format: str) -> dict[str, Decision]:
+    """Return module -> decision by the first rule that matches, else the default format."""
+    default = Decision(default_format, "linear layer")
+    decisions = {}
     for module in modules:
         rule = next((rule for rule in rules if rule.matches(module)), None)
-        fates[module] = Fate(rule.format, rule.reason) if rule else default
-    return fates
+        decisions[module] = Decision(rule.format, rule.reason) if rule else default
+    return decisions
 
 
 def unmatched_rules(modules: Iterable[str], rules: list[Rule]) -> list[str]:
@@ -120,12 +120,12 @@ def find_fused_groups(linears: Mapping[str, TensorSpec], preset: Preset) -> list
     return groups
 
 
-def close_over_groups(fates: dict[str, Fate], groups: Iterable[FusedGroup]) -> dict[str, Fate]:
-    """Return the fates with every fused group made whole: one kept member keeps them all.
+def close_over_groups(decisions: dict[str, Decision], groups: Iterable[FusedGroup]) -> dict[str, Decision]:
+    """Return the decisions with every fused group made whole: one kept member keeps them all.
 
     Members that would get different formats are an error of the recipe (UsageError).
     """
-    closed = dict(fates)
+    closed = dict(decisions)
     for group in groups:
         kept = [name for name in group.members if closed[name].format == KEEP]
         formats = {closed[name].format for name in group.members} - {KEEP}

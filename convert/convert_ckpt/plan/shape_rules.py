@@ -1,7 +1,5 @@
 """Which tensors may be quantized at all: linear weights of a shape the kernels take."""
 
-import re
-
 from run_ckpt.contract.formats import BLOCK_FP8, FP8_BLOCK_SIZE, Scheme
 from run_ckpt.contract.tensors import TensorSpec
 
@@ -42,11 +40,6 @@ def reason_to_keep(spec: TensorSpec, scheme: Scheme, naming: str, *, allow_unali
         would_do = k_multiple == scheme.layout.tuned_K > 1 and K % scheme.alignment[1] == 0
         return f"K = {K} is not a multiple of {k_multiple}{' (see --allow-unaligned-k)' if would_do else ''}"
     return None
-
-
-def in_numbered_block(module: str) -> bool:
-    """True where a part of the dotted name is a number, as in ``layers.3.mlp.up``."""
-    return re.search(r"(^|\.)\d+\.", module) is not None
 
 
 def _k_multiple(scheme: Scheme, allow_unaligned_k: bool) -> int:

@@ -1,0 +1,233 @@
+"""The steps from a source and options to its plan: pure, before any byte of a tensor is read."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from convert_ckpt.options import Options
+from convert_ckpt.plan.calibration import calibration_faults, input_scales, read_calibration
+from convert_ckpt.plan.context import PlanContext, dialect_faults, dialect_warnings, find_dialect
+from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
+from convert_ckpt.plan.preset import GENERIC, Preset, find_preset, load_preset
+from convert_ckpt.plan.recipe import (
+    KEEP,
+    Decision,
+    FusedGroup,
+    Rule,
+    close_over_groups,
+    decide,
+    find_fused_groups,
+    ignore_rules,
+    preset_rules,
+    read_recipe,
+    unmatched_rules,
+)
+from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear, reason_to_keep
+from convert_ckpt.source.component import Component
+from run_ckpt.contract.dialects.dialect import Dialect
+from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
+from run_ckpt.contract.errors import ProblemsError, UsageError
+from run_ckpt.contract.formats import BLOCK_FP8, TENSOR_FP8
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT_SCALE, FusedScale, KeptTensor, Layer, Manifest
+from run_ckpt.contract.module_names import split_name
+from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.storage.header import build_header
+from run_ckpt.version import VERSION
+
+TOOL_NAME = "convert-ckpt"
+
+
+def make_plan(source: Component, options: Options) -> Plan:
+    """Return the plan for one component.
+
+    Raises UsageError for options that contradict each other or match nothing, ProblemsError with
+    every other fault.
+    """
+    preset, rules = _choose_rules(source, options)
+    specs = [tensor.spec for _, tensor in source.folder.tensors()]
+    linears = {module: spec for spec in specs if (module := linear_module(spec))}
+    context = PlanContext(source, options, preset, linears)
+    decisions, groups = _decide(context, rules)
+    dialect = find_dialect(context, decisions)
+    layers = _make_layers(context, decisions, groups, dialect)
+    problems = dialect_faults(context, decisions, layers, dialect)
+    scales: dict[str, np.float32] = {}
+    if options.calibration:
+        calibration = read_calibration(options.calibration)
+        faults = calibration_faults(calibration, layers)
+        problems += faults
+        if not faults:
+            scales = input_scales(calibration, layers)
+            layers = {module: _with_input_scale(layer) for module, layer in layers.items()}
+    if not layers:
+        problems.append(_nothing_to_convert(decisions))
+    tensors = _make_tensors(source, layers, decisions)
+    manifest = _make_manifest(context, rules, dialect.name, layers, tensors, groups)
+    if problems:
+        raise ProblemsError(f"{source.name}: can't be converted as asked", problems)
+    files = _make_files(tensors, manifest)
+    warnings = (*source.notes, *dialect_warnings(context, manifest))
+    return Plan(tensors, files, manifest, scales, warnings)
+
+
+def _nothing_to_convert(decisions: Mapping[str, Decision]) -> str:
+    if not decisions:
+        return "nothing to convert: it holds no 2-D weight of a linear layer."
+    reasons = Counter(decision.reason for decision in decisions.values())
+    listed = "; ".join(f"{count} for: {reason}" for reason, count in sorted(reasons.items()))
+    kept = f"all {len(decisions)} linear layers are kept. {listed}"
+    return f"nothing to convert: {kept}. Write a --recipe that says otherwise."
+
+
+def _choose_rules(source: Component, options: Options) -> tuple[Preset, list[Rule]]:
+    base, recipe_rules = read_recipe(options.recipe) if options.recipe else (None, [])
+    name = options.preset or base
+    preset = load_preset(name) if name else find_preset(source.class_name)
+    return preset, [*ignore_rules(options.ignore), *recipe_rules, *preset_rules(preset)]
+
+
+def _decide(context: PlanContext, rules: list[Rule]) -> tuple[dict[str, Decision], tuple[FusedGroup, ...]]:
+    missing = unmatched_rules(context.linears, rules)
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)}: matches no linear layer of {context.source.name}. A pattern is matched against"
+            " the whole module name (tensor name without .weight), * standing for any characters;"
+            " --dry-run lists the names."
+        )
+    decisions = decide(context.linears, rules, context.options.format)
+    decisions = {module: _guarded(context, module, decision) for module, decision in decisions.items()}
+    groups = find_fused_groups(context.linears, context.preset)
+    decisions = close_over_groups(decisions, groups)
+    return decisions, tuple(group for group in groups if decisions[group.members[0]].format != KEEP)
+
+
+def _guarded(context: PlanContext, module: str, decision: Decision) -> Decision:
+    if decision.format == KEEP:
+        return decision
+    if context.preset.name == GENERIC and split_name(module)[1] is None:
+        return Decision(KEEP, "outside the numbered blocks, and no preset knows this class")
+    reason = reason_to_keep(
+        context.linears[module],
+        context.options.scheme(decision.format),
+        context.naming,
+        allow_unaligned_k=context.options.allow_unaligned_k,
+    )
+    return Decision(KEEP, reason) if reason else decision
+
+
+def _make_layers(
+    context: PlanContext, decisions: Mapping[str, Decision], groups: tuple[FusedGroup, ...], dialect: Dialect
+) -> dict[str, Layer]:
+    group_of = {member: group.name for group in groups for member in group.members}
+    layers = {}
+    for module, decision in sorted(decisions.items()):
+        if decision.format == KEEP:
+            continue
+        spec = context.linears[module]
+        scheme = context.options.scheme(decision.format)
+        N, K = spec.shape
+        layers[module] = Layer(
+            module=module,
+            scheme=scheme,
+            N=N,
+            K=K,
+            source_tensor=spec.name,
+            source_dtype=spec.dtype,
+            scale_rule=scheme.format.scale_rule(context.options.scale_rule),
+            tensors=dialect.tensor_names(module, scheme, context.naming),
+            scale_shape=dialect.scale_shape(N, K, scheme),
+            fused_group=group_of.get(module),
+        )
+    return layers
+
+
+def _with_input_scale(layer: Layer) -> Layer:
+    return replace(layer, tensors={**layer.tensors, INPUT_SCALE: f"{layer.module}.{INPUT_SCALE}"})
+
+
+def _make_tensors(
+    source: Component, layers: Mapping[str, Layer], decisions: Mapping[str, Decision]
+) -> tuple[TensorPlan, ...]:
+    tensors = []
+    for shard, stored in source.folder.tensors():
+        module = linear_module(stored.spec)
+        reason = decisions[module].reason if module else reason_not_linear(stored.spec)
+        tensors.append(TensorPlan(shard.name, stored, layers.get(module) if module else None, reason))
+    return tuple(tensors)
+
+
+def _make_manifest(
+    context: PlanContext,
+    rules: list[Rule],
+    dialect: str,
+    layers: dict[str, Layer],
+    tensors: tuple[TensorPlan, ...],
+    groups: tuple[FusedGroup, ...],
+) -> Manifest:
+    recipe = {
+        **context.options.to_json(),
+        "dialect": dialect,
+        "preset": context.preset.name,
+        "class_name": context.source.class_name,
+        "naming": context.naming,
+        "rules": [[rule.pattern, rule.format] for rule in rules if rule.by_user],
+    }
+    kept = {tensor.spec.name: tensor for tensor in tensors if tensor.layer is None}
+    unquantized = {
+        module: spec
+        for module, spec in context.linears.items()
+        if module not in layers and not context.preset.is_embedding(module)
+    }
+    return Manifest(
+        tool={"name": TOOL_NAME, "version": VERSION},
+        source={"name": context.source.name, "revision": context.source.revision, **_card(context.source)},
+        recipe=recipe,
+        layers=layers,
+        kept={name: KeptTensor(tensor.spec, tensor.reason) for name, tensor in kept.items()},
+        fused_scales=_fused_scales(layers, groups),
+        unquantized_linears=context.prefixes(unquantized),
+    )
+
+
+def _card(source: Component) -> dict[str, Any]:
+    return {"card": source.card} if source.card else {}
+
+
+def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -> dict[str, FusedScale]:
+    """The scales that must also be on disk under the fused module's name (Z-Image)."""
+    fused = {}
+    for group in groups:
+        members = [layers[name] for name in group.members]
+        scheme = members[0].scheme
+        is_repeated = scheme == TENSOR_FP8 or (scheme == BLOCK_FP8 and group.pattern.block_scale)
+        if not group.pattern.scale_name or not is_repeated:
+            continue
+        for role in members[0].tensors.keys() & {WEIGHT_SCALE, INPUT_SCALE}:
+            specs = [layer.specs()[role] for layer in members]
+            suffix = specs[0].name.removeprefix(members[0].module)
+            shape = (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:])
+            spec = TensorSpec(group.name + suffix, specs[0].dtype, shape)
+            fused[spec.name] = FusedScale(spec, role, group.members)
+    return fused
+
+
+def _make_files(tensors: tuple[TensorPlan, ...], manifest: Manifest) -> tuple[FilePlan, ...]:
+    """One output shard per source shard, or a single file where the dialect wants one."""
+    outputs: dict[str, list[TensorSpec]] = {}
+    shard_of: dict[str, str] = {}
+    for tensor in tensors:
+        specs = outputs.setdefault(tensor.shard, [])
+        specs += tensor.layer.specs().values() if tensor.layer else [tensor.spec]
+        if tensor.layer:
+            shard_of[tensor.layer.module] = tensor.shard
+    for fused in manifest.fused_scales.values():
+        outputs[shard_of[fused.members[0]]].append(fused.spec)
+    metadata = header_metadata(manifest)
+    file_name = DIALECTS[manifest.dialect].file_name
+    if file_name:
+        merged = [spec for specs in outputs.values() for spec in specs]
+        return (FilePlan(file_name, build_header(merged, metadata), tuple(outputs)),)
+    return tuple(FilePlan(name, build_header(specs, metadata), (name,)) for name, specs in outputs.items())
