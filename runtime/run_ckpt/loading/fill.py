@@ -29,7 +29,7 @@ _DTYPES = {
 
 
 @dataclass
-class Place:
+class Slot:
     """A tensor that a model wants: every (module, attribute) that shares it, and its names there."""
 
     wanted: Tensor
@@ -39,6 +39,7 @@ class Place:
     def put(self, tensor: Tensor) -> None:
         """Make ``tensor`` what all owners hold."""
         parameter = nn.Parameter(tensor, requires_grad=False) if isinstance(self.wanted, nn.Parameter) else None
+        # Into the tables themselves: assigning an attribute would refuse a tensor in place of a parameter.
         for module, leaf in self.owners:
             if leaf in module._parameters:
                 module._parameters[leaf] = parameter
@@ -46,48 +47,48 @@ class Place:
                 module._buffers[leaf] = tensor
 
 
-def find_places(model: nn.Module) -> list[Place]:
-    """Return the place of every parameter and persistent buffer; tied ones are one place with several names."""
-    places: dict[int, Place] = {}
+def parameter_slots(model: nn.Module) -> list[Slot]:
+    """Return the slot of every parameter and persistent buffer; tied ones are one slot with several names."""
+    slots: dict[int, Slot] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for leaf, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None and leaf not in module._non_persistent_buffers_set:
-                place = places.setdefault(id(tensor), Place(tensor))
-                place.names.append(prefix + leaf)
-                place.owners.append((module, leaf))
-    return list(places.values())
+                slot = slots.setdefault(id(tensor), Slot(tensor))
+                slot.names.append(prefix + leaf)
+                slot.owners.append((module, leaf))
+    return list(slots.values())
 
 
-def match_places(
-    places: list[Place], specs: Mapping[str, TensorSpec], coded: Collection[str]
-) -> tuple[dict[str, Place], list[str]]:
-    """Return tensor name -> place, and a sentence for each tensor that is missing, unused or of another shape.
+def match_slots(
+    slots: list[Slot], specs: Mapping[str, TensorSpec], coded: Collection[str]
+) -> tuple[dict[str, Slot], list[str]]:
+    """Return tensor name -> slot, and a sentence for each tensor that is missing, unused or of another shape.
 
     coded: the tensors of quantized layers, whose dtype must be as wanted too (a scale's may be any float).
     """
-    matched: dict[str, Place] = {}
+    matched: dict[str, Slot] = {}
     faults = []
-    for place in places:
-        stored = [name for name in place.names if name in specs]
+    for slot in slots:
+        stored = [name for name in slot.names if name in specs]
         if not stored:
-            faults.append(f"{place.names[0]}: the model wants it, the checkpoint lacks it. Fetch or convert again.")
+            faults.append(f"{slot.names[0]}: the model wants it, the checkpoint lacks it. Fetch or convert again.")
         for name in stored:
-            matched[name] = place
-            faults += _misfit(specs[name], place.wanted, name in coded)
+            matched[name] = slot
+            faults += _misfit(specs[name], slot.wanted, name in coded)
     unused = sorted(specs.keys() - matched.keys())
     faults += [f"{name}: in the checkpoint, but the model has no use for it. Is it the right class?" for name in unused]
     return matched, faults
 
 
-def fill_places(
+def fill_slots(
     reader: TensorReader,
-    matched: Mapping[str, Place],
+    matched: Mapping[str, Slot],
     device: torch.device,
     dtypes: Mapping[str, torch.dtype],
     progress: Progress,
 ) -> None:
-    """Bring every matched tensor to ``device`` and put it in its place.
+    """Bring every matched tensor to ``device`` and put it in its slot.
 
     A GPU is filled a slab at a time through pinned memory. For the CPU the files are mapped: no copy is made.
 
@@ -100,15 +101,15 @@ def fill_places(
     else:
         tensors = _read_tensors(reader, specs, device, progress)
     first: dict[int, str] = {}
-    for name, place in matched.items():
-        twin = first.setdefault(id(place), name)
+    for name, slot in matched.items():
+        twin = first.setdefault(id(slot), name)
         if twin != name and not torch.equal(
             tensors[name].reshape(-1).view(torch.uint8), tensors[twin].reshape(-1).view(torch.uint8)
         ):
             raise CheckpointError(f"{twin} and {name} are one tensor in the model, but differ in the checkpoint.")
-    for name, place in matched.items():
+    for name, slot in matched.items():
         tensor = tensors.pop(name)
-        place.put(tensor.to(dtypes.get(name, tensor.dtype)).reshape(place.wanted.shape))
+        slot.put(tensor.to(dtypes.get(name, tensor.dtype)).reshape(slot.wanted.shape))
 
 
 def _map_tensor(reader: TensorReader, spec: TensorSpec) -> Tensor:

@@ -15,6 +15,18 @@ from run_ckpt.storage.rows import STORED_DTYPES
 _OPERAND = "operand_"
 
 
+# Why this class reaches into nn.Module's own ``_buffers`` and ``_modules``.
+#
+# A layer holds one of two sets of tensors: those on disk, or the operands that a backend made of them (shuffled,
+# padded, in another FP8 variant). state_dict must show the first set at all times, in the names, dtypes and bytes of
+# the file: save_pretrained writes what it returns and must write a checkpoint that every consumer still reads;
+# from_pretrained matches names and dtypes with the file before a byte is read; sharding and offloading tools move
+# tensors by these names. nn.Module has no way to swap a set of buffers, so ``_forget`` empties the tables and
+# ``store`` or ``prepare`` fills them again. ``_modules`` is among them since a name on disk may have a dot
+# (amd-quark's ``weight_quantizer.scale``) and then lies in a nested module. Operands are not persistent, so that the
+# default state_dict leaves them out, and ``_save_to_state_dict`` adds the tensors as on disk in their stead.
+
+
 class QuantizedLinear(nn.Module):
     """x [..., K] -> x @ weight.T + bias [..., N] in x's dtype, by a backend.
 
@@ -108,13 +120,17 @@ class QuantizedLinear(nn.Module):
         return {name.removeprefix(_OPERAND): buffer for name, buffer in self._buffers.items() if buffer is not None}
 
     def _forget(self) -> None:
+        """Drop either set of tensors; the bias is a parameter and stays."""
         self._buffers.clear()
         self._modules.clear()
         if self.backend is not None:
             self.backend = self.prepared_for = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Move codes and scales with the layer; as bytes, so that no cast reaches them."""
+        """Move codes and scales with the layer; as bytes, so that no cast reaches them.
+
+        nn.Module's own would cast every floating tensor, float8 codes and float32 scales included.
+        """
         for owner in self.modules():
             for name, buffer in owner._buffers.items():
                 if buffer is not None:
@@ -124,12 +140,14 @@ class QuantizedLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Add the bias, and the tensors as on disk, restored from the operands where a backend has them."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.backend is not None:
             for role, tensor in self.stored().items():
                 destination[prefix + self._suffixes()[role]] = tensor
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        """Take tensors as on disk: first go back to them, as they are copied into buffers of their name."""
         if self.backend is not None:
             self.store(self.stored())
         super()._load_from_state_dict(*args)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from run_ckpt.contract.errors import CheckpointError, ProblemsError
-from run_ckpt.loading.fill import Place, fill_places, find_places, match_places
+from run_ckpt.loading.fill import Slot, fill_slots, match_slots, parameter_slots
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.opened import open_to_load
 from run_ckpt.loading.replace import replace_linears
@@ -37,7 +37,7 @@ def load_quantized(
     float32); default: as stored. backend: one of run_ckpt.backends.select, default: the first that runs.
 
     Shards are read straight to a GPU, and mapped for the CPU as safetensors does: don't overwrite them
-    in place while the model lives. No weight that is quantized ever exists in another dtype.
+    in place while the model lives. A quantized weight is decoded by nothing but its backend.
     Nothing is filled in, cast or left out silently: raises CheckpointError (ProblemsError with every
     fault, ManifestError, BackendError), which names the tensor, the file and the remedy.
     """
@@ -47,7 +47,7 @@ def load_quantized(
         linears = replace_linears(model, checkpoint.manifest.layers, backend)
         matched = _match(checkpoint, model)
         dtypes = _dtypes(checkpoint, model, matched, dtype)
-        fill_places(checkpoint.reader, matched, device, dtypes, progress or Silent())
+        fill_slots(checkpoint.reader, matched, device, dtypes, progress or Silent())
     for linear in linears.values():
         linear.prepare(device)
     _finish(model, device)
@@ -68,11 +68,11 @@ def _build_model(path: Path) -> nn.Module:
     return model
 
 
-def _match(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Place]:
+def _match(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Slot]:
     specs = {tensor.spec.name: tensor.spec for _, tensor in checkpoint.folder.tensors()}
     # What repeats scales for consumers that fuse layers is no tensor of the model.
     wanted = {name: spec for name, spec in specs.items() if name not in checkpoint.manifest.fused_scales}
-    matched, faults = match_places(find_places(model), wanted, _coded(checkpoint))
+    matched, faults = match_slots(parameter_slots(model), wanted, _coded(checkpoint))
     if faults:
         raise ProblemsError(f"{checkpoint.path}: does not fit {type(model).__name__}", faults)
     return {name: matched[name] for name in wanted}
@@ -83,7 +83,7 @@ def _coded(checkpoint: Checkpoint) -> set[str]:
 
 
 def _dtypes(
-    checkpoint: Checkpoint, model: nn.Module, matched: dict[str, Place], dtype: torch.dtype | None
+    checkpoint: Checkpoint, model: nn.Module, matched: dict[str, Slot], dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """Tensor name -> the dtype it is given, where that may not be the stored one."""
     # Other tools may store a float scale in 16 bits.

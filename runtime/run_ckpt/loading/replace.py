@@ -22,6 +22,7 @@ def replace_linears(
         raise ProblemsError(f"{type(model).__name__}: not the model that this checkpoint was made from", problems)
     replaced = {}
     for name, layer in layers.items():
+        # The very parameter of the old layer, not a copy: it may be tied, and fill.py finds it by its identity.
         linear = QuantizedLinear(layer, modules[name].bias, backend)
         if not modules[name].training:
             linear.eval()
