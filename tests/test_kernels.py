@@ -217,6 +217,15 @@ def reference_fp8(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return codec.quantize_fp8(weight, expand_fp8_scale(scale, N, K)), scale
 
 
+@pytest.mark.parametrize("granularity", FP8_SCHEMES)
+def test_the_codec_takes_the_amax_of_each_block(granularity: str) -> None:
+    weight, scheme = normal(150, 272), FP8_SCHEMES[granularity]
+    codes, scale = reference_fp8(weight, scheme)
+    quantized, scales = codec.quantize(weight, scheme, "amax_over_448")
+    assert_bits_equal(quantized, codes)
+    assert_bits_equal(scales.reshape(scale.shape), scale)
+
+
 def expected_errors(weight: Tensor, decoded: Tensor) -> ErrorSums:
     error = weight.double() - decoded.double()
     return ErrorSums(float((error**2).sum()), float((weight.double() ** 2).sum()), float(error.abs().max()))
