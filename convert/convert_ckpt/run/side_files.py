@@ -1,6 +1,5 @@
 """The small files of the result: config.json, the index, what SOURCE holds besides, the manifest."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 from convert_ckpt.plan.plan import Plan
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.table import DIALECTS, quantization_config
-from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX
+from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.storage.atomic import write_durably
 from run_ckpt.storage.hashing import describe_file
+from run_ckpt.storage.json_files import config_text, index_text, make_index
 
 
 def write_side_files(folder: Path, source: Component, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -19,10 +19,11 @@ def write_side_files(folder: Path, source: Component, plan: Plan) -> dict[str, d
     texts = {}
     config = make_config(source.config, plan.manifest)
     if config is not None:
-        texts[CONFIG_NAME] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        texts[CONFIG_NAME] = config_text(config)
     index_name = _index_name(source, plan)
     if index_name:
-        texts[index_name] = json.dumps(make_index(plan), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        stored = ((tensor.spec, file.name) for file in plan.files for tensor in file.header.tensors)
+        texts[index_name] = index_text(make_index(stored))
     for name, text in texts.items():
         write_durably(folder / name, text)
     for path in source.side_files:
@@ -37,16 +38,7 @@ def make_config(config: dict[str, Any] | None, manifest: Manifest) -> dict[str, 
     declared = quantization_config(manifest)
     if declared is None:
         return config
-    return {**(config or {}), "quantization_config": declared}
-
-
-def make_index(plan: Plan) -> dict[str, Any]:
-    """Return the index of the output shards; ``total_size`` counts tensor bytes."""
-    stored = [(tensor, file.name) for file in plan.files for tensor in file.header.tensors]
-    return {
-        "metadata": {"total_size": sum(tensor.spec.nbytes for tensor, _ in stored)},
-        "weight_map": {tensor.spec.name: name for tensor, name in stored},
-    }
+    return {**(config or {}), CONFIG_KEY: declared}
 
 
 def _index_name(source: Component, plan: Plan) -> str | None:

@@ -1,14 +1,14 @@
 """A checkpoint to read: headers and configuration now, bytes on demand."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert_ckpt.source.source_card import read_source_card
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
-from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder, read_folder
 
 # Weights in other containers and other variants are not carried along.
@@ -25,8 +25,6 @@ _WEIGHT_SUFFIXES = (
     ".h5",
     ".index.json",
 )
-# What diffusers writes at the root of a pipeline.
-_PIPELINE_INDEX_NAME = "model_index.json"
 _LARGEST_SIDE_FILE_NBYTES = 64 * 2**20
 _QUANTIZED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _QUANTIZED_NAMES = re.compile(
@@ -69,33 +67,13 @@ class Component:
         return "transformers" if "architectures" in config or "model_type" in config else "diffusers"
 
 
-def find_components(path: Path) -> dict[str, Path]:
-    """Return component name -> folder or file. A single component has the name "".
-
-    A pipeline folder (with model_index.json) gives each ``transformer*`` folder in it, also where the
-    same weights lie beside these folders in one file (FLUX repos hold both).
-    Raises CheckpointError where there is nothing to convert.
-    """
-    if path.is_file():
-        if path.suffix != SUFFIX:
-            raise CheckpointError(f"{path}: not a {SUFFIX} file. Give a checkpoint folder or a {SUFFIX} file.")
-        return {"": path}
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder. Give a checkpoint folder or a {SUFFIX} file.")
-    components = {entry.name: entry for entry in sorted(path.glob("transformer*")) if entry.is_dir()}
-    has_weights = any(path.glob("*" + SUFFIX)) or any(path.glob("*" + INDEX_SUFFIX))
-    if not components or (has_weights and not (path / _PIPELINE_INDEX_NAME).is_file()):
-        return {"": path}
-    return components
-
-
 def open_component(path: Path) -> Component:
     """Return the checked source at ``path``. Raises ProblemsError with every fault found."""
     folder = read_folder(path)
     problems: list[str] = []
     config, side_files, notes = None, [], list(folder.notes)
     if path.is_dir():
-        config = _read_config(path, problems)
+        config, problems = read_json_object(path / CONFIG_NAME)
         side_files = _find_side_files(path, notes)
     problems += _quantized_faults(folder, config)
     if problems:
@@ -113,20 +91,6 @@ def is_side_file(path: Path) -> bool:
         and not path.name.endswith(_WEIGHT_SUFFIXES)
         and path.stat().st_size <= _LARGEST_SIDE_FILE_NBYTES
     )
-
-
-def _read_config(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    file = path / CONFIG_NAME
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        problems.append(f"{CONFIG_NAME}: not readable ({error}). Fetch it again.")
-        return None
-    return config
 
 
 def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
@@ -147,8 +111,8 @@ def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
 
 def _quantized_faults(folder: TensorFolder, config: dict[str, Any] | None) -> list[str]:
     faults = []
-    if config and config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unnamed")
+    if config and config.get(CONFIG_KEY):
+        method = config[CONFIG_KEY].get("quant_method", "unnamed")
         faults.append(f"{CONFIG_NAME}: already quantized (quant_method {method}). Convert the original checkpoint.")
     marked = [
         tensor.spec.name

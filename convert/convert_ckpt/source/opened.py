@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from convert_ckpt.source.component import Component, find_components, is_side_file, open_component
+from convert_ckpt.source.component import Component, is_side_file, open_component
 from convert_ckpt.source.reference import HubRef, Reference, UrlRef
 from convert_ckpt.source.store import RemoteFile, Retry, Store, read_file, read_range
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX, join_names, unsafe_file_name
+from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX, join_names, unsafe_file_name
+from run_ckpt.storage.components import PIPELINE_INDEX_NAME, find_components
 from run_ckpt.storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES
 
 # Most headers fit, so that a shard's header takes one request.
 _HEADER_GUESS_NBYTES = 128 * 2**10
 _REQUESTS_AT_ONCE = 8
 # What a pipeline says of all its components: what they are, and under which licence.
-_PIPELINE_FILES = ("model_index.json", "README.md")
+_PIPELINE_FILES = (PIPELINE_INDEX_NAME, CARD_NAME)
 
 
 @dataclass(frozen=True)

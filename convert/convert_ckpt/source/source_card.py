@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.file_names import CARD_NAME
+from run_ckpt.storage.components import PIPELINE_INDEX_NAME
 
 # Of the card's metadata, what a card of the result may carry over; run_ckpt/tools/publish chooses from it.
 _FACTS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
@@ -12,7 +13,7 @@ _MARK = "---"
 
 def read_source_card(path: Path) -> dict[str, Any]:
     """Return the facts from the README.md of a source; one component's lies in its pipeline's folder."""
-    folders = [path, path.parent] if (path.parent / "model_index.json").is_file() else [path]
+    folders = [path, path.parent] if (path.parent / PIPELINE_INDEX_NAME).is_file() else [path]
     for folder in folders:
         card = folder / CARD_NAME
         if card.is_file():

@@ -1,8 +1,10 @@
-"""Names of the files of a checkpoint's folder."""
+"""Names of the files of a checkpoint's folder, and of what is looked up in them."""
 
 from pathlib import PurePosixPath, PureWindowsPath
 
 CONFIG_NAME = "config.json"
+# Its key that says how the weights are quantized, in whatever words of a consumer.
+CONFIG_KEY = "quantization_config"
 # What `run-ckpt push` adds to a result's files: about the checkpoint, not part of it.
 CARD_NAME = "README.md"
 HEATMAP_NAME = "sqnr_heatmap.png"

@@ -1,28 +1,15 @@
 """The diffusers or transformers model that config.json names, its parameters on the meta device."""
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from run_ckpt.contract.errors import CheckpointError
-from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME
 from run_ckpt.extras import naming_extras
-
-CONFIG_KEY = "quantization_config"
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return config.json of a component's folder. Raises CheckpointError where there is none to use."""
-    try:
-        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / CONFIG_NAME}: not readable ({error}). Fetch it, or pass model=.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / CONFIG_NAME}: not a JSON object. Fetch it again, or pass model=.")
-    return config
+from run_ckpt.storage.json_files import read_config
 
 
 def build_model(path: Path) -> Any:
@@ -34,6 +21,8 @@ def build_model(path: Path) -> Any:
         from accelerate import init_empty_weights
 
     config = read_config(path)
+    if config is None:
+        raise CheckpointError(f"{path}: has no {CONFIG_NAME}. Fetch it, or pass model=.")
     with init_empty_weights(include_buffers=False):
         if "_class_name" in config:
             model = _diffusers_model(path, config)

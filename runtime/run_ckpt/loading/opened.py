@@ -1,6 +1,5 @@
 """A checkpoint to load: of convert-ckpt with its manifest, or of another tool with its quantization_config."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +7,13 @@ from typing import Any
 
 from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, ManifestError, ProblemsError
-from run_ckpt.contract.file_names import CONFIG_NAME, SUFFIX
+from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
 from run_ckpt.loading.foreign import layers_in_headers
 from run_ckpt.storage.checks import config_faults
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
 from run_ckpt.storage.hashing import describe_file
+from run_ckpt.storage.json_files import read_config
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import read_folder
 
@@ -86,13 +86,10 @@ def _changed_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def _read_quantization_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))["quantization_config"]
-        if not isinstance(config, dict):
-            raise TypeError("quantization_config is not an object")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    config = (read_config(path) or {}).get(CONFIG_KEY)
+    if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path}: no {MANIFEST_NAME} and no usable quantization_config in {CONFIG_NAME}"
-            f" ({type(error).__name__}: {error}). Give the folder of a quantized component."
-        ) from error
+            f"{path}: no {MANIFEST_NAME} and no usable {CONFIG_KEY} in {CONFIG_NAME}."
+            " Give the folder of a quantized component."
+        )
     return config

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from run_ckpt.contract.dialects.table import header_metadata, quantization_config
-from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME
 from run_ckpt.contract.manifest import WEIGHT, Manifest
 from run_ckpt.contract.manifest_checks import spec_faults
 from run_ckpt.storage.header import build_header
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder
 
-CONFIG_KEY = "quantization_config"
 _REFETCH = "Fetch it again, or convert again."
 
 

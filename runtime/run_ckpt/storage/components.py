@@ -5,25 +5,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_ckpt.contract.errors import ProblemsError
-from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
+from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.storage.checks import header_faults
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import TensorFolder, read_folder
 
+# What diffusers writes at the root of a pipeline.
+PIPELINE_INDEX_NAME = "model_index.json"
 
-def find_components(output: Path) -> dict[str, Path]:
-    """Return component name -> folder of a conversion's result. A single component has the name "".
 
-    The result of a pipeline has no manifest itself, but one in each ``transformer*`` folder.
+def find_components(path: Path) -> dict[str, Path]:
+    """Return component name -> folder or file, of a source or a result. A single component has the name "".
+
+    A pipeline's folder gives each ``transformer*`` folder in it, also where the same weights lie beside these
+    folders in one file (FLUX repos hold both). Raises CheckpointError where there is nothing.
     """
-    if (output / MANIFEST_NAME).exists():
-        return {"": output}
-    folders = {entry.name: entry for entry in sorted(output.glob("transformer*")) if entry.is_dir()}
-    if any((folder / MANIFEST_NAME).exists() for folder in folders.values()):
-        return folders
-    return {"": output}
+    if path.is_file():
+        if path.suffix != SUFFIX:
+            raise CheckpointError(f"{path}: not a {SUFFIX} file. Give a checkpoint folder or a {SUFFIX} file.")
+        return {"": path}
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder. Give a checkpoint folder or a {SUFFIX} file.")
+    components = {entry.name: entry for entry in sorted(path.glob("transformer*")) if entry.is_dir()}
+    has_weights = any(path.glob("*" + SUFFIX)) or any(path.glob("*" + INDEX_SUFFIX))
+    if not components or (has_weights and not (path / PIPELINE_INDEX_NAME).is_file()):
+        return {"": path}
+    return components
 
 
 @dataclass(frozen=True)

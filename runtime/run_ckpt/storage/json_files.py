@@ -1,8 +1,21 @@
-"""The small JSON files beside the shards."""
+"""The small JSON files beside the shards: config.json and the index."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.tensors import TensorSpec
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return config.json of a component's folder, None where there is none. Raises CheckpointError if it is broken."""
+    config, faults = read_json_object(folder / CONFIG_NAME)
+    if faults:
+        raise CheckpointError(f"{folder}: {faults[0]}")
+    return config
 
 
 def read_json_object(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -11,10 +24,27 @@ def read_json_object(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
         return None, []
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
     except ValueError as error:
         return None, [f"{path.name}: not readable ({error}). Fetch it again, or convert again."]
-    return (
-        (value, [])
-        if isinstance(value, dict)
-        else (None, [f"{path.name}: not a JSON object. Fetch it again, or convert again."])
-    )
+    return value, []
+
+
+def make_index(stored: Iterable[tuple[TensorSpec, str]]) -> dict[str, Any]:
+    """Return the index of tensors and the shards that hold them; ``total_size`` counts tensor bytes."""
+    stored = list(stored)
+    return {
+        "metadata": {"total_size": sum(spec.nbytes for spec, _ in stored)},
+        "weight_map": {spec.name: shard for spec, shard in stored},
+    }
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """Return config.json as it is written: keys in their order."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def index_text(index: dict[str, Any]) -> str:
+    """Return the index as it is written: keys sorted, as safetensors' other writers do."""
+    return json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

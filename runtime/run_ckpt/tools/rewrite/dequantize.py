@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 
 from run_ckpt.contract.dialects.table import DIALECTS
-from run_ckpt.contract.file_names import SUFFIX
+from run_ckpt.contract.file_names import CONFIG_KEY, SUFFIX
 from run_ckpt.contract.manifest import WEIGHT, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.json_files import read_config
 from run_ckpt.storage.rows import TORCH_DTYPES, cut_rows, decode_rows
 from run_ckpt.storage.shards import MAIN_STEMS
 from run_ckpt.storage.writer import ShardWriter
-from run_ckpt.tools.rewrite.frame import Rewrite, read_config, rewrite
+from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
 
 SOURCE_DTYPE = "source"
 DTYPES = {SOURCE_DTYPE: None, "bfloat16": "BF16"}
@@ -35,8 +36,8 @@ def _plan(checkpoint: Checkpoint, *, dtype: str | None) -> Rewrite:
     for layer in manifest.layers.values():
         replaced.update(dict.fromkeys(layer.tensors.values(), ()))
         replaced[layer.tensors[WEIGHT]] = (_plain_spec(layer, dtype),)
-    config = read_config(checkpoint)
-    config = {key: value for key, value in (config or {}).items() if key != "quantization_config"} or None
+    config = read_config(checkpoint.path)
+    config = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY} or None
     return Rewrite(replaced, partial(_write_layer, dtype=dtype), PT_METADATA, config, partial(_shard_name, checkpoint))
 
 

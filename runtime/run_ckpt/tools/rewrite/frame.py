@@ -1,6 +1,5 @@
 """A converted checkpoint written anew, shard by shard: the frame that dequantize and relayout share."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from run_ckpt.storage.atomic import (
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
 from run_ckpt.storage.hashing import describe_file
 from run_ckpt.storage.header import Header, build_header
+from run_ckpt.storage.json_files import config_text, index_text, make_index
 from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.threads import map_threads
@@ -80,20 +80,6 @@ def rewrite(output: Path, target: Path, plan: Callable[[Checkpoint], Rewrite], p
                 _write_component(checkpoint, result / name, plan(checkpoint), progress)
 
 
-def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return config.json, None where there is none. Raises CheckpointError if it is not readable."""
-    path = checkpoint.path / CONFIG_NAME
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable ({error}). Fetch it again, or convert again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a JSON object. Fetch it again, or convert again.")
-    return config
-
-
 def _write_component(checkpoint: Checkpoint, folder: Path, steps: Rewrite, progress: Progress) -> None:
     headers = {shard.name: _new_header(shard, steps) for shard in checkpoint.folder.shards}
     files = {}
@@ -142,14 +128,10 @@ def _texts(checkpoint: Checkpoint, headers: Mapping[str, Header], steps: Rewrite
     """Return config.json and index, in the bytes convert-ckpt would write."""
     texts = {}
     if steps.config is not None:
-        texts[CONFIG_NAME] = json.dumps(steps.config, indent=2, ensure_ascii=False) + "\n"
+        texts[CONFIG_NAME] = config_text(steps.config)
     if checkpoint.folder.index_name:
         stored = [(tensor.spec, steps.rename(name)) for name, header in headers.items() for tensor in header.tensors]
-        index = {
-            "metadata": {"total_size": sum(spec.nbytes for spec, _ in stored)},
-            "weight_map": {spec.name: name for spec, name in stored},
-        }
-        texts[checkpoint.folder.index_name] = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        texts[checkpoint.folder.index_name] = index_text(make_index(stored))
     return texts
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.dialects.table import choose_dialect, header_metadata, quantization_config
 from run_ckpt.contract.errors import ProblemsError, UsageError
+from run_ckpt.contract.file_names import CONFIG_KEY
 from run_ckpt.contract.formats import Scheme
 from run_ckpt.contract.layouts import LAYOUTS, Layout
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.json_files import read_config
 from run_ckpt.storage.rows import cut_rows, read_codes, read_scales
 from run_ckpt.storage.writer import ShardWriter
-from run_ckpt.tools.rewrite.frame import Rewrite, read_config, rewrite
+from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
 
 
 def relayout(output: Path, target: Path, *, layout: str, dialect: str | None, progress: Progress) -> None:
@@ -41,7 +43,7 @@ def _plan(checkpoint: Checkpoint, *, layout: Layout, asked: str | None) -> Rewri
     replaced = {
         spec.name: (new.layers[layer.module].specs()[role],) for layer in moved for role, spec in layer.specs().items()
     }
-    config = {**(read_config(checkpoint) or {}), "quantization_config": quantization_config(new)}
+    config = {**(read_config(checkpoint.path) or {}), CONFIG_KEY: quantization_config(new)}
     return Rewrite(
         replaced,
         partial(_write_layer, manifest=new),

@@ -6,14 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, HEATMAP_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, HEATMAP_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.contract.manifest_checks import spec_faults
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
-from run_ckpt.storage.checks import CONFIG_KEY
 from run_ckpt.storage.hashing import hash_path
-from run_ckpt.storage.json_files import read_json_object
+from run_ckpt.storage.json_files import make_index, read_json_object
 from run_ckpt.storage.shards import TensorFolder
 
 _REFETCH = "Fetch it again, or convert again."
@@ -63,12 +62,13 @@ def index_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
     index, faults = read_json_object(folder.root / name)
     if faults or index is None:
         return faults
-    stored = {tensor.spec.name: shard.name for shard, tensor in folder.tensors()}
-    total = sum(tensor.spec.nbytes for _, tensor in folder.tensors())
-    if index.get("weight_map") != stored:
+    expected = make_index((tensor.spec, shard.name) for shard, tensor in folder.tensors())
+    if index.get("weight_map") != expected["weight_map"]:
         faults.append(f"{name}: weight_map is not what the shards hold. {_REFETCH}")
-    if index.get("metadata") != {"total_size": total}:
-        faults.append(f"{name}: metadata is {index.get('metadata')}, the tensors make total_size {total}. {_REFETCH}")
+    if index.get("metadata") != expected["metadata"]:
+        faults.append(
+            f"{name}: metadata is {index.get('metadata')}, the tensors make {expected['metadata']}. {_REFETCH}"
+        )
     return faults
 
 
