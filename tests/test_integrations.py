@@ -1,6 +1,7 @@
 """from_pretrained and save_pretrained of diffusers and transformers, with our quantizers registered."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,16 @@ def test_a_config_that_does_not_fit_is_refused(flux: tuple[Path, Any], edit: Any
     edit_json(out / "config.json", lambda config: edit(config["quantization_config"]))
     with pytest.raises(CheckpointError, match=says):
         model_class.from_pretrained(out, torch_dtype=torch.bfloat16)
+
+
+def test_kernels_of_the_hub_are_refused(sources: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    source, model_class = sources["llama"]
+    shutil.copytree(source, tmp_path / "source")
+    edit_json(tmp_path / "source" / "config.json", lambda config: config.update(attn_implementation="owner/kernel"))
+    convert(tmp_path / "source", tmp_path / "out", format="fp8")
+    with pytest.raises(CheckpointError, match="'owner/kernel' is code that would be fetched"):
+        model_class.from_pretrained(tmp_path / "out")
+    assert n_quantized(model_class.from_pretrained(tmp_path / "out", attn_implementation="sdpa")) > 0
 
 
 def test_quantizing_online_is_refused(sources: dict[str, tuple[Path, Any]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -234,6 +235,71 @@ def test_the_folder_of_a_pipeline_is_told_from_a_component(tmp_path: Path) -> No
     convert_net(tmp_path, format="mxfp4").rename(tmp_path / "transformer")
     with pytest.raises(CheckpointError, match=r"holds transformer\. Load one of them: .*/transformer"):
         load_quantized(tmp_path)
+
+
+def test_a_missing_index_is_noticed(tmp_path: Path) -> None:
+    tensors = net_tensors()
+    first = {name: tensors.pop(name) for name in ("blocks.0.up.weight", "blocks.0.up.bias")}
+    save_checkpoint(tmp_path / "source", [first, tensors], {"architectures": ["Net"], "model_type": "net"})
+    convert(tmp_path / "source", tmp_path / "out", format="mxfp4")
+    load_quantized(tmp_path / "out", model=meta())
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()
+    with pytest.raises(ProblemsError, match=r"model\.safetensors\.index\.json: missing"):
+        load_quantized(tmp_path / "out", model=meta())
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 8,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "dtype": "bfloat16",
+}
+_MODELING = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
+
+
+def convert_llama(folder: Path, **config: object) -> Path:
+    """Convert a small Llama whose config.json says more than it should."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_checkpoint(folder / "source", [tensors], {**LLAMA, **config})
+    convert(folder / "source", folder / "out", format="mxfp4")
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": "kernels-community/flash-attn3"},
+        {"_attn_implementation_internal": "owner/kernel@main:name"},
+        {"attn_implementation": {"": "owner/kernel"}},
+        {"attn_implementation": "flash_attention_2"},
+        {"experts_implementation": "owner/kernel"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_does_not_choose_the_code_that_runs(
+    tmp_path: Path, choice: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    # transformers would import what fetches kernels, which is not installed here.
+    model: Any = load_quantized(convert_llama(tmp_path, **choice))
+    assert model.config._attn_implementation == "sdpa"
+    assert "is left out: a checkpoint does not choose the code that runs" in caplog.text
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    out = convert_llama(tmp_path, auto_map={"AutoModelForCausalLM": "modeling.LlamaForCausalLM"})
+    (out / "modeling.py").write_text(_MODELING)
+    model = load_quantized(out)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert not (out / "ran").exists()
 
 
 def test_a_class_nobody_knows_asks_for_the_model(out: Path) -> None:

@@ -1,10 +1,12 @@
 """Real model classes, end to end: convert, verify, dequantize, load both, run, compare."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from convert_ckpt.plan.preset import preset_names
 from run_ckpt import load_quantized
@@ -13,7 +15,7 @@ from run_ckpt.progress import Silent
 from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
-from tests.checkpoints import convert, load_all
+from tests.checkpoints import convert, load_all, save_checkpoint
 from tests.models import MODELS, ModelCase, run, save
 
 # Relative error of the output, root mean square. E2M1 keeps one mantissa bit (about 0.11 a weight),
@@ -44,6 +46,38 @@ def reload(case: ModelCase, model_class: type, folder: Path) -> torch.nn.Module:
 
 def test_every_preset_but_the_generic_one_has_a_real_model() -> None:
     assert {case.preset for case in MODELS.values()} == set(preset_names()) - {"generic"}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_what_a_class_keeps_in_float32_is_raised_from_bfloat16(
+    sources: dict[str, tuple[Path, Any]], tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    case = MODELS["wan-2.2"]
+    folder, (model_class, _) = sources["wan-2.2"]
+    tensors = {name: tensor.bfloat16() for name, tensor in load_all(folder).items()}
+    config = json.loads((folder / "config.json").read_text())
+    save_checkpoint(tmp_path / "source", [tensors], config, "diffusion_pytorch_model")
+    convert(tmp_path / "source", tmp_path / "out", format="fp8")
+    dequantize(tmp_path / "out", tmp_path / "plain", dtype="bfloat16", progress=Silent())
+    plain = model_class.from_pretrained(tmp_path / "plain", torch_dtype=dtype or torch.bfloat16)
+    loaded = load_quantized(tmp_path / "out", dtype=dtype)
+    dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+    assert dtypes == {name: parameter.dtype for name, parameter in plain.named_parameters() if name in dtypes}
+    assert dtypes["scale_shift_table"] == torch.float32
+    if dtype is None:
+        assert_bits_equal(run(case, loaded), run(case, plain))
+
+
+def test_transformers_keeps_float32_by_the_dtype_asked_for(tmp_path: Path) -> None:
+    sizes = {"d_model": 64, "d_kv": 32, "d_ff": 256, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+    model = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes)).bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", format="fp8", ignore=("*.wo",))
+    for dtype in (None, torch.bfloat16, torch.float16):
+        plain = transformers.UMT5EncoderModel.from_pretrained(tmp_path / "source", dtype=dtype or "auto")
+        loaded = load_quantized(tmp_path / "out", dtype=dtype)
+        dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+        assert dtypes == {name: parameter.dtype for name, parameter in plain.named_parameters() if name in dtypes}
 
 
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from typing import Any
 
+from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.extras import naming_extras
 
 with naming_extras("run_ckpt.integrations.transformers", "diffusers"):
@@ -61,6 +62,17 @@ class ConvertedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Refuse kernels of the Hub: whether config.json or the caller asked for one can't be told from here."""
+        for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+            name = getattr(part, "_attn_implementation", None)
+            if name and "/" in name:
+                raise CheckpointError(
+                    f"attn_implementation {name!r} is code that would be fetched from the Hub. Load the checkpoint with"
+                    ' attn_implementation="sdpa"; if you trust that code, call model.set_attn_implementation() then.'
+                )
+        return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         self._linears = replace_declared(model, self.quantization_config.config, "transformers", backend=None)

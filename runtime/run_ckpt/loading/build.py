@@ -1,6 +1,7 @@
 """The diffusers or transformers model that config.json names, its parameters on the meta device."""
 
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME
 from run_ckpt.extras import naming_extras
 from run_ckpt.storage.json_files import read_config
 
+# Which kernels run is for this machine to choose. transformers would fetch one called "owner/name" from the Hub, and
+# others where their package is missing.
+_KERNEL_CHOICES = ("attn_implementation", "experts_implementation")
+
+_logger = logging.getLogger(__name__)
+
 
 def build_model(path: Path) -> Any:
     """Return the nn.Module that config.json in ``path`` describes; parameters on meta, non-persistent buffers real.
 
-    Raises CheckpointError where it names no class of the installed diffusers or transformers.
+    The class is one of the installed diffusers or transformers: code that comes with the checkpoint (auto_map) or
+    that it names on the Hub (attn_implementation) is never run. Raises CheckpointError where there is no such class.
     """
     with naming_extras("load_quantized without model="):
         from accelerate import init_empty_weights
@@ -45,8 +53,9 @@ def _diffusers_model(path: Path, config: dict[str, Any]) -> Any:
 
 
 def _transformers_model(path: Path, config: dict[str, Any]) -> Any:
-    model_class = _find_class("transformers", config["architectures"][0], path)
-    return model_class._from_config(model_class.config_class.from_pretrained(path))
+    names = config["architectures"]
+    model_class = _find_class("transformers", names[0] if isinstance(names, list) else names, path)
+    return model_class._from_config(model_class.config_class.from_dict(_without_kernel_choices(path, config)))
 
 
 def _find_class(library: str, name: Any, path: Path) -> Any:
@@ -59,3 +68,24 @@ def _find_class(library: str, name: Any, path: Path) -> Any:
             " Install a version that has it, or pass model=."
         )
     return found
+
+
+def _without_kernel_choices(path: Path, config: Any) -> Any:
+    """Return a config, or any part of one, without the names of kernels; one that is left out is logged."""
+    if isinstance(config, list):
+        return [_without_kernel_choices(path, part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    kept = {}
+    for key, value in config.items():
+        if key.strip("_").removesuffix("_internal") not in _KERNEL_CHOICES:
+            kept[key] = _without_kernel_choices(path, value)
+        elif value is not None:
+            _logger.warning(
+                "%s: %s %r is left out: a checkpoint does not choose the code that runs. To have it, call"
+                " model.set_attn_implementation() or its like yourself.",
+                path / CONFIG_NAME,
+                key,
+                value,
+            )
+    return kept

@@ -15,7 +15,7 @@ from run_ckpt.storage.reader import COPY_NBYTES, TensorReader, cut_bytes
 from run_ckpt.storage.rows import STORED_DTYPES
 from run_ckpt.storage.threads import map_threads
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "I8": torch.int8,
     "I16": torch.int16,
@@ -113,7 +113,7 @@ def fill_slots(
 
 
 def _map_tensor(reader: TensorReader, spec: TensorSpec) -> Tensor:
-    raw, dtype = reader.mapped(spec.name), _DTYPES[spec.dtype]
+    raw, dtype = reader.mapped(spec.name), DTYPES[spec.dtype]
     # Files of other tools may not be aligned.
     aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
     return aligned.view(dtype).reshape(spec.shape)
@@ -122,7 +122,7 @@ def _map_tensor(reader: TensorReader, spec: TensorSpec) -> Tensor:
 def _read_tensors(
     reader: TensorReader, specs: Sequence[TensorSpec], device: torch.device, progress: Progress
 ) -> dict[str, Tensor]:
-    tensors = {spec.name: torch.empty(spec.shape, dtype=_DTYPES[spec.dtype], device=device) for spec in specs}
+    tensors = {spec.name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device) for spec in specs}
     slabs = [(spec.name, start, count) for spec in specs for start, count in cut_bytes(spec.nbytes)]
     buffers = threading.local()
 
@@ -141,7 +141,7 @@ def _read_tensors(
 
 
 def _misfit(spec: TensorSpec, wanted: Tensor, is_coded: bool) -> list[str]:
-    dtype = _DTYPES.get(spec.dtype)
+    dtype = DTYPES.get(spec.dtype)
     is_scale = is_coded and wanted.dtype == torch.float32
     fits = spec.shape == tuple(wanted.shape) or (is_scale and math.prod(spec.shape) == wanted.numel())
     if dtype is None:

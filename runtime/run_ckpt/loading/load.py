@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from run_ckpt.contract.errors import CheckpointError, ProblemsError
-from run_ckpt.loading.fill import Slot, fill_slots, match_slots, parameter_slots
+from run_ckpt.loading.checkpoint import open_to_load
+from run_ckpt.loading.fill import DTYPES, Slot, fill_slots, match_slots, parameter_slots
 from run_ckpt.loading.linear import QuantizedLinear
-from run_ckpt.loading.opened import open_to_load
 from run_ckpt.loading.replace import replace_linears
 from run_ckpt.progress import Progress, Silent
 from run_ckpt.storage.components import Checkpoint
@@ -33,8 +33,8 @@ def load_quantized(
 
     model: any module with matching names, best on the meta device; its tensors are replaced. Default:
     the diffusers or transformers class that config.json names.
-    dtype: what floating tensors that are not quantized become (but those which the class keeps in
-    float32); default: as stored. backend: one of run_ckpt.backends.select, default: the first that runs.
+    dtype: what floating tensors that are not quantized become; default: as stored. Those which the class keeps in
+    float32 become that, as in from_pretrained. backend: one of run_ckpt.backends.select, default: the first that runs.
 
     Shards are read straight to a GPU, and mapped for the CPU as safetensors does: don't overwrite them
     in place while the model lives. A quantized weight is decoded by nothing but its backend.
@@ -86,15 +86,32 @@ def _dtypes(
     checkpoint: Checkpoint, model: nn.Module, matched: dict[str, Slot], dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """Tensor name -> the dtype it is given, where that may not be the stored one."""
+    layers = checkpoint.manifest.layers.values()
+    specs = checkpoint.manifest.specs()
     # Other tools may store a float scale in 16 bits.
-    specs = [spec for layer in checkpoint.manifest.layers.values() for spec in layer.specs().values()]
-    dtypes = {spec.name: torch.float32 for spec in specs if spec.dtype == "F32"}
-    if dtype is not None:
-        stays = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-        for name in matched.keys() - _coded(checkpoint):
-            if matched[name].wanted.is_floating_point() and not stays & set(name.split(".")):
-                dtypes[name] = dtype
+    dtypes = {spec.name: torch.float32 for layer in layers for spec in layer.specs().values() if spec.dtype == "F32"}
+    for name in matched.keys() - _coded(checkpoint):
+        stored = DTYPES[specs[name].dtype]
+        if stored.is_floating_point:
+            wanted = dtype or stored
+            parts = _float32_parts(model, wanted)
+            # Whole parts of the name: "norm1" is none of "norm10.weight".
+            dtypes[name] = torch.float32 if any(f".{part}." in f".{name}." for part in parts) else wanted
     return dtypes
+
+
+def _float32_parts(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Return the parts of names whose tensors from_pretrained makes float32 where the others become ``dtype``.
+
+    diffusers: _keep_in_fp32_modules, always (models/model_loading_utils.py). transformers: these for float16 only,
+    and _keep_in_fp32_modules_strict for bfloat16 too (PreTrainedModel._get_dtype_plan).
+    """
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    parts = {kept} if isinstance(kept, str) else set(kept)
+    if not hasattr(model, "_keep_in_fp32_modules_strict"):
+        return parts
+    strict = set(model._keep_in_fp32_modules_strict or ())  # type: ignore[arg-type]
+    return {torch.float16: parts | strict, torch.bfloat16: strict}.get(dtype, set())
 
 
 def _finish(model: nn.Module, device: torch.device) -> None:

@@ -26,7 +26,7 @@ def read_json_object(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         return None, [f"{path.name}: not readable ({error}). Fetch it again, or convert again."]
     return value, []
 

@@ -13,9 +13,9 @@ from torch.utils.benchmark import Timer
 
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.manifest import Layer
+from run_ckpt.loading.checkpoint import open_to_load
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.load import load_quantized
-from run_ckpt.loading.opened import open_to_load
 from run_ckpt.storage.components import Checkpoint
 from run_ckpt.storage.rows import STORED_DTYPES
 from run_ckpt.tools.memory import peak_nbytes, tensor_nbytes

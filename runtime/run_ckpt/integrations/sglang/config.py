@@ -9,7 +9,7 @@ from sglang.multimodal_gen.runtime.layers.quantization.mxfp4 import Mxfp4Config
 
 from run_ckpt.contract.errors import ManifestError
 from run_ckpt.contract.manifest import Manifest
-from run_ckpt.loading.opened import open_to_load
+from run_ckpt.loading.checkpoint import open_to_load
 
 
 class CheckpointConfig(Mxfp4Config):  # type: ignore[misc]

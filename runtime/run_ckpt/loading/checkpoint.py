@@ -1,4 +1,4 @@
-"""A checkpoint to load: of convert-ckpt with its manifest, or of another tool with its quantization_config."""
+"""The checkpoint to load: of convert-ckpt with its manifest, or of another tool with its quantization_config."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,9 @@ from typing import Any
 
 from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, ManifestError, ProblemsError
-from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, SUFFIX
+from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
+from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.loading.foreign import layers_in_headers
 from run_ckpt.storage.checks import config_faults
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
@@ -37,26 +38,8 @@ def open_to_load(path: Path) -> Iterator[Checkpoint]:
     if "" not in components:
         raise CheckpointError(f"{path}: holds {', '.join(components)}. Load one of them: {path / min(components)}.")
     config = _read_quantization_config(path)
-    if "manifest" in config.get(PRIVATE_KEY, {}):
-        raise ManifestError(f"{path}: lacks its {MANIFEST_NAME}. Fetch the whole folder, or convert again.")
     folder = read_folder(path)
-    specs = {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()}
-    try:
-        layers = layers_in_headers(config, specs)
-    except ProblemsError as error:
-        raise ProblemsError(f"{path}: the quantized weights can't be read", error.problems) from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    coded = {name for layer in layers.values() for name in layer.tensors.values()}
-    manifest = Manifest(
-        tool={"name": str(config["quant_method"])},
-        source={},
-        recipe={"dialect": config["quant_method"]},
-        layers=layers,
-        kept={name: KeptTensor(spec, "not quantized") for name, spec in specs.items() if name not in coded},
-        fused_scales={},
-        unquantized_linears={},
-    )
+    manifest = _declared_manifest(path, config, {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()})
     with TensorReader(folder) as reader:
         yield Checkpoint(path, manifest, folder, reader)
 
@@ -64,11 +47,11 @@ def open_to_load(path: Path) -> Iterator[Checkpoint]:
 def _changed_files(checkpoint: Checkpoint) -> list[str]:
     """Return a fault for each file that matters here; hashing the shards is run-ckpt verify's work."""
     files = checkpoint.manifest.files
-    index = checkpoint.folder.index_name
     faults = [
         f"{name}: missing, or not the file that the manifest describes. Fetch it again, or convert again."
-        for name in sorted(files.keys() & {CONFIG_NAME, index})
-        if not (checkpoint.path / name).is_file() or describe_file(checkpoint.path / name) != files[name]
+        for name in sorted(files)
+        if (name == CONFIG_NAME or name.endswith(INDEX_SUFFIX))
+        and not ((checkpoint.path / name).is_file() and describe_file(checkpoint.path / name) == files[name])
     ]
     faults += config_faults(checkpoint.path, checkpoint.manifest)
     for shard in checkpoint.folder.shards:
@@ -89,7 +72,29 @@ def _read_quantization_config(path: Path) -> dict[str, Any]:
     config = (read_config(path) or {}).get(CONFIG_KEY)
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path}: no {MANIFEST_NAME} and no usable {CONFIG_KEY} in {CONFIG_NAME}."
+            f"{path}: no {MANIFEST_NAME}, and no usable {CONFIG_KEY} in {CONFIG_NAME}."
             " Give the folder of a quantized component."
         )
+    if "manifest" in config.get(PRIVATE_KEY, {}):
+        raise ManifestError(f"{path}: lacks its {MANIFEST_NAME}. Fetch the whole folder, or convert again.")
     return config
+
+
+def _declared_manifest(path: Path, config: dict[str, Any], specs: dict[str, TensorSpec]) -> Manifest:
+    """Return a manifest that says of another tool's checkpoint what loading needs to know."""
+    try:
+        layers = layers_in_headers(config, specs)
+    except ProblemsError as error:
+        raise ProblemsError(f"{path}: the quantized weights can't be read", error.problems) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    coded = {name for layer in layers.values() for name in layer.tensors.values()}
+    return Manifest(
+        tool={"name": str(config["quant_method"])},
+        source={},
+        recipe={"dialect": config["quant_method"]},
+        layers=layers,
+        kept={name: KeptTensor(spec, "not quantized") for name, spec in specs.items() if name not in coded},
+        fused_scales={},
+        unquantized_linears={},
+    )
