@@ -71,20 +71,21 @@ def quantize(
     return _QUANTIZERS[layer.format.name](bits, layer, row, buffers, tensor_scale)
 
 
-def _quantize_mxfp4(
+def _quantize_mx(
     bits: np.ndarray, layer: Layer, row: int, buffers: Buffers, tensor_scale: np.ndarray | None
 ) -> tuple[list[TensorWrite], ErrorSums, int]:
-    from convert_ckpt.kernels.mxfp4 import quantize_slab
+    from convert_ckpt.kernels.mx import quantize_slab
 
     n_rows, K = bits.shape
     pitch = layer.scale_shape[1]
-    weight = buffers.get(WEIGHT, n_rows * K // 2)
+    width = K // layer.format.element.per_byte
+    weight = buffers.get(WEIGHT, n_rows * width)
     scale = buffers.get(WEIGHT_SCALE, n_rows * pitch)
     scale[:] = 0
     errors, largest = quantize_slab(
-        bits, layer.scale_rule, layer.scheme.layout, weight_out=weight, scale_out=scale, scale_pitch=pitch
+        bits, layer.scale_rule, layer.scheme, weight_out=weight, scale_out=scale, scale_pitch=pitch
     )
-    writes = [TensorWrite(WEIGHT, row * K // 2, weight), TensorWrite(WEIGHT_SCALE, row * pitch, scale)]
+    writes = [TensorWrite(WEIGHT, row * width, weight), TensorWrite(WEIGHT_SCALE, row * pitch, scale)]
     return writes, ErrorSums(*errors.tolist()), largest
 
 
@@ -112,4 +113,4 @@ def _quantize_fp8(
 
 
 # Format -> the wrapper of its kernel.
-_QUANTIZERS = {"mxfp4": _quantize_mxfp4, "fp8": _quantize_fp8}
+_QUANTIZERS = {"mxfp4": _quantize_mx, "fp8": _quantize_fp8}
