@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from convert_ckpt.methods.gptq import ROWS_AT_ONCE, Grid, factorize, round_rows
+from convert_ckpt.methods.gptq import factorize, round_rows
+from convert_ckpt.methods.grid import ROWS_AT_ONCE, Grid
 
 N_INPUT_ROWS = 8192
 BLOCK = 32

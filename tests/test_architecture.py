@@ -24,8 +24,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "blake3": (
         "run_ckpt/contract/manifest.py",
         "run_ckpt/storage/hashing.py",
+        "convert_ckpt/run/fingerprint.py",
         "convert_ckpt/run/readers.py",
-        "convert_ckpt/pipeline.py",
     ),
     "llvmlite": ("convert_ckpt/kernels/",),
     "click": ("convert_ckpt/cli.py", "run_ckpt/cli/"),
@@ -36,12 +36,10 @@ HOMES: dict[str, tuple[str, ...]] = {
     "triton": ("run_ckpt/backends/triton/",),
     "huggingface_hub": (
         "convert_ckpt/source/hub.py",
-        "convert_ckpt/source/source_card.py",
         "run_ckpt/storage/hub_client.py",
-        "run_ckpt/tools/publish/metadata.py",
         "run_ckpt/tools/publish/repository.py",
     ),
-    "yaml": (),
+    "yaml": ("convert_ckpt/source/source_card.py", "run_ckpt/tools/publish/metadata.py"),
     "fsspec": ("convert_ckpt/source/url.py",),
     "diffusers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/generate.py"),
     "transformers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/compare/text.py"),
@@ -75,6 +73,7 @@ ROOMS: dict[str, set[str]] = {
         "convert_ckpt/source",
         "convert_ckpt/plan",
         "convert_ckpt/kernels",
+        "convert_ckpt/methods",
     },
 }
 

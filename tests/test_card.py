@@ -97,9 +97,8 @@ def test_a_base_model_can_be_named(tmp_path: Path) -> None:
     ["", "# no metadata", "---\nlicense: mit\n", "---\n- a list\n---\n", "---\n{ not: [yaml\n---\n", "---\n---\n"],
     ids=["empty", "none", "unclosed", "list", "broken", "blank"],
 )
-def test_a_card_without_readable_metadata_gives_no_facts(tmp_path: Path, text: str) -> None:
-    (tmp_path / "README.md").write_text(text)
-    assert card_facts(tmp_path / "README.md") == {}
+def test_a_card_without_readable_metadata_gives_no_facts(text: str) -> None:
+    assert card_facts(text) == {}
 
 
 def test_the_sources_card_is_not_taken_for_ours(tmp_path: Path) -> None:
@@ -207,3 +206,24 @@ def test_the_command_prints_the_card(tmp_path: Path, capsys: pytest.CaptureFixtu
     output = convert(FLUX_DIGITS, tmp_path / "digits-mxfp4", format="mxfp4")
     assert run("card", output, "--repo", "me/digits") == 0
     assert capsys.readouterr().out == card_of(output, "me/digits")
+
+
+def test_the_card_says_how_codes_were_chosen(tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "out"
+    shutil.copytree(convert(FLUX_DIGITS, tmp_path / "rtn", format="fp8"), folder)
+    assert "rounded to nearest, without calibration data." in make_card(read_result(folder), "me/x")
+
+    def calibrate(manifest: dict[str, Any]) -> None:
+        manifest["recipe"] |= {"calibration": "stats", "static": True, "method": "gptq"}
+        for name, layer in list(manifest["layers"].items())[:20]:
+            layer |= {"method": "gptq", "output_sqnr_db": {"rtn": 1.0, "gptq": 2.0}}
+            layer["tensors"]["input_scale"] = f"{name}.input_scale"
+
+    edit_manifest(folder, calibrate)
+    card = make_card(read_result(folder), "me/x")
+    assert (
+        "GPTQ chose the codes of 20 layers by statistics of their inputs; those of the other 3 are the nearest" in card
+    )
+    assert "--calibration stats --method gptq --static" in card

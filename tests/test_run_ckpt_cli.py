@@ -46,7 +46,7 @@ def test_version_is_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--help"], ["torch", "numpy", "rich", "convert", "run_ckpt.tools.publish"]),
         (["inspect"], ["torch", "numpy", "convert", "run_ckpt.tools.publish"]),
-        (["card"], ["torch", "numpy", "convert", "matplotlib"]),
+        (["card"], ["torch", "numpy", "convert", "huggingface_hub", "matplotlib"]),
     ],
     ids=["help", "inspect", "card"],
 )

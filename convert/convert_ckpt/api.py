@@ -13,6 +13,7 @@ from convert_ckpt.source.opened import Selection
 from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.progress import Progress, Silent
+from run_ckpt.storage.units import parse_nbytes
 
 
 def convert(
@@ -28,11 +29,14 @@ def convert(
     recipe: str | PathLike[str] | None = None,
     ignore: str | Sequence[str] = (),
     calibration: str | PathLike[str] | None = None,
+    method: str | None = None,
+    static: bool = False,
     allow_unaligned_k: bool = False,
     component: str | Sequence[str] = (),
     keep_source: bool = False,
     restart: bool = False,
     workers: int | None = None,
+    max_memory: int | str | None = None,
     push_to_hub: str | None = None,
     push_at_end: bool = False,
     revision: str | None = None,
@@ -54,6 +58,8 @@ def convert(
     keep_source: keep what is fetched, in the Hub's own cache. Default: a shard is removed once it is converted.
     restart: throw away what a stopped run left in OUTPUT.partial.
     workers: threads. Default: one more than there are cores, at most 8.
+    max_memory: bytes, or a size such as "8GB", that layers may take together whose codes are chosen by statistics.
+        Default: half of the machine's.
 
     push_to_hub: repo owner/name to upload the result to, each shard as soon as it is finished.
     push_at_end: upload all shards at the end instead.
@@ -78,6 +84,8 @@ def convert(
         recipe=_path(recipe),
         ignore=_strings(ignore),
         calibration=_path(calibration),
+        method=method,
+        static=static,
         allow_unaligned_k=allow_unaligned_k,
     )
     progress = progress or Silent()
@@ -87,6 +95,7 @@ def convert(
         Path(output),
         options,
         n_workers=_count_workers(workers),
+        max_memory=parse_nbytes(max_memory) if isinstance(max_memory, str) else max_memory,
         restart=restart,
         progress=progress,
         selection=Selection(_strings(component), keep_source),

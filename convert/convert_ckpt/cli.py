@@ -14,6 +14,7 @@ from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES
 from run_ckpt.contract.layouts import LAYOUTS
+from run_ckpt.contract.manifest import METHODS
 from run_ckpt.version import VERSION
 
 _EPILOG = f"""\b
@@ -55,15 +56,20 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep matching modules as they are. Repeatable.")
 @click.option(
     "--calibration",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Activation ranges for static FP8: safetensors with <layer>.input_amax.",
+    type=click.Path(exists=True, path_type=Path),
+    help="Statistics of the layers' inputs, as run-ckpt calibrate records them; or ranges: <layer>.input_amax.",
 )
+@click.option(
+    "--method", type=click.Choice(METHODS), help="How codes are chosen.  [default: gptq if there are statistics]"
+)
+@click.option("--static", is_flag=True, help="FP8 with static activation scales, by --calibration.")
 @click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
 @click.option("--component", multiple=True, metavar="NAME", help="Take this transformer* of a pipeline. Repeatable.")
 @click.option("--keep-source", is_flag=True, help="Keep what is fetched, in the Hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")
 @click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: cores + 1, at most 8]")
+@click.option("--max-memory", metavar="SIZE", help="For layers done by GPTQ, such as 8GB.  [default: half of it]")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the result, each shard as soon as it is finished.")
 @click.option("--push-at-end", is_flag=True, help="Upload all shards at the end instead.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to; made if missing.  [default: main]")

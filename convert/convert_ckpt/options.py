@@ -9,6 +9,7 @@ from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES, Scheme
 from run_ckpt.contract.layouts import LAYOUTS
+from run_ckpt.contract.manifest import GPTQ, METHODS
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,13 @@ class Options:
     """Patterns of modules to keep as they are; * stands for any characters."""
 
     calibration: Path | None = None
-    """Safetensors file with the activation range of each layer, <layer>.input_amax: FP8 becomes static."""
+    """Folder of statistics (run-ckpt calibrate), or a file with the range of each input, <layer>.input_amax."""
+
+    method: str | None = None
+    """How codes are chosen: "rtn", the nearest, or "gptq". None: gptq where the statistics have correlations."""
+
+    static: bool = False
+    """Give FP8 layers a static activation scale; a calibration file of ranges does so anyway."""
 
     allow_unaligned_k: bool = False
     """Quantize to shuffled MXFP4 also where K is a multiple of 64 but not of 256, for which AITER tunes no kernel."""
@@ -51,6 +58,22 @@ class Options:
         _check_choice("--granularity", self.granularity, GRANULARITIES)
         _check_choice("--scale-rule", self.scale_rule, SCALE_RULES)
         _check_choice("--dialect", self.dialect, (None, *DIALECTS))
+        _check_choice("--method", self.method, (None, *METHODS))
+        if not self.calibration and (self.static or self.method == GPTQ):
+            asked = "--static" if self.static else f"--method {GPTQ}"
+            raise UsageError(f"{asked}: needs --calibration DIR, the statistics that run-ckpt calibrate records.")
+        if self.method == GPTQ and not self.has_statistics:
+            raise UsageError(f"--method {GPTQ}: {self.calibration} is a file of ranges. Give a folder of statistics.")
+
+    @property
+    def has_statistics(self) -> bool:
+        """True where --calibration is a folder of statistics, not a file of ranges."""
+        return self.calibration is not None and self.calibration.is_dir()
+
+    @property
+    def has_static_scales(self) -> bool:
+        """True where layers get an input_scale; a file of ranges is good for nothing else."""
+        return self.static or (self.calibration is not None and not self.has_statistics)
 
     def scheme(self, weight_format: str) -> Scheme:
         """Return how a layer of ``weight_format`` is stored under these options."""

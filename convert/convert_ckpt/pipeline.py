@@ -10,28 +10,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
-from blake3 import blake3
-
 from convert_ckpt.options import Options
 from convert_ckpt.plan.make_plan import make_plan
-from convert_ckpt.plan.plan import ComponentPlan
+from convert_ckpt.plan.plan import Job
 from convert_ckpt.preview import plan_json, plan_lines
 from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.engine import Engine, FileRecord
+from convert_ckpt.run.fingerprint import check_unchanged, fingerprint, shard_identities
+from convert_ckpt.run.memory import check_memory, default_max_memory, memory_lines, n_workers_within
 from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open_source
 from convert_ckpt.source.reference import Reference
 from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
 from convert_ckpt.source.store import SHA256
-from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
-from run_ckpt.contract.file_names import CONFIG_NAME, join_names
+from run_ckpt.contract.errors import ProblemsError, UsageError
+from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults, write_durably
-from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.units import format_nbytes
-from run_ckpt.version import VERSION
 
 if TYPE_CHECKING:
     from run_ckpt.tools.publish.push import Pushed
@@ -89,15 +87,15 @@ class Preview:
         return "\n".join(self.lines)
 
 
-def plan_checkpoint(opened: OpenedSource, options: Options) -> list[ComponentPlan]:
-    """Return a plan for every component. Raises with all faults of all of them together."""
-    plans: list[ComponentPlan] = []
+def plan_checkpoint(opened: OpenedSource, options: Options) -> list[Job]:
+    """Return a planned job for every component. Raises with all faults of all of them together."""
+    jobs: list[Job] = []
     problems: list[str] = []
     usage_errors: list[UsageError] = []
     for name in opened.components:
         try:
             source = opened.open_component(name)
-            plans.append(ComponentPlan(name, source, make_plan(source, options)))
+            jobs.append(Job(name, source, make_plan(source, options)))
         except ProblemsError as error:
             problems += error.problems
         except UsageError as error:
@@ -106,7 +104,7 @@ def plan_checkpoint(opened: OpenedSource, options: Options) -> list[ComponentPla
         raise usage_errors[0]
     if problems:
         raise ProblemsError(f"{opened.reference}: can't be converted", problems)
-    return plans
+    return jobs
 
 
 def preview_checkpoint(
@@ -119,10 +117,10 @@ def preview_checkpoint(
         TemporaryDirectory(prefix="convert-ckpt-") as scratch,
         open_source(reference, selection, log, Path(scratch) / "skeleton") as opened,
     ):
-        plans = plan_checkpoint(opened, options)
+        jobs = plan_checkpoint(opened, options)
         if output is not None:
-            check_disk(opened, plans, Staging(output))
-        return Preview(tuple(plan_lines(opened, plans)), plan_json(plans))
+            check_disk(opened, jobs, Staging(output))
+        return Preview(tuple(plan_lines(opened, jobs)), plan_json(jobs))
 
 
 def convert_checkpoint(
@@ -135,36 +133,43 @@ def convert_checkpoint(
     progress: Progress,
     selection: Selection = EVERYTHING,
     listener: ShardListener | None = None,
+    max_memory: int | None = None,
 ) -> Summary:
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped.
 
+    max_memory: bytes for layers whose codes are chosen by statistics; default: half of the machine's.
     listener: gets each shard as soon as it is finished, those of the earlier run first.
     """
     started = time.monotonic()
     n_resumed = 0
+    max_memory = max_memory or default_max_memory()
     staging = Staging(output)
     if restart or not staging.is_published():
         check_output(reference, output)
     with staging:
         pinned_revision = None if restart else staging.pinned_revision(str(reference))
         with open_source(reference, selection, progress.log, staging.skeleton, pinned_revision) as opened:
-            plans = plan_checkpoint(opened, options)
+            jobs = plan_checkpoint(opened, options)
             if not staging.is_published():
-                check_disk(opened, plans, staging)
+                check_disk(opened, jobs, staging)
+                check_memory(jobs, max_memory)
             if opened.store:
-                for line in plan_lines(opened, plans):
+                for line in plan_lines(opened, jobs):
                     progress.log(line)
-            staging.adopt(_fingerprint(opened, plans, options), restart=restart)
+            else:
+                for line in memory_lines(jobs):
+                    progress.log(line)
+            staging.adopt(fingerprint(opened, jobs, options), restart=restart)
             if listener:
-                listener.start(join_names(planned.name, file.name) for planned in plans for file in planned.plan.files)
+                listener.start(join_names(job.name, file.name) for job in jobs for file in job.plan.files)
             if not staging.is_published():
-                n_resumed = sum(
-                    _convert_component(opened, planned, staging, n_workers, progress, listener) for planned in plans
-                )
+                for job in jobs:
+                    n_at_once = n_workers_within(max_memory, job.plan, n_workers)
+                    n_resumed += _convert_job(opened, job, staging, n_at_once, progress, listener)
             if listener:
                 listener.stop()
             staging.publish()
-    return _summarize(output, options, plans, n_resumed, time.monotonic() - started)
+    return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
 
 
 def check_output(reference: Reference, output: Path) -> None:
@@ -174,48 +179,43 @@ def check_output(reference: Reference, output: Path) -> None:
         raise ProblemsError("nothing was written", problems)
 
 
-def _convert_component(
-    opened: OpenedSource,
-    planned: ComponentPlan,
-    staging: Staging,
-    n_workers: int,
-    progress: Progress,
-    listener: ShardListener | None,
+def _convert_job(
+    opened: OpenedSource, job: Job, staging: Staging, n_workers: int, progress: Progress, listener: ShardListener | None
 ) -> int:
     """Convert one component into the staging folder; return how many files were finished before."""
-    before = _shard_identities(opened, planned)
-    folder = staging.result / planned.name
+    before = shard_identities(opened, job)
+    folder = staging.result / job.name
     folder.mkdir(exist_ok=True)
-    component = planned.name or "root"
+    component = job.name or "root"
     records = {name: FileRecord(**entry) for name, entry in staging.read_records(component).items()}
     n_resumed = len(records)
 
     def hand_over(name: str, record: FileRecord) -> None:
         if listener:
-            listener.add(join_names(planned.name, name), folder / name, record.file["nbytes"])
+            listener.add(join_names(job.name, name), folder / name, record.file["nbytes"])
 
     def on_file(name: str, record: FileRecord) -> None:
         staging.write_record(component, name, asdict(record))
         records[name] = record
-        progress.log(f"wrote {join_names(planned.name, name)} ({format_nbytes(record.file['nbytes'])})")
+        progress.log(f"wrote {join_names(job.name, name)} ({format_nbytes(record.file['nbytes'])})")
         hand_over(name, record)
 
     for name, record in records.items():
         hand_over(name, record)
 
-    shards = planned.source.folder.shards
+    shards = job.source.folder.shards
     provider: ShardProvider = LocalShards(shards)
     if opened.store:
         fetched = staging.fetched / component
         provider = FetchedShards(
-            opened.store, opened.remote_path(planned.name, ""), shards, fetched, progress, keep=opened.keep_source
+            opened.store, opened.remote_path(job.name, ""), shards, fetched, progress, keep=opened.keep_source
         )
-    engine = Engine(planned.plan, shards, folder, records.copy(), on_file, progress, provider)
-    progress.start(f"convert {planned.name}".strip(), engine.progress_nbytes)
+    engine = Engine(job.plan, shards, folder, records.copy(), on_file, progress, provider)
+    progress.start(f"convert {job.name}".strip(), engine.progress_nbytes)
     engine.run(n_workers)
-    _check_unchanged(before, _shard_identities(opened, planned))
-    side_files = write_side_files(folder, planned.source, planned.plan)
-    manifest = _complete_manifest(planned.plan.manifest, records, side_files, _stated_sha256(opened, planned))
+    check_unchanged(before, shard_identities(opened, job))
+    side_files = write_side_files(folder, job.source, job.plan)
+    manifest = _complete_manifest(job.plan.manifest, records, side_files, _stated_sha256(opened, job))
     write_durably(folder / MANIFEST_NAME, manifest.to_json())
     return n_resumed
 
@@ -240,61 +240,21 @@ def _complete_manifest(
     )
 
 
-def _stated_sha256(opened: OpenedSource, planned: ComponentPlan) -> dict[str, dict[str, str]]:
+def _stated_sha256(opened: OpenedSource, job: Job) -> dict[str, dict[str, str]]:
     """Return shard -> {"sha256": ...} where the store states it; what was fetched was compared with that."""
-    files = {shard.name: opened.remote_file(planned.name, shard.name) for shard in planned.source.folder.shards}
+    files = {shard.name: opened.remote_file(job.name, shard.name) for shard in job.source.folder.shards}
     checksums = {name: file.checksum for name, file in files.items() if file and file.checksum}
     return {name: {kind: digest} for name, (kind, digest) in checksums.items() if kind == SHA256}
 
 
-def _fingerprint(opened: OpenedSource, plans: list[ComponentPlan], options: Options) -> dict[str, Any]:
-    """Everything that decides the bytes: a run goes on only where all of it is the same."""
-    contents = {name: hash_path(path) for name in ("recipe", "calibration") if (path := getattr(options, name))}
-    fingerprint = {
-        "tool_version": VERSION,
-        "options": {**options.to_json(), **contents},
-        "source": {planned.name: _identity(opened, planned) for planned in plans},
-    }
-    if opened.store:
-        fingerprint["remote"] = {"reference": opened.reference, "revision": opened.store.revision}
-    return fingerprint
-
-
-def _identity(opened: OpenedSource, planned: ComponentPlan) -> dict[str, Any]:
-    source = planned.source
-    side_files = {path.name: hash_path(path) for path in source.side_files}
-    shards = _shard_identities(opened, planned)
-    return {"name": source.name, "shards": shards, CONFIG_NAME: source.config, "side_files": side_files}
-
-
-def _shard_identities(opened: OpenedSource, planned: ComponentPlan) -> dict[str, dict[str, Any]]:
-    """Return shard -> what changes when its content does, as far as that is known without reading it."""
-    identities = {}
-    for shard in planned.source.folder.shards:
-        header = blake3(shard.header.data).hexdigest()
-        file = opened.remote_file(planned.name, shard.name)
-        if file:
-            identities[shard.name] = {"nbytes": file.nbytes, "version": file.version, "header_blake3": header}
-        else:
-            stat = shard.path.stat()
-            identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_blake3": header}
-    return identities
-
-
-def _check_unchanged(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> None:
-    changed = [name for name, identity in after.items() if identity != before[name]]
-    if changed:
-        raise CheckpointError(f"{', '.join(changed)}: changed while it was converted. Start again with --restart.")
-
-
-def _summarize(output: Path, options: Options, plans: list[ComponentPlan], n_resumed: int, seconds: float) -> Summary:
+def _summarize(output: Path, options: Options, jobs: list[Job], n_resumed: int, seconds: float) -> Summary:
     return Summary(
         output=os.fspath(output),
         format=options.format,
-        n_converted=sum(len(planned.plan.manifest.layers) for planned in plans),
-        n_tensors=sum(len(planned.plan.tensors) for planned in plans),
-        source_nbytes=sum(shard.header.file_nbytes for planned in plans for shard in planned.source.folder.shards),
-        output_nbytes=sum(planned.plan.output_nbytes for planned in plans),
+        n_converted=sum(len(job.plan.manifest.layers) for job in jobs),
+        n_tensors=sum(len(job.plan.tensors) for job in jobs),
+        source_nbytes=sum(shard.header.file_nbytes for job in jobs for shard in job.source.folder.shards),
+        output_nbytes=sum(job.plan.output_nbytes for job in jobs),
         n_files_resumed=n_resumed,
         seconds=seconds,
     )

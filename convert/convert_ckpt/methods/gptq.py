@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert_ckpt.kernels.feedback import LANES, round_columns
+from convert_ckpt.methods.grid import Grid
 
-# Rows are independent of each other; so many at a time bound the memory.
-ROWS_AT_ONCE = 1024
 # Added to the diagonal, in units of its mean; if H is not positive definite, the next one. 0.001 to 0.03 are as good.
 _DAMPINGS = (0.01, 0.1, 1.0)
 # Columns between two products with all the errors so far.
@@ -29,18 +28,6 @@ _BAND = 512
 
 class NotPositiveDefiniteError(ValueError):
     """No damping makes H positive definite."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The values that rows of a weight, [n, K], may take: ``element`` (such as ``e2m1``) times a scale.
-
-    scales: float32 [n_scales, n], positive. scale_rows: int64 [K], the row of ``scales`` that holds a column's.
-    """
-
-    element: str
-    scales: np.ndarray
-    scale_rows: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,157 @@
-"""Calibrated activation ranges: a safetensors file with ``<layer>.input_amax`` F32 per layer."""
+"""--calibration: what is known of the layers' inputs.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Either a folder of statistics (run_ckpt.storage.statistics), or a safetensors file with ``<layer>.input_amax`` F32.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from convert_ckpt.options import Options
+from convert_ckpt.source.component import Component
 from run_ckpt.contract.errors import CheckpointError, UsageError
+from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.formats import E4M3_MAX
-from run_ckpt.contract.manifest import Layer
+from run_ckpt.contract.manifest import GPTQ, Layer
+from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.header import read_header
+from run_ckpt.storage.statistics import InputStatistics, read_statistics
 
 _SUFFIX = ".input_amax"
+# Of the largest |input| that was seen. Room above costs a floating-point format next to nothing, clipping does not.
+_HEADROOM = 1.5
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """``amax`` maps a module to the largest |input| seen, float32."""
+    """What was given, by module: ``ranges``, the largest |input| that a scale must reach, and ``statistics``.
 
-    file_name: str
-    amax: dict[str, float]
+    ``static`` asks for input scales, ``gptq`` for codes that the statistics choose.
+    """
+
+    name: str = ""
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    static: bool = False
+    gptq: bool = False
+
+    @property
+    def hessians(self) -> Mapping[str, InputStatistics]:
+        """The statistics by which codes are chosen."""
+        return self.statistics if self.gptq else {}
+
+    def input_scales(self, layers: Mapping[str, Layer]) -> dict[str, np.float32]:
+        """Return module -> range / 448 in float32, one value within a fused group (its largest); {} if not static."""
+        if not self.static:
+            return {}
+        largest: dict[str, float] = {}
+        for module, layer in layers.items():
+            group = layer.fused_group or module
+            largest[group] = max(largest.get(group, 0.0), self.ranges[module])
+        return {
+            module: np.float32(largest[layer.fused_group or module]) / np.float32(E4M3_MAX)
+            for module, layer in layers.items()
+        }
 
 
-def read_calibration(path: Path) -> Calibration:
-    """Return the file's ranges. Raises UsageError where it is not such a file."""
+def read_calibration(source: Component, options: Options) -> Calibration:
+    """Return what --calibration holds for a component; nothing where it was not given. Raises UsageError."""
+    path = options.calibration
+    if path is None:
+        return Calibration()
     try:
-        header = read_header(path)
-        amax = {}
-        with open(path, "rb") as file:
-            for tensor in header.tensors:
-                if not tensor.spec.name.endswith(_SUFFIX) or tensor.spec.dtype != "F32" or tensor.spec.nbytes != 4:
-                    raise UsageError(
-                        f"{path.name}: {tensor.spec.name}: expected one F32 value named <layer>{_SUFFIX},"
-                        f" found {tensor.spec.dtype} {list(tensor.spec.shape)}."
-                    )
-                file.seek(tensor.offset)
-                amax[tensor.spec.name.removesuffix(_SUFFIX)] = float(np.frombuffer(file.read(4), "<f4")[0])
+        if not options.has_statistics:
+            return Calibration(path.name, _read_ranges(path), static=True)
+        folder = _component_folder(path, source.name)
+        statistics = read_statistics(folder)
     except (OSError, CheckpointError) as error:
         raise UsageError(f"--calibration {path}: {error}") from error
-    return Calibration(path.name, amax)
+    ranges = {module: _HEADROOM * found.amax for module, found in statistics.items()}
+    gptq = options.method == GPTQ or (options.method is None and all(found.block_size for found in statistics.values()))
+    if not gptq and not options.static:
+        raise UsageError(
+            f"--calibration {path}: without --method {GPTQ}, which needs correlations, it decides nothing unless"
+            " --static asks for activation scales."
+        )
+    return Calibration(path.name, ranges, statistics, options.static, gptq)
 
 
-def calibration_faults(calibration: Calibration, layers: Mapping[str, Layer]) -> list[str]:
-    """Return a sentence for every quantized layer without a usable range."""
-    faults = []
-    for module in layers:
-        amax = calibration.amax.get(module)
-        if amax is None:
-            faults.append(f"{module}: {calibration.file_name} holds no {module}{_SUFFIX}. Calibrate it or --ignore it.")
-        elif not (np.isfinite(amax) and amax > 0):
-            faults.append(f"{module}: {calibration.file_name} says input_amax {amax}, not a positive number.")
+def calibration_faults(calibration: Calibration, source: Component, layers: Mapping[str, Layer]) -> list[str]:
+    """Return a sentence for every quantized layer of which too little is known, or something of another layer."""
+    faults: list[str] = []
+    for module, layer in layers.items():
+        if calibration.static and not calibration.statistics:
+            faults += _range_faults(calibration, module)
+        elif calibration.name:
+            found = calibration.statistics.get(module)
+            advice = "Calibrate it or --ignore it."
+            missing = f"{module}: {calibration.name} holds no statistics of it. {advice}"
+            faults += _statistics_faults(calibration, source, layer, found) if found else [missing]
     return faults
 
 
-def input_scales(calibration: Calibration, layers: Mapping[str, Layer]) -> dict[str, np.float32]:
-    """Return module -> amax / 448 in float32, one value within a fused group (its largest)."""
-    largest: dict[str, float] = {}
-    for module, layer in layers.items():
-        group = layer.fused_group or module
-        largest[group] = max(largest.get(group, 0.0), calibration.amax[module])
-    return {
-        module: np.float32(largest[layer.fused_group or module]) / np.float32(E4M3_MAX)
-        for module, layer in layers.items()
-    }
+def calibration_digest(path: Path) -> str:
+    """Return a hash of a file of ranges, or of what tells a folder of statistics from others."""
+    if path.is_file():
+        return hash_path(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*" + SUFFIX)):
+        header = read_header(file)
+        digest.update(header.data)
+        with open(file, "rb") as opened:
+            for tensor in header.tensors:
+                if tensor.spec.dtype == "F32":  # the diagonals too, which no other correlations go with
+                    opened.seek(tensor.offset)
+                    digest.update(opened.read(tensor.spec.nbytes))
+    return digest.hexdigest()
+
+
+def _component_folder(folder: Path, component: str) -> Path:
+    """Return where the statistics of a component are: in ``folder``, or in its folder of that name, or its only one."""
+    if any(folder.glob("*" + SUFFIX)):
+        return folder
+    inside = {path.parent for path in folder.glob("*/*" + SUFFIX)}
+    if folder / component in inside:
+        return folder / component
+    return inside.pop() if len(inside) == 1 else folder
+
+
+def _range_faults(calibration: Calibration, module: str) -> Iterator[str]:
+    amax = calibration.ranges.get(module)
+    if amax is None:
+        yield f"{module}: {calibration.name} holds no {module}{_SUFFIX}. Calibrate it or --ignore it."
+    elif not (np.isfinite(amax) and amax > 0):
+        yield f"{module}: {calibration.name} says input_amax {amax}, not a positive number."
+
+
+def _statistics_faults(
+    calibration: Calibration, source: Component, layer: Layer, found: InputStatistics
+) -> Iterator[str]:
+    shape, model = [found.layers[layer.module].N, found.K], source.class_name
+    if shape != [layer.N, layer.K] or model not in (None, found.model):
+        yield (
+            f"{layer.module}: the statistics are of {found.model}, {shape}, the weight is of {model or 'no class'},"
+            f" {[layer.N, layer.K]}. Calibrate this model."
+        )
+    if calibration.gptq and not found.block_size:
+        yield f"{layer.module}: {found.path.name} holds no correlations. Record them, or use --method rtn --static."
+    if calibration.static and not found.amax:
+        yield f"{layer.module}: its input was always zero. Use more samples, or --ignore it."
+
+
+def _read_ranges(path: Path) -> dict[str, float]:
+    header = read_header(path)
+    ranges = {}
+    with open(path, "rb") as file:
+        for tensor in header.tensors:
+            if not tensor.spec.name.endswith(_SUFFIX) or tensor.spec.dtype != "F32" or tensor.spec.nbytes != 4:
+                raise UsageError(
+                    f"{path.name}: {tensor.spec.name}: expected one F32 value named <layer>{_SUFFIX},"
+                    f" found {tensor.spec.dtype} {list(tensor.spec.shape)}."
+                )
+            file.seek(tensor.offset)
+            ranges[tensor.spec.name.removesuffix(_SUFFIX)] = float(np.frombuffer(file.read(4), "<f4")[0])
+    return ranges

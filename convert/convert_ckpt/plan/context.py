@@ -39,7 +39,7 @@ def find_dialect(context: PlanContext, decisions: Mapping[str, Decision]) -> Dia
     options = context.options
     formats = sorted({decision.format for decision in decisions.values()} - {KEEP}) or [options.format]
     schemes = [options.scheme(weight_format) for weight_format in formats]
-    return choose_dialect(schemes, context.naming, asked=options.dialect, static=options.calibration is not None)
+    return choose_dialect(schemes, context.naming, asked=options.dialect, static=options.has_static_scales)
 
 
 def dialect_faults(

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from convert_ckpt.options import Options
-from convert_ckpt.plan.calibration import calibration_faults, input_scales, read_calibration
+from convert_ckpt.plan.calibration import Calibration, calibration_faults, read_calibration
 from convert_ckpt.plan.context import PlanContext, dialect_faults, dialect_warnings, find_dialect
 from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
 from convert_ckpt.plan.preset import GENERIC, Preset, find_preset, load_preset
@@ -54,17 +52,15 @@ def make_plan(source: Component, options: Options) -> Plan:
     dialect = find_dialect(context, decisions)
     layers = _make_layers(context, decisions, groups, dialect)
     problems = dialect_faults(context, decisions, layers, dialect)
-    scales: dict[str, np.float32] = {}
-    if options.calibration:
-        calibration = read_calibration(options.calibration)
-        faults = calibration_faults(calibration, layers)
-        problems += faults
-        if not faults:
-            scales = input_scales(calibration, layers)
-            layers = {module: _with_input_scale(layer) for module, layer in layers.items()}
+    calibration = read_calibration(source, options)
+    faults = calibration_faults(calibration, source, layers)
+    problems += faults
+    if calibration.static:
+        layers = {module: _with_input_scale(layer) for module, layer in layers.items()}
+    scales = calibration.input_scales(layers) if not faults else {}
     if not layers:
         problems.append(_nothing_to_convert(decisions))
-    tensors = _make_tensors(source, layers, decisions)
+    tensors = _make_tensors(source, layers, decisions, calibration)
     manifest = _make_manifest(context, rules, dialect.name, layers, tensors, groups)
     if problems:
         raise ProblemsError(f"{source.name}: can't be converted as asked", problems)
@@ -149,13 +145,15 @@ def _with_input_scale(layer: Layer) -> Layer:
 
 
 def _make_tensors(
-    source: Component, layers: Mapping[str, Layer], decisions: Mapping[str, Decision]
+    source: Component, layers: Mapping[str, Layer], decisions: Mapping[str, Decision], calibration: Calibration
 ) -> tuple[TensorPlan, ...]:
     tensors = []
     for shard, stored in source.folder.tensors():
         module = linear_module(stored.spec)
         reason = decisions[module].reason if module else reason_not_linear(stored.spec)
-        tensors.append(TensorPlan(shard.name, stored, layers.get(module) if module else None, reason))
+        layer = layers.get(module) if module else None
+        statistics = calibration.hessians.get(layer.module) if layer else None
+        tensors.append(TensorPlan(shard.name, stored, layer, reason, statistics))
     return tuple(tensors)
 
 

@@ -9,16 +9,21 @@ from convert_ckpt.source.component import Component
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import Header, StoredTensor
+from run_ckpt.storage.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One source tensor: where it lies and what it becomes. ``layer`` is None where it is copied."""
+    """One source tensor: where it lies and what it becomes.
+
+    ``layer`` is None where it is copied; ``statistics``, of the layer's input, are there where they choose its codes.
+    """
 
     shard: str
     stored: StoredTensor
     layer: Layer | None
     reason: str
+    statistics: InputStatistics | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -67,7 +72,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class ComponentPlan:
+class Job:
     """One component to convert: ``name`` is its folder in OUTPUT, "" for OUTPUT itself."""
 
     name: str

@@ -23,9 +23,10 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,6 +50,9 @@ from run_ckpt.contract.errors import NonFiniteError
 from run_ckpt.contract.manifest import INPUT_SCALE, sqnr_db
 from run_ckpt.progress import Progress
 from run_ckpt.storage.shards import Shard
+
+if TYPE_CHECKING:  # see _make_calibrated
+    from convert_ckpt.run.calibrated import CalibratedQuantizer
 
 # All workers' slabs together.
 _IN_FLIGHT_NBYTES = 384 * 2**20
@@ -91,6 +95,8 @@ class Engine:
         self._n_taken = 0
         self._unscanned = Counter(scale_group(slab.tensor) for slab in self._slabs if slab.action == "scan")
         self._errors: defaultdict[str, list[ErrorSums]] = defaultdict(list)
+        self._measured: dict[str, dict[str, Any]] = {}
+        self._calibrated = self._make_calibrated()
         self._signal = Signal()
         self._readers = ShardReaders(shards, provider or LocalShards(shards), self._slabs, self._signal)
         self._outputs = OutputFiles(plan, done, folder, self._slabs, self._signal, self._record)
@@ -102,14 +108,15 @@ class Engine:
 
     def run(self, n_workers: int) -> None:
         """Convert everything that is not finished. Raises the first error of any thread."""
-        largest = max((slab.nbytes for slab in self._slabs), default=1)
+        largest = max((slab.nbytes for slab in self._slabs if not slab.tensor.statistics), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
         workers = ThreadPoolExecutor(n_workers, thread_name_prefix="worker")
         try:
             self._readers.start()
-            for _ in range(n_workers):
-                workers.submit(self._work)
-            workers.shutdown()
+            with self._calibrated or nullcontext():
+                for _ in range(n_workers):
+                    workers.submit(self._work)
+                workers.shutdown()
             self._outputs.wait()
         except BaseException as error:  # Ctrl-C too
             self._fail(error)
@@ -168,7 +175,12 @@ class Engine:
         assert layer is not None
         bits = weight_bits(raw, slab.tensor.spec.dtype, layer.K)
         scale = self._tensor_scale(slab) if slab.action == "encode" else None
-        writes, errors, largest = quantize(bits, layer, slab.row, buffers, scale)
+        if self._calibrated and slab.tensor.statistics:
+            done = self._calibrated.quantize(bits, layer, slab.tensor.statistics, buffers, scale)
+            writes, errors, largest = done.writes, done.errors, done.largest
+            self._measured[layer.module] = done.measured
+        else:
+            writes, errors, largest = quantize(bits, layer, slab.row, buffers, scale)
         self._check_finite(slab.tensor, largest)
         if not math.isfinite(errors.largest):
             raise NonFiniteError(
@@ -181,6 +193,13 @@ class Engine:
             self._outputs.write(layer.tensors[write.role], write.offset, write.data)
         with self._signal.notify():
             self._errors[layer.module].append(errors)
+
+    def _make_calibrated(self) -> "CalibratedQuantizer | None":
+        if not any(slab.tensor.statistics for slab in self._slabs):
+            return None
+        from convert_ckpt.run.calibrated import CalibratedQuantizer  # its kernels are nothing that a plan needs
+
+        return CalibratedQuantizer()
 
     def _tensor_scale(self, slab: Slab) -> np.ndarray:
         group = scale_group(slab.tensor)
@@ -197,20 +216,21 @@ class Engine:
         tensors = [t for t in self._plan.tensors if t.shard in file.source_shards and t.layer]
         record = FileRecord(
             file=entry,
-            layers={t.layer.module: _measure(self._errors[t.layer.module]) for t in tensors if t.layer},
+            layers={t.layer.module: self._measure(t.layer.module) for t in tensors if t.layer},
             sources={name: self._readers.describe(name) for name in file.source_shards},
             group_amax={group: self._amax[group] for t in tensors if (group := scale_group(t))},
         )
         self._on_file(file.name, record)
 
+    def _measure(self, module: str) -> dict[str, Any]:
+        errors = self._errors[module]
+        # fsum is exact, so that the order in which the slabs were done leaves no trace.
+        signal = math.fsum(part.squared_signal for part in errors)
+        error = math.fsum(part.squared_error for part in errors)
+        measured = {"sqnr_db": sqnr_db(signal, error), "max_abs_error": max(part.largest for part in errors)}
+        return {**measured, **self._measured.get(module, {})}
+
 
 def _progress(slab: Slab) -> int:
     """A weight that is read twice counts by halves."""
     return slab.nbytes // 2 if slab.action in ("scan", "encode") else slab.nbytes
-
-
-def _measure(errors: list[ErrorSums]) -> dict[str, Any]:
-    # fsum is exact, so that the order in which the slabs were done leaves no trace.
-    signal = math.fsum(part.squared_signal for part in errors)
-    error = math.fsum(part.squared_error for part in errors)
-    return {"sqnr_db": sqnr_db(signal, error), "max_abs_error": max(part.largest for part in errors)}

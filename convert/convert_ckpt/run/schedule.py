@@ -24,7 +24,7 @@ class Slab:
     copy and quantize read and write; a per-tensor FP8 weight is read twice, to scan its amax and to
     encode it. ``hash_order`` numbers the slabs that together are all bytes of a source shard; it is None for
     a second reading. ``outputs`` are the files it writes to: none if only the scan is needed, two where
-    another file repeats its scale.
+    another file repeats its scale. A layer with statistics is quantized or encoded as one slab.
     """
 
     action: Action
@@ -115,11 +115,12 @@ def list_slabs(plan: Plan, finished: set[str], known_groups: set[str]) -> list[S
         if output_of[tensor.shard] not in finished:
             files = outputs(tensor)
             action: Action = "copy" if tensor.layer is None else "scan" if group else "quantize"
-            for part in split(tensor):
+            for part in split(tensor, whole=bool(tensor.statistics) and action == "quantize"):
                 slabs.append(Slab(action, tensor, *part, n_hashed[tensor.shard], files))
                 n_hashed[tensor.shard] += 1
             if group:
-                encodes[group] += [Slab("encode", tensor, *part, None, files) for part in split(tensor)]
+                parts = split(tensor, whole=bool(tensor.statistics))
+                encodes[group] += [Slab("encode", tensor, *part, None, files) for part in parts]
         elif group in rescanned:
             slabs += [Slab("scan", tensor, *part, None, ()) for part in split(tensor)]
     return _with_encodes(slabs, encodes)
@@ -166,14 +167,16 @@ def _with_encodes(slabs: list[Slab], encodes: dict[str, list[Slab]]) -> list[Sla
     return [*merged, *waiting]
 
 
-def split(tensor: TensorPlan) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, nbytes, row) of the slabs of a tensor. An empty tensor is one empty slab."""
+def split(tensor: TensorPlan, *, whole: bool = False) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, nbytes, row) of the slabs of a tensor, or of it as one slab. An empty tensor is one too."""
     nbytes = tensor.spec.nbytes
     step, row_nbytes = SLAB_NBYTES, 0
     if tensor.layer:
         row_nbytes = tensor.layer.K * DTYPE_BITS[tensor.spec.dtype] // 8
         multiple = tensor.layer.scheme.row_multiple
         step = max(1, SLAB_NBYTES // (row_nbytes * multiple)) * multiple * row_nbytes
+    if whole:
+        step = max(1, nbytes)
     for start in range(0, max(nbytes, 1), step):
         row = start // row_nbytes if row_nbytes else 0
         yield start, min(step, nbytes - start), row

@@ -21,6 +21,11 @@ WEIGHT = "weight"
 WEIGHT_SCALE = "weight_scale"
 INPUT_SCALE = "input_scale"
 
+# How codes are chosen: rounding to nearest, or by convert_ckpt.methods.gptq.
+RTN, GPTQ = METHODS = ("rtn", "gptq")
+# What the manifest leaves out of a layer that has none.
+_OPTIONAL = ("method", "output_sqnr_db")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -28,7 +33,8 @@ class Layer:
 
     ``tensors`` maps a role (weight, weight_scale, input_scale) to the tensor that plays it.
     ``scale_shape`` is the weight scale's shape on disk, which consumers spell differently.
-    ``sqnr_db`` is that of the decoded weight, see sqnr_db().
+    ``sqnr_db`` is that of the decoded weight, see sqnr_db(). ``method`` says how its codes were chosen where statistics
+    of its input were given, ``output_sqnr_db`` maps each method to the SQNR of the layer's output on held out samples.
     """
 
     module: str
@@ -43,6 +49,8 @@ class Layer:
     fused_group: str | None = None
     sqnr_db: float | None = None
     max_abs_error: float | None = None
+    method: str | None = None
+    output_sqnr_db: dict[str, float | None] | None = None
 
     @property
     def format(self) -> QuantFormat:
@@ -59,7 +67,8 @@ class Layer:
         return {role: TensorSpec(name, *by_role[role]) for role, name in self.tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
-        fields = {name: value for name, value in vars(self).items() if name != "scheme"}
+        absent = {name for name in _OPTIONAL if getattr(self, name) is None}
+        fields = {name: value for name, value in vars(self).items() if name not in {"scheme", *absent}}
         layout = self.scheme.layout
         stored = {"format": self.format.name, "layout": layout.name, "granularity": self.scheme.granularity}
         facts = {**self.format.facts, **layout.facts, "target_arch": layout.target_arch}
@@ -209,7 +218,8 @@ def _from_json(document: dict[str, Any]) -> Manifest:
 
 def _layer_from_json(entry: dict[str, Any]) -> Layer:
     scheme = read_scheme(entry["format"], entry["layout"], entry["granularity"])
-    fields = {name: entry[name] for name in Layer.__dataclass_fields__.keys() - {"scheme"}}
+    absent = {"scheme", *(name for name in _OPTIONAL if name not in entry)}
+    fields = {name: entry[name] for name in Layer.__dataclass_fields__.keys() - absent}
     layer = Layer(**{**fields, "scheme": scheme, "scale_shape": tuple(entry["scale_shape"])})
     expected = layer.to_json()
     if expected != entry:

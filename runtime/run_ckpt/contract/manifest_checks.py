@@ -8,7 +8,16 @@ from typing import Any
 from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import ProblemsError
 from run_ckpt.contract.file_names import unsafe_file_name
-from run_ckpt.contract.manifest import INPUT_SCALE, MANIFEST_NAME, WEIGHT, WEIGHT_SCALE, Layer, Manifest, read_manifest
+from run_ckpt.contract.manifest import (
+    INPUT_SCALE,
+    MANIFEST_NAME,
+    METHODS,
+    WEIGHT,
+    WEIGHT_SCALE,
+    Layer,
+    Manifest,
+    read_manifest,
+)
 from run_ckpt.contract.tensors import TensorSpec
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
@@ -97,6 +106,8 @@ def _layer_faults(name: str, layer: Layer, recipe: Mapping[str, Any]) -> Iterato
     shape = dialect.scale_shape(layer.N, layer.K, scheme)
     if layer.scale_shape != shape:
         yield f"scale_shape is {list(layer.scale_shape)}, it should be {list(shape)}"
+    if layer.method not in (None, *METHODS) or (layer.method and set(layer.output_sqnr_db or ()) != set(METHODS)):
+        yield f"method {layer.method!r}, output_sqnr_db {layer.output_sqnr_db}: not as any version writes it"
 
 
 def _reference_faults(manifest: Manifest) -> Iterator[str]:

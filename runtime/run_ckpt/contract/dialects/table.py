@@ -25,10 +25,14 @@ def choose_dialect(
     Raises UsageError where the dialect can't say all that, or no dialect can.
     """
     if static and list(schemes) != [TENSOR_FP8]:
-        raise UsageError("--calibration: static activations exist only for --format fp8 --granularity tensor.")
+        raise UsageError("--static: static activations exist only for --format fp8 --granularity tensor.")
     dialect = DIALECTS[asked] if asked else _usual_dialect(schemes, naming, static=static)
     if dialect.is_static != static:
-        fix = f"leave --dialect out or say {_list(_that(is_static=True))}" if static else "give --calibration FILE"
+        fix = (
+            f"leave --dialect out or say {_list(_that(is_static=True))}"
+            if static
+            else "give --calibration DIR --static"
+        )
         kind = "static" if dialect.is_static else "dynamic"
         raise UsageError(f"--dialect {dialect.name}: its activations are {kind}; {fix}.")
     if len(schemes) > 1 and not dialect.is_mixed:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from run_ckpt.contract.file_names import HEATMAP_NAME, join_names
 from run_ckpt.contract.layouts import PLAIN
-from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, MANIFEST_NAME, Layer
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.consumers import commands, list_consumers
 from run_ckpt.tools.publish.hardware import hardware
@@ -42,6 +42,19 @@ def format_name(components: Iterable[ConvertedComponent]) -> str:
     return " and ".join(sorted({before + scheme.format.label for scheme, before in shuffled.items()}))
 
 
+def _rounding(layers: Sequence[Layer]) -> str:
+    """Say how codes and activation scales were chosen."""
+    n_gptq = sum(layer.method == GPTQ for layer in layers)
+    is_static = any(INPUT_SCALE in layer.tensors for layer in layers)
+    chosen = "Weights are rounded to nearest"
+    if n_gptq:
+        others = "" if n_gptq == len(layers) else f"; those of the other {len(layers) - n_gptq} are the nearest"
+        chosen = f"GPTQ chose the codes of {n_gptq} layers by statistics of their inputs{others}"
+    if is_static:
+        return f"{chosen}; static activation scales come from calibration."
+    return f"{chosen}." if n_gptq else f"{chosen}, without calibration data."
+
+
 def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> Iterator[str]:
     source = components[0].manifest.source
     recipe = components[0].manifest.recipe
@@ -52,9 +65,7 @@ def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> I
         else ""
     )
     layers = sum(component.summary.n_layers for component in components)
-    rounding = "Weights are rounded to nearest" + (
-        "; static activation scales come from calibration." if recipe["calibration"] else ", without calibration data."
-    )
+    rounding = _rounding([layer for component in components for layer in component.manifest.layers.values()])
     yield (
         f"The `{recipe['class_name']}` of {name}{at} with its linear layers in {format_name(components)}."
         f" {layers} layers were quantized offline by {components[0].summary.tool}; all other tensors are bit for bit"
@@ -148,7 +159,7 @@ def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
         )
     else:
         yield f"```sh\nconvert-ckpt {shlex.quote(str(source['name']))} OUTPUT {command}\n```"
-    for key, title in (("recipe", "Its recipe file"), ("calibration", "Its calibration file")):
+    for key, title in (("recipe", "Its recipe file"), ("calibration", "What was known of the inputs")):
         if name := components[0].manifest.recipe.get(key):
             yield f"{title} was `{name}`."
     made = [entry for component in components for entry in _checksums(component, component.manifest.files)]
@@ -166,8 +177,9 @@ def _convert_command(components: Sequence[ConvertedComponent]) -> str:
         words += ["--preset", recipe["preset"]]
     for pattern in recipe["ignore"]:
         words += ["--ignore", pattern]
-    for option in ("recipe", "calibration"):
+    for option in ("recipe", "calibration", "method"):
         words += [f"--{option}", recipe[option]] if recipe[option] else []
+    words += ["--static"] if recipe["static"] else []
     words += ["--allow-unaligned-k"] if recipe["allow_unaligned_k"] else []
     return shlex.join(words)
 

@@ -1,0 +1,159 @@
+"""A layer whose codes are chosen by statistics of its input: by GPTQ, where they are better than the nearest ones."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from convert_ckpt.methods.gptq import Factor, NotPositiveDefiniteError, Rounded, factorize, round_rows
+from convert_ckpt.methods.grid import ROWS_AT_ONCE, Grid
+from convert_ckpt.run.buffers import Buffers
+from convert_ckpt.run.slab import ErrorSums, TensorWrite, decode_grid, encode_on_grid, is_finite, quantize
+from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.manifest import GPTQ, RTN, WEIGHT, WEIGHT_SCALE, Layer, sqnr_db
+from run_ckpt.storage.statistics import InputStatistics
+
+# Layers that share an input follow each other, and workers are few.
+_INPUTS_KEPT = 2
+_F32_NBYTES = 4
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a layer became; ``measured`` is what the manifest says of it, ``largest`` as from slab.quantize."""
+
+    writes: list[TensorWrite]
+    errors: ErrorSums
+    largest: int
+    measured: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The factors of an input, and H of its held out samples, block by block."""
+
+    factors: Sequence[Factor]
+    held_out: Sequence[np.ndarray]
+
+
+class CalibratedQuantizer:
+    """Quantizes layers, from any thread; those that share an input share its factors.
+
+    A context manager: BLAS has one thread from its start to its end, as each layer has a worker of its own, and as sums
+    have other bits with another number of threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inputs: dict[Path, Future[_Input]] = {}
+
+    def __enter__(self) -> None:
+        self._limits = threadpool_limits(1, user_api="blas")
+
+    def __exit__(self, *_: object) -> None:
+        self._limits.restore_original_limits()
+
+    def quantize(
+        self,
+        bits: np.ndarray,
+        layer: Layer,
+        statistics: InputStatistics,
+        buffers: Buffers,
+        tensor_scale: np.ndarray | None,
+    ) -> Calibrated:
+        """Return the codes of GPTQ, or the nearest ones where the held out samples say that these are better.
+
+        bits, tensor_scale: of the whole weight, as for slab.quantize. Raises CheckpointError where the statistics are
+        of another weight or not positive definite.
+        """
+        writes, errors, largest = quantize(bits, layer, 0, buffers, tensor_scale)
+        if not is_finite(largest):
+            return Calibrated(writes, errors, largest, {})
+        _check_identity(bits, layer, statistics)
+        known = self._input(statistics)
+        scales = next(write.data for write in writes if write.role == WEIGHT_SCALE)
+        grid = decode_grid(bits, layer, scales)
+        codes = np.empty_like(next(write.data for write in writes if write.role == WEIGHT))
+        total = _round_all(bits, layer, grid, known, scales, codes)
+        measured = {
+            "output_sqnr_db": {
+                RTN: sqnr_db(total.signal, total.nearest_error),
+                GPTQ: sqnr_db(total.signal, total.output_error),
+            }
+        }
+        if not total.output_error < total.nearest_error:
+            return Calibrated(writes, errors, largest, {**measured, "method": RTN})
+        writes = [TensorWrite(w.role, w.offset, codes if w.role == WEIGHT else w.data) for w in writes]
+        errors = ErrorSums(total.squared_error, errors.squared_signal, total.largest_error)
+        return Calibrated(writes, errors, largest, {**measured, "method": GPTQ})
+
+    def _input(self, statistics: InputStatistics) -> _Input:
+        path = statistics.path
+        with self._lock:
+            future = self._inputs.get(path)
+            mine = future is None
+            if future is None:
+                future = self._inputs[path] = Future()
+                while len(self._inputs) > _INPUTS_KEPT:
+                    del self._inputs[next(iter(self._inputs))]
+        if mine:
+            try:
+                future.set_result(_read_input(statistics))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+
+def _read_input(statistics: InputStatistics) -> _Input:
+    try:
+        factors = [factorize(block) for block in statistics.hessian()]
+    except NotPositiveDefiniteError as error:
+        raise CheckpointError(
+            f"{statistics.path.name}: not positive definite, as no sum of squares is. Record it again with run-ckpt"
+            " calibrate."
+        ) from error
+    return _Input(factors, statistics.hessian(held_out=True))
+
+
+def _round_all(
+    bits: np.ndarray, layer: Layer, grid: Grid, known: _Input, scales: np.ndarray, codes: np.ndarray
+) -> Rounded:
+    """Fill ``codes``; return the sums over all rows."""
+    sums, largest_error = np.zeros(4), 0.0
+    flat = codes.reshape(-1)
+    for start in range(0, layer.N, ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, layer.N))
+        part = Grid(grid.element, np.ascontiguousarray(grid.scales[:, rows]), grid.scale_rows)
+        done = round_rows(_to_float(bits[rows]), part, known.factors, known.held_out)
+        place = slice(rows.start * flat.size // layer.N, rows.stop * flat.size // layer.N)
+        encode_on_grid(done.decoded, layer, start, scales, flat[place])
+        sums += [done.signal, done.output_error, done.nearest_error, done.squared_error]
+        largest_error = max(largest_error, done.largest_error)
+    signal, output_error, nearest_error, squared_error = sums.tolist()
+    return Rounded(np.empty(0), signal, output_error, nearest_error, squared_error, largest_error)
+
+
+def _to_float(bits: np.ndarray) -> np.ndarray:
+    return bits.view(np.float32) if bits.itemsize == _F32_NBYTES else (bits.astype(np.int32) << 16).view(np.float32)
+
+
+def _check_identity(bits: np.ndarray, layer: Layer, statistics: InputStatistics) -> None:
+    expected = statistics.layers[layer.module].first_row_sha256
+    row = bits[0] if bits.itemsize == 2 else _round_to_bf16(bits[0])
+    if expected is not None and hashlib.sha256(row.tobytes()).hexdigest() != expected:
+        raise CheckpointError(
+            f"{layer.module}: {statistics.path.name} is of a model with other weights (its first row differs)."
+            " Calibrate this one."
+        )
+
+
+def _round_to_bf16(bits: np.ndarray) -> np.ndarray:
+    """The upper halves of float32 bits, nearest, ties to even."""
+    unsigned = bits.view(np.uint32)
+    return ((unsigned + 0x7FFF + ((unsigned >> 16) & 1)) >> 16).astype(np.uint16)

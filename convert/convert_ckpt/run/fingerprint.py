@@ -1,0 +1,57 @@
+"""What decides the bytes of a result: a run goes on only where all of it is the same."""
+
+from typing import Any
+
+from blake3 import blake3
+
+from convert_ckpt.options import Options
+from convert_ckpt.plan.calibration import calibration_digest
+from convert_ckpt.plan.plan import Job
+from convert_ckpt.source.opened import OpenedSource
+from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.storage.hashing import hash_path
+from run_ckpt.version import VERSION
+
+
+def fingerprint(opened: OpenedSource, jobs: list[Job], options: Options) -> dict[str, Any]:
+    """Everything that decides the bytes: a run goes on only where all of it is the same."""
+    contents = {"recipe": hash_path(options.recipe)} if options.recipe else {}
+    if options.calibration:
+        contents["calibration"] = calibration_digest(options.calibration)
+    result = {
+        "tool_version": VERSION,
+        "options": {**options.to_json(), **contents},
+        "source": {job.name: _identity(opened, job) for job in jobs},
+    }
+    if opened.store:
+        result["remote"] = {"reference": opened.reference, "revision": opened.store.revision}
+    return result
+
+
+def _identity(opened: OpenedSource, job: Job) -> dict[str, Any]:
+    source = job.source
+    side_files = {path.name: hash_path(path) for path in source.side_files}
+    shards = shard_identities(opened, job)
+    return {"name": source.name, "shards": shards, CONFIG_NAME: source.config, "side_files": side_files}
+
+
+def shard_identities(opened: OpenedSource, job: Job) -> dict[str, dict[str, Any]]:
+    """Return shard -> what changes when its content does, as far as that is known without reading it."""
+    identities = {}
+    for shard in job.source.folder.shards:
+        header = blake3(shard.header.data).hexdigest()
+        file = opened.remote_file(job.name, shard.name)
+        if file:
+            identities[shard.name] = {"nbytes": file.nbytes, "version": file.version, "header_blake3": header}
+        else:
+            stat = shard.path.stat()
+            identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_blake3": header}
+    return identities
+
+
+def check_unchanged(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> None:
+    """Raise CheckpointError with the shards whose identity is another one than before."""
+    changed = [name for name, identity in after.items() if identity != before[name]]
+    if changed:
+        raise CheckpointError(f"{', '.join(changed)}: changed while it was converted. Start again with --restart.")
