@@ -28,7 +28,7 @@ def run(*args: object) -> int:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "inspect", "verify", "dequantize", "relayout", "compare", "push", "card", "report"]
+    "command", ["", "inspect", "diff", "verify", "dequantize", "relayout", "compare", "push", "card", "report"]
 )
 def test_help_says_how_it_is_used(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(*filter(None, [command]), "--help") == 0
@@ -46,9 +46,10 @@ def test_version_is_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--help"], ["torch", "numpy", "rich", "convert", "run_ckpt.tools.publish"]),
         (["inspect"], ["torch", "numpy", "convert", "run_ckpt.tools.publish"]),
+        (["diff"], ["torch", "numpy", "convert", "huggingface_hub"]),
         (["card"], ["torch", "numpy", "convert", "huggingface_hub", "matplotlib"]),
     ],
-    ids=["help", "inspect", "card"],
+    ids=["help", "inspect", "diff", "card"],
 )
 def test_light_commands_do_not_import(output: Path, args: list[str], unwanted: list[str]) -> None:
     script = (
@@ -57,7 +58,8 @@ def test_light_commands_do_not_import(output: Path, args: list[str], unwanted: l
         "except SystemExit: pass\n"
         "print(*sys.modules, sep='\\n')"
     )
-    args = args if args == ["--help"] else [*args, str(output)]
+    n_outputs = {"--help": 0, "diff": 2}.get(args[0], 1)
+    args = [*args, *[str(output)] * n_outputs]
     done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=True)
     assert not set(unwanted) & set(done.stdout.splitlines())
 

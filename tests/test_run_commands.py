@@ -132,11 +132,53 @@ def test_bench_refuses_rows_that_are_no_numbers(digits: Path) -> None:
 
 def test_inspect_says_which_backend_would_run_on_a_device(digits: Path) -> None:
     survey = json.loads(run("inspect", digits, "--device", "cpu", "--json").stdout)
-    assert survey["machine"] == "cpu"
+    assert survey["device"] == "cpu"
     rows = {row["name"]: row for row in survey["rows"]}
     assert rows["reference"]["n_layers"] == 23
     assert sum(rows["dequantize"]["reasons"].values()) == 23
     assert "reference" in run("inspect", digits, "--device", "cpu").stdout
+
+
+@pytest.mark.parametrize(
+    ("format_", "device", "backend"),
+    [
+        ("mxfp4", "gfx950", "aiter"),
+        ("mxfp4", "gfx942", "petit"),
+        ("mxfp4", "gfx1201", "triton"),
+        ("mxfp4", "sm90", "triton"),
+        ("mxfp4", "sm120", "triton"),
+        ("mxfp4", "cpu", "reference"),
+        ("fp8", "gfx950", "aiter"),
+        ("fp8", "gfx942", "aiter"),
+        ("fp8", "sm90", "scaled_mm"),
+        ("fp8", "sm80", "triton"),
+    ],
+)
+def test_inspect_says_what_would_run_on_a_gpu_that_is_not_here(
+    digits: Path, tmp_path: Path, format_: str, device: str, backend: str
+) -> None:
+    """README's table of backends, for the architectures it names."""
+    output = digits
+    if format_ == "fp8":
+        output = tmp_path / "fp8"
+        convert(FLUX_DIGITS, output, format="fp8", granularity="channel")
+    found = json.loads(run("inspect", output, "--device", device, "--json").stdout)
+    assert {row["name"]: row["n_layers"] for row in found["rows"] if row["n_layers"]} == {backend: 23}
+    assert found["is_here"] is (device == "cpu")
+    stored = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    assert 0 < stored - found["weights_nbytes"] < 30_000  # headers
+    assert found["weights_nbytes"] < found["load_nbytes"] < found["weights_nbytes"] * 1.1
+
+
+def test_inspect_says_where_nothing_runs_unasked(digits: Path) -> None:
+    result = run("inspect", digits, "--device", "sm75")
+    assert "23 layers run on none of them unless it is asked for by name." in result.stdout
+
+
+def test_inspect_refuses_a_device_that_is_none(digits: Path) -> None:
+    result = run("inspect", digits, "--device", "mi350")
+    assert isinstance(result.exception, UsageError)
+    assert "architecture such as gfx950" in str(result.exception)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that must be missing")

@@ -35,7 +35,7 @@ def _unsupported(layer: Layer, device: Device) -> str | None:
     if device.kind != "rocm" or device.arch not in architectures:
         return f"AITER multiplies {layer.format} on {' and '.join(architectures)} alone"
     unsupported_shape = _unsupported_mxfp4_shape if layer.format == MXFP4 else _unsupported_fp8_shape
-    return unsupported_shape(layer) or why_no_aiter()
+    return unsupported_shape(layer) or (why_no_aiter() if device.is_here else None)
 
 
 def _unsupported_mxfp4_shape(layer: Layer) -> str | None:

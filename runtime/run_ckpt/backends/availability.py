@@ -1,7 +1,7 @@
 """Which backend takes which layers on a device, and why not the others: the answer to `inspect --device`."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from run_ckpt.backends.backend import Device, describe_device
 from run_ckpt.backends.select import BACKENDS, choose_backend
 from run_ckpt.contract.errors import BackendError, UsageError
-from run_ckpt.contract.manifest import Layer
+from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.manifest_checks import read_checked_manifest
+
+_ARCHITECTURE = re.compile(r"(gfx|sm)[0-9][0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -26,31 +28,51 @@ class BackendRow:
 
 @dataclass(frozen=True)
 class Availability:
-    """What would run a checkpoint on a device. ``n_unsupported`` layers are taken by no backend unasked."""
+    """What would run a checkpoint on a device. ``n_unsupported`` layers are taken by no backend unasked.
 
-    machine: str
+    ``weights_nbytes`` are all tensors on the device; ``load_nbytes`` is about the most while they are loaded, when
+    the largest layer may exist in two orders of bytes. ``is_here``: False for a GPU that was only asked about.
+    """
+
+    device: str
     rows: tuple[BackendRow, ...]
     n_unsupported: int
+    weights_nbytes: int
+    load_nbytes: int
+    is_here: bool
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def device_availability(path: Path, device: str) -> Availability:
-    """Return what would run the component in folder ``path`` on a torch device.
+def device_availability(path: Path, name: str) -> Availability:
+    """Return what would run the component in folder ``path`` on a device, see find_device.
 
-    Raises ManifestError, ProblemsError, or UsageError where this machine has no such device.
+    Raises ManifestError, ProblemsError, or UsageError.
     """
+    return manifest_availability(read_checked_manifest(path), find_device(name))
+
+
+def find_device(name: str) -> Device:
+    """Return what a torch device of this machine is, or a GPU by the name of its architecture, here or not.
+
+    Raises UsageError where it is neither.
+    """
+    if architecture := _ARCHITECTURE.fullmatch(name):
+        return Device("rocm" if architecture[1] == "gfx" else "cuda", name, is_here=False)
     try:
-        described = describe_device(torch.device(device))
+        return describe_device(torch.device(name))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise UsageError(f"--device {device}: {reason}. Choose one that this machine has, or cpu.") from error
-    return backend_availability(read_checked_manifest(path).layers.values(), described)
+        raise UsageError(
+            f"--device {name}: {reason}. Choose one that this machine has, cpu, or a GPU's architecture such as gfx950,"
+            " gfx942, sm90 or sm120."
+        ) from error
 
 
-def backend_availability(layers: Iterable[Layer], device: Device) -> Availability:
+def manifest_availability(manifest: Manifest, device: Device) -> Availability:
     """Return a row for each backend, in order of preference."""
+    layers = manifest.layers.values()
     taken: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {backend.name: Counter() for backend in BACKENDS}
     n_unsupported = 0
@@ -64,4 +86,7 @@ def backend_availability(layers: Iterable[Layer], device: Device) -> Availabilit
         except BackendError:
             n_unsupported += 1
     rows = (BackendRow(backend.name, taken[backend.name], dict(reasons[backend.name])) for backend in BACKENDS)
-    return Availability(str(device), tuple(rows), n_unsupported)
+    layer_nbytes = [sum(spec.nbytes for spec in layer.specs().values()) for layer in layers]
+    weights_nbytes = sum(layer_nbytes) + sum(kept.spec.nbytes for kept in manifest.kept.values())
+    load_nbytes = weights_nbytes + max(layer_nbytes, default=0)
+    return Availability(str(device), tuple(rows), n_unsupported, weights_nbytes, load_nbytes, device.is_here)

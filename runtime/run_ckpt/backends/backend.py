@@ -16,11 +16,13 @@ Tensors = dict[str, Tensor]
 class Device:
     """Where a layer is to run: ``kind`` is "cpu", "cuda" (NVIDIA), "rocm" (AMD) or another torch device type.
 
-    ``arch`` is the GPU's architecture ("gfx950", "sm90"), "" elsewhere.
+    ``arch`` is the GPU's architecture ("gfx950", "sm90"), "" elsewhere. ``is_here`` is False for a GPU that is only
+    asked about: then every package that serves it counts as installed.
     """
 
     kind: str
     arch: str = ""
+    is_here: bool = True
 
     def __str__(self) -> str:
         return f"{self.kind} {self.arch}".strip()

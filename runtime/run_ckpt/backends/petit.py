@@ -26,7 +26,7 @@ def _unsupported(layer: Layer, device: Device) -> str | None:
         return f"Petit is for {' and '.join(_ARCHITECTURES)}"
     if layer.N % _N_MULTIPLE or layer.K % _K_MULTIPLE:
         return f"N = {layer.N} and K = {layer.K} are not multiples of {_N_MULTIPLE} and {_K_MULTIPLE}"
-    return why_no_petit()
+    return why_no_petit() if device.is_here else None
 
 
 def _prepare(layer: Layer, tensors: Tensors) -> Tensors:

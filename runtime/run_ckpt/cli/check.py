@@ -13,7 +13,11 @@ _FOLDER = click.Path(path_type=Path)
 @click.argument("output", type=_FOLDER)
 @click.option("--all", "every_layer", is_flag=True, help="A row for each layer; default: like blocks in one row.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every layer.")
-@click.option("--device", help="Show which backend would run the layers on this torch device, and why not the others.")
+@click.option(
+    "--device",
+    help="Show which backend would run the layers there, and why not the others: a torch device such as cuda, or"
+    " any GPU's architecture, such as gfx950, gfx942, sm90 or sm120.",
+)
 def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) -> None:
     """Show what OUTPUT is: sizes, layers, errors, and what was kept and why.
 
@@ -22,7 +26,7 @@ def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) 
     \b
     Examples:
       run-ckpt inspect flux-mxfp4
-      run-ckpt inspect flux-mxfp4 --device cuda
+      run-ckpt inspect flux-mxfp4 --device gfx950
     """
     from run_ckpt.storage.components import find_components
     from run_ckpt.tools.summary import inspect_component

@@ -8,6 +8,7 @@ from run_ckpt.cli.calibrate import calibrate
 from run_ckpt.cli.check import inspect, verify
 from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.cli.compare import compare
+from run_ckpt.cli.explain import diff
 from run_ckpt.cli.publish import card, push, report
 from run_ckpt.cli.rewrite import dequantize, relayout
 from run_ckpt.cli.run import bench, generate
@@ -31,6 +32,7 @@ def run_ckpt() -> None:
     Examples:
       run-ckpt inspect flux-mxfp4
       run-ckpt verify flux-mxfp4 --source flux
+      run-ckpt diff flux-mxfp4 flux-fp8
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
       run-ckpt report flux-mxfp4 --output report.html
@@ -41,7 +43,21 @@ def run_ckpt() -> None:
     """
 
 
-for _command in (inspect, verify, dequantize, relayout, calibrate, generate, compare, bench, card, report, push):
+# A line each, in the order of --help.
+for _command in (
+    inspect,
+    verify,
+    diff,
+    dequantize,
+    relayout,
+    calibrate,
+    generate,
+    compare,
+    bench,
+    card,
+    report,
+    push,
+):
     run_ckpt.add_command(_command)
 
 

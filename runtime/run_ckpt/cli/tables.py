@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from run_ckpt.cli.names import DottedName
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.summary import CheckpointSummary, Inspection
 
@@ -36,14 +37,14 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     for row in inspection.layers:
         measured = (_number(row.sqnr_db, ".2f"), _number(row.max_abs_error, ".4g"))
         layers.add_row(
-            escape(row.module), str(row.count), row.format, f"{row.N} x {row.K}", escape(row.scale), *measured
+            DottedName(row.module), str(row.count), row.format, f"{row.N} x {row.K}", escape(row.scale), *measured
         )
     console.print(layers)
     if inspection.kept_linears:
         kept = _table("kept", ("linear layer", "count", "dtype", "N x K", "reason"))
         for linear in inspection.kept_linears:
             size = f"{linear.N} x {linear.K}"
-            kept.add_row(escape(linear.module), str(linear.count), linear.dtype, size, escape(linear.reason))
+            kept.add_row(DottedName(linear.module), str(linear.count), linear.dtype, size, escape(linear.reason))
         console.print(kept)
 
 
@@ -53,7 +54,7 @@ def print_measured(console: Console, report: ComponentReport) -> None:
     for measured in report.measured:
         layer = measured.layer
         table.add_row(
-            escape(layer.module),
+            DottedName(layer.module),
             layer.format.name,
             f"{layer.N} x {layer.K}",
             _number(measured.sqnr_db, ".2f"),
@@ -65,7 +66,7 @@ def print_measured(console: Console, report: ComponentReport) -> None:
 
 def print_availability(console: Console, component: str, availability: Availability) -> None:
     """Print the backends in order of preference, with what each would run and why not the rest."""
-    title = f"{component + ': ' if component else ''}backends on {availability.machine}"
+    title = f"{component + ': ' if component else ''}backends on {availability.device}"
     table = _table(title, ("backend", "layers", "not taken because"))
     for row in availability.rows:
         reasons = "\n".join(f"{reason} ({count} layers)" for reason, count in row.reasons.items())
@@ -73,6 +74,10 @@ def print_availability(console: Console, component: str, availability: Availabil
     console.print(table)
     if availability.n_unsupported:
         console.print(f"{availability.n_unsupported} layers run on none of them unless it is asked for by name.")
+    weights, load = (format_nbytes(n) for n in (availability.weights_nbytes, availability.load_nbytes))
+    console.print(f"memory: {weights} of weights, about {load} while they are loaded")
+    if not availability.is_here:
+        console.print("Taken as installed there: AITER, Petit and Triton, as far as each serves that GPU.")
 
 
 def print_bench(console: Console, component: str, bench: Bench) -> None:

@@ -20,7 +20,7 @@ def _unsupported(layer: Layer, device: Device) -> str | None:
         return f"NVIDIA GPUs multiply BF16 from sm{_MIN_SM} on, this is {device.arch}"
     if layer.format not in (MXFP4, FP8):
         return f"the Triton kernels decode {MXFP4} and {FP8}, this one is {layer.format}"
-    return why_no_triton()
+    return why_no_triton() if device.is_here else None
 
 
 def _multiply(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:

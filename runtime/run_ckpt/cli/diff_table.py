@@ -1,0 +1,61 @@
+"""Two results side by side, as rich tables."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from run_ckpt.cli.names import DottedName
+from run_ckpt.storage.units import format_nbytes
+from run_ckpt.tools.diff import Difference, ResultDiff, TensorFate
+
+
+def print_diff(console: Console, found: ResultDiff, names: tuple[Path, Path]) -> None:
+    """Print the options that differ, the tensors that differ, and the sums."""
+    a, b = (str(name) for name in names)
+    for key, (before, after) in found.options.items():
+        console.print(escape(f"{key}: {_show(before)} -> {_show(after)}"))
+    if found.differences:
+        table = Table(header_style="bold", box=None, pad_edge=False)
+        table.add_column("tensor", overflow="fold")
+        table.add_column("count", justify="right")
+        table.add_column("stored as")
+        table.add_column("size", justify="right")
+        table.add_column("worst SQNR dB", justify="right")
+        for row in found.differences:
+            table.add_row(DottedName(row.name), str(row.count), *map(escape, _cells(row)))
+        console.print(table)
+    change = found.b_nbytes - found.a_nbytes
+    console.print(
+        escape(
+            f"{a} -> {b}: {sum(row.count for row in found.differences)} tensors differ, {found.n_same} are alike;"
+            f" {format_nbytes(found.a_nbytes)} -> {format_nbytes(found.b_nbytes)}"
+            f" ({'-' if change < 0 else '+'}{format_nbytes(abs(change))})"
+        ),
+        soft_wrap=True,
+    )
+
+
+def _cells(row: Difference) -> tuple[str, str, str]:
+    """Return format, size and SQNR of both; one word where both have the same."""
+    pairs = [(_stored(row.a), _stored(row.b)), (_size(row.a), _size(row.b)), (_sqnr(row.a), _sqnr(row.b))]
+    stored, size, sqnr = (a if a == b else f"{a} -> {b}" for a, b in pairs)
+    return stored, size, sqnr
+
+
+def _stored(fate: TensorFate | None) -> str:
+    return fate.stored_as if fate else "absent"
+
+
+def _size(fate: TensorFate | None) -> str:
+    return format_nbytes(fate.nbytes) if fate else "-"
+
+
+def _sqnr(fate: TensorFate | None) -> str:
+    return "-" if fate is None or fate.sqnr_db is None else f"{fate.sqnr_db:.2f}"
+
+
+def _show(value: Any) -> str:
+    return "-" if value in (None, [], ()) else str(value)
