@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from run_ckpt.contract.layouts import AITER, PLAIN, Layout
+from run_ckpt.contract.formats import AITER_MXFP4, PLAIN_MXFP4, Scheme
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
 
@@ -190,7 +190,7 @@ def bench_kernels() -> Table:
     """Return a table of kernel speeds in bytes of BF16 input, as shares of np.copyto."""
     from blake3 import blake3
 
-    from convert_ckpt.kernels import fp8, mxfp4
+    from convert_ckpt.kernels import fp8, mx
     from convert_ckpt.run.schedule import SLAB_NBYTES
 
     # As many bytes as the converter hands a kernel at a time.
@@ -202,11 +202,11 @@ def bench_kernels() -> Table:
         target = np.ones_like(weight)
         return lambda: np.copyto(target, weight)
 
-    def quantize(rule: str, layout: Layout) -> Callable[[np.ndarray], Callable[[], object]]:
+    def quantize(rule: str, scheme: Scheme) -> Callable[[np.ndarray], Callable[[], object]]:
         def bind(weight: np.ndarray) -> Callable[[], object]:
             packed, codes = np.ones(rows * K // 2, np.uint8), np.ones(rows * K // 32, np.uint8)
-            return lambda: mxfp4.quantize_slab(
-                weight, rule, layout, weight_out=packed, scale_out=codes, scale_pitch=K // 32
+            return lambda: mx.quantize_slab(
+                weight, rule, scheme, weight_out=packed, scale_out=codes, scale_pitch=K // 32
             )
 
         return bind
@@ -221,9 +221,9 @@ def bench_kernels() -> Table:
 
     kernels = {
         "np.copyto": copy,
-        "mxfp4 even, aiter": quantize("even", AITER),
-        "mxfp4 even, plain": quantize("even", PLAIN),
-        "mxfp4 mse, aiter": quantize("mse", AITER),
+        "mxfp4 even, aiter": quantize("even", AITER_MXFP4),
+        "mxfp4 even, plain": quantize("even", PLAIN_MXFP4),
+        "mxfp4 mse, aiter": quantize("mse", AITER_MXFP4),
         "fp8 amax": lambda weight: lambda: fp8.tile_maxima(weight, rows, K),
         "fp8 encode": encode,
         "BLAKE3": hash_slab,

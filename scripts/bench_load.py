@@ -187,13 +187,13 @@ def quantize_online(_folder: Path, shards: list[Path], weight_format: str) -> Ca
     import torch
     from safetensors.torch import load_file
 
-    from convert_ckpt.kernels import fp8, mxfp4
+    from convert_ckpt.kernels import fp8, mx
     from convert_ckpt.run.slab import fp8_scales
-    from run_ckpt.contract.layouts import AITER
+    from run_ckpt.contract.formats import AITER_MXFP4
 
     def to_mxfp4(bits: Any) -> Any:
         packed, codes = np.empty(bits.size // 2, np.uint8), np.empty(bits.size // 32, np.uint8)
-        mxfp4.quantize_slab(bits, "even", AITER, weight_out=packed, scale_out=codes, scale_pitch=K // 32)
+        mx.quantize_slab(bits, "even", AITER_MXFP4, weight_out=packed, scale_out=codes, scale_pitch=K // 32)
         return packed, codes
 
     def to_fp8(bits: Any) -> Any:

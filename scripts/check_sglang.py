@@ -30,7 +30,7 @@ from safetensors import safe_open
 from sglang_on_cpu import PERSONAS, Loaded, SGLang, Tensors
 
 from run_ckpt.contract.codec import dequantize
-from run_ckpt.contract.formats import AITER_MXFP4, MXFP4, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.formats import AITER_MXFP4, MX_BLOCK_SIZE, MXFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, read_manifest
 
@@ -166,7 +166,7 @@ def decode_layer(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> tor
     """Return the float32 [N, K] of a layer, by the contract alone."""
     if layer.scheme == AITER_MXFP4:
         weight = AITER_WEIGHT.unshuffle(weight)
-        scale = AITER_SCALE.unshuffle(scale)[: layer.N, : layer.K // MXFP4_BLOCK_SIZE]
+        scale = AITER_SCALE.unshuffle(scale)[: layer.N, : layer.K // MX_BLOCK_SIZE]
     return dequantize(weight, scale, layer.scheme)
 
 

@@ -8,7 +8,7 @@ test_aiter.py holds this against outputs that AITER's own code computed (tests/g
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.codec import quantize_mxfp4
+from tests.codec import quantize_mxfp4
 
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 # AITER leaves the scale rows past the next multiple of 32 as the allocator gave them.

@@ -2,8 +2,13 @@
 
 from torch import Tensor
 
-from run_ckpt.contract.codec import dequantize, expand_scales
+from run_ckpt.contract.codec import dequantize, expand_scales, quantize
 from run_ckpt.contract.formats import BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
+
+
+def quantize_mxfp4(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
+    """Return uint8 [N, K/2] and uint8 [N, K/32] of a weight [N, K]."""
+    return quantize(weight, PLAIN_MXFP4, scale_rule)
 
 
 def dequantize_mxfp4(packed: Tensor, scale_codes: Tensor) -> Tensor:

@@ -36,10 +36,12 @@ HOMES: dict[str, tuple[str, ...]] = {
     "triton": ("run_ckpt/backends/triton/",),
     "huggingface_hub": (
         "convert_ckpt/source/hub.py",
+        "convert_ckpt/source/source_card.py",
         "run_ckpt/storage/hub_client.py",
+        "run_ckpt/tools/publish/metadata.py",
         "run_ckpt/tools/publish/repository.py",
     ),
-    "yaml": ("convert_ckpt/source/source_card.py", "run_ckpt/tools/publish/metadata.py"),
+    "yaml": (),
     "fsspec": ("convert_ckpt/source/url.py",),
     "diffusers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/generate.py"),
     "transformers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/compare/text.py"),

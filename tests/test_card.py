@@ -97,8 +97,9 @@ def test_a_base_model_can_be_named(tmp_path: Path) -> None:
     ["", "# no metadata", "---\nlicense: mit\n", "---\n- a list\n---\n", "---\n{ not: [yaml\n---\n", "---\n---\n"],
     ids=["empty", "none", "unclosed", "list", "broken", "blank"],
 )
-def test_a_card_without_readable_metadata_gives_no_facts(text: str) -> None:
-    assert card_facts(text) == {}
+def test_a_card_without_readable_metadata_gives_no_facts(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert card_facts(tmp_path / "README.md") == {}
 
 
 def test_the_sources_card_is_not_taken_for_ours(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ import torch
 from blake3 import blake3
 from safetensors.torch import save_file
 
-from run_ckpt.contract.codec import fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.codec import fp8_scale, quantize_fp8
 from run_ckpt.contract.errors import NonFiniteError, ProblemsError, UsageError
 from run_ckpt.contract.formats import FP8, MXFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import read_manifest
 from tests.bits import assert_bits_equal
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, load_all, random_weight, save_checkpoint
-from tests.codec import expand_fp8_scale
+from tests.codec import expand_fp8_scale, quantize_mxfp4
 
 LLM_CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 Z_IMAGE_CONFIG = {"_class_name": "ZImageTransformer2DModel"}

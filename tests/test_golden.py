@@ -9,10 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from run_ckpt.contract.codec import fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.codec import fp8_scale, quantize_fp8
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from tests.bits import assert_bits_equal
-from tests.codec import dequantize_mxfp4
+from tests.codec import dequantize_mxfp4, quantize_mxfp4
 
 GOLDEN_FILE = Path(__file__).parent / "golden" / "aiter_golden.safetensors"
 RULE_OF_MODE = {"even": "even", "t_roundup": "roundup", "t_rounddown": "floor"}

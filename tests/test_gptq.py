@@ -11,7 +11,7 @@ from convert_ckpt.methods.gptq import NotPositiveDefiniteError, Rounded, factori
 from convert_ckpt.methods.grid import Grid
 from run_ckpt.contract.codec import dequantize, expand_scales, quantize
 from run_ckpt.contract.elements import decode_e2m1, decode_e8m0, encode_e2m1
-from run_ckpt.contract.formats import CHANNEL_FP8, MXFP4, MXFP4_BLOCK_SIZE, PLAIN_MXFP4, Scheme
+from run_ckpt.contract.formats import CHANNEL_FP8, MX_BLOCK_SIZE, MXFP4, PLAIN_MXFP4, Scheme
 from tests.bits import assert_bits_equal
 
 SCHEMES = {"mxfp4": PLAIN_MXFP4, "fp8": CHANNEL_FP8}
@@ -32,7 +32,7 @@ def nearest(weight: Tensor, scheme: Scheme) -> Nearest:
     codes, scales = quantize(weight, scheme, "even")
     decoded = dequantize(codes, scales, scheme)
     scales = decode_e8m0(scales) if scheme.format == MXFP4 else scales
-    columns = np.arange(K) // MXFP4_BLOCK_SIZE if scheme.format == MXFP4 else np.zeros(K, np.int64)
+    columns = np.arange(K) // MX_BLOCK_SIZE if scheme.format == MXFP4 else np.zeros(K, np.int64)
     grid = Grid(scheme.format.element.name, np.ascontiguousarray(scales.T.numpy()), columns)
     return Nearest(decoded, grid, expand_scales(scales, scheme, N, K))
 

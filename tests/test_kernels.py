@@ -29,7 +29,7 @@ from run_ckpt.contract.formats import (
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from tests.bits import assert_bits_equal
-from tests.codec import dequantize_fp8, dequantize_mxfp4, expand_fp8_scale
+from tests.codec import dequantize_fp8, dequantize_mxfp4, expand_fp8_scale, quantize_mxfp4
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 MXFP4_SCHEMES = {"aiter": AITER_MXFP4, "plain": PLAIN_MXFP4}
@@ -197,7 +197,7 @@ def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_ro
 
 
 def reference_mxfp4(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, Tensor]:
-    packed, scale_codes = codec.quantize_mxfp4(weight, scale_rule)
+    packed, scale_codes = quantize_mxfp4(weight, scale_rule)
     if scheme == AITER_MXFP4:
         return AITER_WEIGHT.shuffle(packed), AITER_SCALE.shuffle(AITER_SCALE.pad_to_tile(scale_codes))
     return packed, scale_codes
@@ -352,7 +352,7 @@ def test_fp8_codes_saturate_under_a_scale_that_is_too_small() -> None:
 def test_mxfp4_error_sums_are_those_of_float64(source: str, scale_rule: str) -> None:
     weight = ORDINARY[source]()
     errors = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule, slab_rows=32).errors
-    expected = expected_errors(weight, dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule)))
+    expected = expected_errors(weight, dequantize_mxfp4(*quantize_mxfp4(weight, scale_rule)))
     # Rows are summed in float32: some K / 8 roundings of 2^-24, mostly cancelling.
     assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
     assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
@@ -374,7 +374,7 @@ def test_fp8_error_sums_are_those_of_float64(source: str, granularity: str) -> N
 def test_mxfp4_largest_error_is_exact(source: str, scale_rule: str) -> None:
     weight = (ORDINARY | INPUTS)[source]()
     largest = convert(weight, PLAIN_MXFP4, scale_rule=scale_rule).errors.largest
-    decoded = dequantize_mxfp4(*codec.quantize_mxfp4(weight, scale_rule))
+    decoded = dequantize_mxfp4(*quantize_mxfp4(weight, scale_rule))
     assert largest == expected_errors(weight, decoded).largest
 
 
@@ -400,15 +400,14 @@ from convert_ckpt.kernels import jit
 if sys.argv[1] == "narrow":
     jit.processor = lambda: ("generic", "")
 from convert_ckpt.kernels.fp8 import encode_slab
-from convert_ckpt.kernels.mxfp4 import quantize_slab
-from run_ckpt.contract.formats import SCALE_RULES
-from run_ckpt.contract.layouts import PLAIN
+from convert_ckpt.kernels.mx import quantize_slab
+from run_ckpt.contract.formats import PLAIN_MXFP4, SCALE_RULES
 
 values = np.random.default_rng(0).standard_normal((32, 1056), np.float32)
 for bits in (values.view(np.int32), np.ascontiguousarray(values.view(np.int16)[:, 1::2])):
     for rule in SCALE_RULES:
         codes, scale_codes = np.zeros(32 * 528, np.uint8), np.zeros(32 * 33, np.uint8)
-        errors, _ = quantize_slab(bits, rule, PLAIN, weight_out=codes, scale_out=scale_codes, scale_pitch=33)
+        errors, _ = quantize_slab(bits, rule, PLAIN_MXFP4, weight_out=codes, scale_out=scale_codes, scale_pitch=33)
         print(errors.tobytes().hex())
     scales = np.full((1, 9), 0.01, np.float32)
     print(encode_slab(bits, scales, 128, 128, np.zeros((32, 1056), np.uint8)).tobytes().hex())

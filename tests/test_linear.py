@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run_ckpt.contract.codec import quantize_mxfp4
 from run_ckpt.contract.errors import BackendError, ProblemsError, UsageError
 from run_ckpt.contract.formats import MXFP4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
@@ -17,7 +16,7 @@ from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.replace import replace_linears
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
-from tests.codec import dequantize_fp8, dequantize_mxfp4
+from tests.codec import dequantize_fp8, dequantize_mxfp4, quantize_mxfp4
 from tests.layers import MODULE, SCHEMES, describe_layer, make_layer
 
 N, K = 288, 256

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.codec import quantize_mxfp4
 from run_ckpt.contract.errors import ProblemsError, SliceError
 from run_ckpt.contract.formats import AITER_MXFP4, PLAIN_MXFP4, TENSOR_FP8
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
@@ -21,6 +20,7 @@ from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.integrations.sglang.targets import Place, Share, Target, cut_evenly, find_targets, rename_tensors
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
+from tests.codec import quantize_mxfp4
 
 ROOT = Path(__file__).parents[1]
 

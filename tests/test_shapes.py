@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run_ckpt.contract.codec import fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.codec import fp8_scale, quantize_fp8
 from run_ckpt.contract.errors import ProblemsError
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import read_manifest
@@ -16,7 +16,7 @@ from run_ckpt.progress import Silent
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint
-from tests.codec import dequantize_mxfp4
+from tests.codec import dequantize_mxfp4, quantize_mxfp4
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 NAME = "blocks.0.proj.weight"

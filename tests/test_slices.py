@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from run_ckpt.contract.codec import fp8_scale, quantize_fp8, quantize_mxfp4
+from run_ckpt.contract.codec import fp8_scale, quantize_fp8
 from run_ckpt.contract.errors import SliceError
 from run_ckpt.contract.formats import read_scheme
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
@@ -16,7 +16,7 @@ from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.loading.tensor_parallel import Part, Range, concat_rows, slice_columns, slice_rows
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
-from tests.codec import expand_fp8_scale
+from tests.codec import expand_fp8_scale, quantize_mxfp4
 
 quick = settings(max_examples=20, deadline=None)
 

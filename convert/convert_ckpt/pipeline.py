@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.make_plan import make_plan
-from convert_ckpt.plan.plan import Job
+from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.preview import plan_json, plan_lines
 from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.engine import Engine, FileRecord
@@ -87,15 +87,15 @@ class Preview:
         return "\n".join(self.lines)
 
 
-def plan_checkpoint(opened: OpenedSource, options: Options) -> list[Job]:
-    """Return a planned job for every component. Raises with all faults of all of them together."""
-    jobs: list[Job] = []
+def plan_checkpoint(opened: OpenedSource, options: Options) -> list[ComponentPlan]:
+    """Return a plan for every component. Raises with all faults of all of them together."""
+    plans: list[ComponentPlan] = []
     problems: list[str] = []
     usage_errors: list[UsageError] = []
     for name in opened.components:
         try:
             source = opened.open_component(name)
-            jobs.append(Job(name, source, make_plan(source, options)))
+            plans.append(ComponentPlan(name, source, make_plan(source, options)))
         except ProblemsError as error:
             problems += error.problems
         except UsageError as error:
@@ -104,7 +104,7 @@ def plan_checkpoint(opened: OpenedSource, options: Options) -> list[Job]:
         raise usage_errors[0]
     if problems:
         raise ProblemsError(f"{opened.reference}: can't be converted", problems)
-    return jobs
+    return plans
 
 
 def preview_checkpoint(
@@ -117,10 +117,10 @@ def preview_checkpoint(
         TemporaryDirectory(prefix="convert-ckpt-") as scratch,
         open_source(reference, selection, log, Path(scratch) / "skeleton") as opened,
     ):
-        jobs = plan_checkpoint(opened, options)
+        plans = plan_checkpoint(opened, options)
         if output is not None:
-            check_disk(opened, jobs, Staging(output))
-        return Preview(tuple(plan_lines(opened, jobs)), plan_json(jobs))
+            check_disk(opened, plans, Staging(output))
+        return Preview(tuple(plan_lines(opened, plans)), plan_json(plans))
 
 
 def convert_checkpoint(
@@ -149,27 +149,27 @@ def convert_checkpoint(
     with staging:
         pinned_revision = None if restart else staging.pinned_revision(str(reference))
         with open_source(reference, selection, progress.log, staging.skeleton, pinned_revision) as opened:
-            jobs = plan_checkpoint(opened, options)
+            plans = plan_checkpoint(opened, options)
             if not staging.is_published():
-                check_disk(opened, jobs, staging)
-                check_memory(jobs, max_memory)
+                check_disk(opened, plans, staging)
+                check_memory(plans, max_memory)
             if opened.store:
-                for line in plan_lines(opened, jobs):
+                for line in plan_lines(opened, plans):
                     progress.log(line)
             else:
-                for line in memory_lines(jobs):
+                for line in memory_lines(plans):
                     progress.log(line)
-            staging.adopt(fingerprint(opened, jobs, options), restart=restart)
+            staging.adopt(fingerprint(opened, plans, options), restart=restart)
             if listener:
-                listener.start(join_names(job.name, file.name) for job in jobs for file in job.plan.files)
+                listener.start(join_names(planned.name, file.name) for planned in plans for file in planned.plan.files)
             if not staging.is_published():
-                for job in jobs:
-                    n_at_once = n_workers_within(max_memory, job.plan, n_workers)
-                    n_resumed += _convert_job(opened, job, staging, n_at_once, progress, listener)
+                for planned in plans:
+                    n_at_once = n_workers_within(max_memory, planned.plan, n_workers)
+                    n_resumed += _convert_component(opened, planned, staging, n_at_once, progress, listener)
             if listener:
                 listener.stop()
             staging.publish()
-    return _summarize(output, options, jobs, n_resumed, time.monotonic() - started)
+    return _summarize(output, options, plans, n_resumed, time.monotonic() - started)
 
 
 def check_output(reference: Reference, output: Path) -> None:
@@ -179,43 +179,48 @@ def check_output(reference: Reference, output: Path) -> None:
         raise ProblemsError("nothing was written", problems)
 
 
-def _convert_job(
-    opened: OpenedSource, job: Job, staging: Staging, n_workers: int, progress: Progress, listener: ShardListener | None
+def _convert_component(
+    opened: OpenedSource,
+    planned: ComponentPlan,
+    staging: Staging,
+    n_workers: int,
+    progress: Progress,
+    listener: ShardListener | None,
 ) -> int:
     """Convert one component into the staging folder; return how many files were finished before."""
-    before = shard_identities(opened, job)
-    folder = staging.result / job.name
+    before = shard_identities(opened, planned)
+    folder = staging.result / planned.name
     folder.mkdir(exist_ok=True)
-    component = job.name or "root"
+    component = planned.name or "root"
     records = {name: FileRecord(**entry) for name, entry in staging.read_records(component).items()}
     n_resumed = len(records)
 
     def hand_over(name: str, record: FileRecord) -> None:
         if listener:
-            listener.add(join_names(job.name, name), folder / name, record.file["nbytes"])
+            listener.add(join_names(planned.name, name), folder / name, record.file["nbytes"])
 
     def on_file(name: str, record: FileRecord) -> None:
         staging.write_record(component, name, asdict(record))
         records[name] = record
-        progress.log(f"wrote {join_names(job.name, name)} ({format_nbytes(record.file['nbytes'])})")
+        progress.log(f"wrote {join_names(planned.name, name)} ({format_nbytes(record.file['nbytes'])})")
         hand_over(name, record)
 
     for name, record in records.items():
         hand_over(name, record)
 
-    shards = job.source.folder.shards
+    shards = planned.source.folder.shards
     provider: ShardProvider = LocalShards(shards)
     if opened.store:
         fetched = staging.fetched / component
         provider = FetchedShards(
-            opened.store, opened.remote_path(job.name, ""), shards, fetched, progress, keep=opened.keep_source
+            opened.store, opened.remote_path(planned.name, ""), shards, fetched, progress, keep=opened.keep_source
         )
-    engine = Engine(job.plan, shards, folder, records.copy(), on_file, progress, provider)
-    progress.start(f"convert {job.name}".strip(), engine.progress_nbytes)
+    engine = Engine(planned.plan, shards, folder, records.copy(), on_file, progress, provider)
+    progress.start(f"convert {planned.name}".strip(), engine.progress_nbytes)
     engine.run(n_workers)
-    check_unchanged(before, shard_identities(opened, job))
-    side_files = write_side_files(folder, job.source, job.plan)
-    manifest = _complete_manifest(job.plan.manifest, records, side_files, _stated_sha256(opened, job))
+    check_unchanged(before, shard_identities(opened, planned))
+    side_files = write_side_files(folder, planned.source, planned.plan)
+    manifest = _complete_manifest(planned.plan.manifest, records, side_files, _stated_sha256(opened, planned))
     write_durably(folder / MANIFEST_NAME, manifest.to_json())
     return n_resumed
 
@@ -240,21 +245,21 @@ def _complete_manifest(
     )
 
 
-def _stated_sha256(opened: OpenedSource, job: Job) -> dict[str, dict[str, str]]:
+def _stated_sha256(opened: OpenedSource, planned: ComponentPlan) -> dict[str, dict[str, str]]:
     """Return shard -> {"sha256": ...} where the store states it; what was fetched was compared with that."""
-    files = {shard.name: opened.remote_file(job.name, shard.name) for shard in job.source.folder.shards}
+    files = {shard.name: opened.remote_file(planned.name, shard.name) for shard in planned.source.folder.shards}
     checksums = {name: file.checksum for name, file in files.items() if file and file.checksum}
     return {name: {kind: digest} for name, (kind, digest) in checksums.items() if kind == SHA256}
 
 
-def _summarize(output: Path, options: Options, jobs: list[Job], n_resumed: int, seconds: float) -> Summary:
+def _summarize(output: Path, options: Options, plans: list[ComponentPlan], n_resumed: int, seconds: float) -> Summary:
     return Summary(
         output=os.fspath(output),
         format=options.format,
-        n_converted=sum(len(job.plan.manifest.layers) for job in jobs),
-        n_tensors=sum(len(job.plan.tensors) for job in jobs),
-        source_nbytes=sum(shard.header.file_nbytes for job in jobs for shard in job.source.folder.shards),
-        output_nbytes=sum(job.plan.output_nbytes for job in jobs),
+        n_converted=sum(len(planned.plan.manifest.layers) for planned in plans),
+        n_tensors=sum(len(planned.plan.tensors) for planned in plans),
+        source_nbytes=sum(shard.header.file_nbytes for planned in plans for shard in planned.source.folder.shards),
+        output_nbytes=sum(planned.plan.output_nbytes for planned in plans),
         n_files_resumed=n_resumed,
         seconds=seconds,
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from convert_ckpt.plan.plan import Job, TensorPlan
+from convert_ckpt.plan.plan import ComponentPlan, TensorPlan
 from convert_ckpt.run.disk import source_nbytes_here
 from convert_ckpt.run.memory import memory_lines
 from convert_ckpt.source.opened import OpenedSource
@@ -22,42 +22,42 @@ class _Line:
     reason: str
 
 
-def plan_json(jobs: list[Job]) -> list[dict[str, Any]]:
+def plan_json(plans: list[ComponentPlan]) -> list[dict[str, Any]]:
     """Return one object per component: every tensor's fate, every output file and its size."""
     return [
         {
-            "component": job.name,
-            "source": {"name": job.source.name, "revision": job.source.revision},
-            "preset": job.plan.manifest.recipe["preset"],
-            "dialect": job.plan.manifest.dialect,
-            "source_nbytes": job.plan.source_nbytes,
-            "output_nbytes": job.plan.output_nbytes,
-            "files": [{"name": file.name, "nbytes": file.header.file_nbytes} for file in job.plan.files],
-            "tensors": [_tensor_json(tensor) for tensor in job.plan.tensors],
-            "warnings": list(job.plan.warnings),
+            "component": planned.name,
+            "source": {"name": planned.source.name, "revision": planned.source.revision},
+            "preset": planned.plan.manifest.recipe["preset"],
+            "dialect": planned.plan.manifest.dialect,
+            "source_nbytes": planned.plan.source_nbytes,
+            "output_nbytes": planned.plan.output_nbytes,
+            "files": [{"name": file.name, "nbytes": file.header.file_nbytes} for file in planned.plan.files],
+            "tensors": [_tensor_json(tensor) for tensor in planned.plan.tensors],
+            "warnings": list(planned.plan.warnings),
         }
-        for job in jobs
+        for planned in plans
     ]
 
 
-def plan_lines(opened: OpenedSource, jobs: list[Job]) -> Iterator[str]:
+def plan_lines(opened: OpenedSource, plans: list[ComponentPlan]) -> Iterator[str]:
     """Yield the lines of the whole plan; of a remote source also where it is and how much of it comes here."""
-    for job in jobs:
-        yield from plan_text(job)
-    yield from memory_lines(jobs)
+    for planned in plans:
+        yield from plan_text(planned)
+    yield from memory_lines(plans)
     if opened.store:
-        here, to_fetch = source_nbytes_here(opened, jobs), sum(job.plan.source_nbytes for job in jobs)
+        here, to_fetch = source_nbytes_here(opened, plans), sum(planned.plan.source_nbytes for planned in plans)
         commit = f" at commit {opened.store.revision}" if opened.store.revision else ""
         stays = "all of it stays in the cache" if opened.keep_source else f"at most {format_nbytes(here)} of it at once"
         yield f"From {opened.reference}{commit}: {format_nbytes(to_fetch)} in shards, fetched one by one, {stays}"
 
 
-def plan_text(job: Job) -> Iterator[str]:
+def plan_text(planned: ComponentPlan) -> Iterator[str]:
     """Yield the lines of a component's plan; blocks that are treated alike share a line."""
-    plan = job.plan
+    plan = planned.plan
     recipe = plan.manifest.recipe
-    if job.name:
-        yield f"{job.name}/"
+    if planned.name:
+        yield f"{planned.name}/"
     yield f"class {recipe['class_name'] or 'unknown'}, preset {recipe['preset']}, dialect {recipe['dialect']}"
     counts: dict[_Line, int] = {}
     for tensor in plan.tensors:

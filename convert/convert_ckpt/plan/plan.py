@@ -72,7 +72,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
+class ComponentPlan:
     """One component to convert: ``name`` is its folder in OUTPUT, "" for OUTPUT itself."""
 
     name: str

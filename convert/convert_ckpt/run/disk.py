@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from convert_ckpt.plan.plan import Job
+from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.schedule import largest_at_once, list_fetches, list_slabs
 from convert_ckpt.source.opened import OpenedSource
@@ -14,27 +14,28 @@ from run_ckpt.storage.units import format_nbytes
 _SPARE_NBYTES = 64 * 2**20
 
 
-def check_disk(opened: OpenedSource, jobs: list[Job], staging: Staging) -> None:
+def check_disk(opened: OpenedSource, plans: list[ComponentPlan], staging: Staging) -> None:
     """Raise ProblemsError with every disk that can't hold what is still to come."""
-    faults = _disk_faults(opened, jobs, staging)
+    faults = _disk_faults(opened, plans, staging)
     if faults:
         raise ProblemsError("nothing was written", faults)
 
 
-def source_nbytes_here(opened: OpenedSource, jobs: list[Job]) -> int:
+def source_nbytes_here(opened: OpenedSource, plans: list[ComponentPlan]) -> int:
     """Return how much of a remote source lies in OUTPUT.partial at once, at most."""
     if opened.store is None or opened.keep_source:
         return 0
     return max(
-        largest_at_once(list_fetches(list_slabs(job.plan, set(), set())), _shard_nbytes(opened, job)) for job in jobs
+        largest_at_once(list_fetches(list_slabs(planned.plan, set(), set())), _shard_nbytes(opened, planned))
+        for planned in plans
     )
 
 
-def _disk_faults(opened: OpenedSource, jobs: list[Job], staging: Staging) -> list[str]:
-    output = sum(job.plan.output_nbytes for job in jobs) + _SPARE_NBYTES
-    needed = {staging.folder: output + source_nbytes_here(opened, jobs) - _nbytes_of(staging.result, staging.fetched)}
+def _disk_faults(opened: OpenedSource, plans: list[ComponentPlan], staging: Staging) -> list[str]:
+    output = sum(planned.plan.output_nbytes for planned in plans) + _SPARE_NBYTES
+    needed = {staging.folder: output + source_nbytes_here(opened, plans) - _nbytes_of(staging.result, staging.fetched)}
     if opened.store and opened.store.cache and opened.keep_source:
-        needed[opened.store.cache.folder] = _uncached_nbytes(opened, jobs)
+        needed[opened.store.cache.folder] = _uncached_nbytes(opened, plans)
     on_disk: dict[int, list[tuple[Path, int]]] = {}
     for folder, nbytes in needed.items():
         parent = next(folder for folder in (folder, *folder.parents) if folder.exists())
@@ -49,16 +50,16 @@ def _disk_faults(opened: OpenedSource, jobs: list[Job], staging: Staging) -> lis
     return faults
 
 
-def _shard_nbytes(opened: OpenedSource, job: Job) -> dict[str, int]:
+def _shard_nbytes(opened: OpenedSource, planned: ComponentPlan) -> dict[str, int]:
     """Return shard -> what it takes to fetch it: nothing where the store's cache holds it."""
     return {
-        shard.name: 0 if opened.is_cached(job.name, shard.name) else shard.header.file_nbytes
-        for shard in job.source.folder.shards
+        shard.name: 0 if opened.is_cached(planned.name, shard.name) else shard.header.file_nbytes
+        for shard in planned.source.folder.shards
     }
 
 
-def _uncached_nbytes(opened: OpenedSource, jobs: list[Job]) -> int:
-    return sum(sum(_shard_nbytes(opened, job).values()) for job in jobs)
+def _uncached_nbytes(opened: OpenedSource, plans: list[ComponentPlan]) -> int:
+    return sum(sum(_shard_nbytes(opened, planned).values()) for planned in plans)
 
 
 def _nbytes_of(*folders: Path) -> int:

@@ -6,7 +6,7 @@ from blake3 import blake3
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.calibration import calibration_digest
-from convert_ckpt.plan.plan import Job
+from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.file_names import CONFIG_NAME
@@ -14,7 +14,7 @@ from run_ckpt.storage.hashing import hash_path
 from run_ckpt.version import VERSION
 
 
-def fingerprint(opened: OpenedSource, jobs: list[Job], options: Options) -> dict[str, Any]:
+def fingerprint(opened: OpenedSource, plans: list[ComponentPlan], options: Options) -> dict[str, Any]:
     """Everything that decides the bytes: a run goes on only where all of it is the same."""
     contents = {"recipe": hash_path(options.recipe)} if options.recipe else {}
     if options.calibration:
@@ -22,26 +22,26 @@ def fingerprint(opened: OpenedSource, jobs: list[Job], options: Options) -> dict
     result = {
         "tool_version": VERSION,
         "options": {**options.to_json(), **contents},
-        "source": {job.name: _identity(opened, job) for job in jobs},
+        "source": {planned.name: _identity(opened, planned) for planned in plans},
     }
     if opened.store:
         result["remote"] = {"reference": opened.reference, "revision": opened.store.revision}
     return result
 
 
-def _identity(opened: OpenedSource, job: Job) -> dict[str, Any]:
-    source = job.source
+def _identity(opened: OpenedSource, planned: ComponentPlan) -> dict[str, Any]:
+    source = planned.source
     side_files = {path.name: hash_path(path) for path in source.side_files}
-    shards = shard_identities(opened, job)
+    shards = shard_identities(opened, planned)
     return {"name": source.name, "shards": shards, CONFIG_NAME: source.config, "side_files": side_files}
 
 
-def shard_identities(opened: OpenedSource, job: Job) -> dict[str, dict[str, Any]]:
+def shard_identities(opened: OpenedSource, planned: ComponentPlan) -> dict[str, dict[str, Any]]:
     """Return shard -> what changes when its content does, as far as that is known without reading it."""
     identities = {}
-    for shard in job.source.folder.shards:
+    for shard in planned.source.folder.shards:
         header = blake3(shard.header.data).hexdigest()
-        file = opened.remote_file(job.name, shard.name)
+        file = opened.remote_file(planned.name, shard.name)
         if file:
             identities[shard.name] = {"nbytes": file.nbytes, "version": file.version, "header_blake3": header}
         else:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 
 from convert_ckpt.methods.grid import ROWS_AT_ONCE
-from convert_ckpt.plan.plan import Job, Plan, TensorPlan
+from convert_ckpt.plan.plan import ComponentPlan, Plan, TensorPlan
 from run_ckpt.contract.errors import ProblemsError
 from run_ckpt.contract.manifest import WEIGHT
 from run_ckpt.storage.statistics import block_ranges
@@ -26,22 +26,22 @@ def n_workers_within(max_memory: int, plan: Plan, n_workers: int) -> int:
     return max(1, min(n_workers, max_memory // largest)) if largest else n_workers
 
 
-def memory_lines(jobs: list[Job]) -> Iterator[str]:
+def memory_lines(plans: list[ComponentPlan]) -> Iterator[str]:
     """Yield a sentence about the layers with statistics of each component that has some."""
-    for job in jobs:
-        sizes = dict(_layers(job.plan))
+    for planned in plans:
+        sizes = dict(_layers(planned.plan))
         if sizes:
             largest = format_nbytes(max(sizes.values()))
             yield f"GPTQ chooses the codes of {len(sizes)} layers; one in work takes up to {largest} of memory"
 
 
-def check_memory(jobs: list[Job], max_memory: int) -> None:
+def check_memory(plans: list[ComponentPlan], max_memory: int) -> None:
     """Raise ProblemsError with every layer that does not fit."""
     faults = [
         f"{module}: takes {format_nbytes(nbytes)} of memory, allowed are {format_nbytes(max_memory)}. Raise"
         " --max-memory, or record its correlations in smaller blocks."
-        for job in jobs
-        for module, nbytes in _layers(job.plan)
+        for planned in plans
+        for module, nbytes in _layers(planned.plan)
         if nbytes > max_memory
     ]
     if faults:

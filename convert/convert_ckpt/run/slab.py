@@ -1,12 +1,12 @@
 """One slab of a weight -> the bytes of its codes and scales, and its error sums."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from convert_ckpt.methods.grid import Grid
 from convert_ckpt.run.buffers import Buffers
-from run_ckpt.contract.formats import E4M3_MAX, E8M0, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.formats import E4M3_MAX, E8M0, MX_BLOCK_SIZE
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
@@ -73,20 +73,21 @@ def quantize(
     return _QUANTIZERS[layer.format.name](bits, layer, row, buffers, tensor_scale)
 
 
-def _quantize_mxfp4(
+def _quantize_mx(
     bits: np.ndarray, layer: Layer, row: int, buffers: Buffers, tensor_scale: np.ndarray | None
 ) -> tuple[list[TensorWrite], ErrorSums, int]:
-    from convert_ckpt.kernels.mxfp4 import quantize_slab
+    from convert_ckpt.kernels.mx import quantize_slab
 
     n_rows, K = bits.shape
     pitch = layer.scale_shape[1]
-    weight = buffers.get(WEIGHT, n_rows * K // 2)
+    width = K // layer.format.element.per_byte
+    weight = buffers.get(WEIGHT, n_rows * width)
     scale = buffers.get(WEIGHT_SCALE, n_rows * pitch)
     scale[:] = 0
     errors, largest = quantize_slab(
-        bits, layer.scale_rule, layer.scheme.layout, weight_out=weight, scale_out=scale, scale_pitch=pitch
+        bits, layer.scale_rule, layer.scheme, weight_out=weight, scale_out=scale, scale_pitch=pitch
     )
-    writes = [TensorWrite(WEIGHT, row * K // 2, weight), TensorWrite(WEIGHT_SCALE, row * pitch, scale)]
+    writes = [TensorWrite(WEIGHT, row * width, weight), TensorWrite(WEIGHT_SCALE, row * pitch, scale)]
     return writes, ErrorSums(*errors.tolist()), largest
 
 
@@ -118,7 +119,7 @@ def decode_grid(bits: np.ndarray, layer: Layer, scales: np.ndarray) -> Grid:
     N, K = bits.shape
     rows, cols = layer.scheme.block
     if layer.format.scale == E8M0:
-        scales = _plain_mxfp4_scales(bits, layer)
+        scales = _plain_mx_scales(bits, layer)
     repeated = np.repeat(scales, rows or N, axis=0)[:N]
     return Grid(layer.format.element.name, np.ascontiguousarray(repeated.T), np.arange(K) // (cols or K))
 
@@ -131,22 +132,22 @@ def encode_on_grid(decoded: np.ndarray, layer: Layer, row: int, scales: np.ndarr
     _ENCODERS[layer.format.name](decoded.view(np.int32), layer, row, scales, out)
 
 
-def _plain_mxfp4_scales(bits: np.ndarray, layer: Layer) -> np.ndarray:
+def _plain_mx_scales(bits: np.ndarray, layer: Layer) -> np.ndarray:
     """Return float32 [N, K/32]."""
-    from convert_ckpt.kernels.mxfp4 import SCALES, quantize_slab
+    from convert_ckpt.kernels.mx import SCALES, quantize_slab
 
-    N, K = bits.shape
-    codes, out = np.empty((N, K // MXFP4_BLOCK_SIZE), np.uint8), np.empty(N * K // 2, np.uint8)
-    quantize_slab(bits, layer.scale_rule, PLAIN, weight_out=out, scale_out=codes, scale_pitch=codes.shape[1])
+    (N, K), plain = bits.shape, replace(layer.scheme, layout=PLAIN)
+    codes, out = np.empty((N, K // MX_BLOCK_SIZE), np.uint8), np.empty(N * K // layer.format.element.per_byte, np.uint8)
+    quantize_slab(bits, layer.scale_rule, plain, weight_out=out, scale_out=codes, scale_pitch=codes.shape[1])
     return SCALES[codes]
 
 
-def _encode_mxfp4(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, out: np.ndarray) -> None:
-    from convert_ckpt.kernels.mxfp4 import GIVEN, quantize_slab
+def _encode_mx(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, out: np.ndarray) -> None:
+    from convert_ckpt.kernels.mx import GIVEN, quantize_slab
 
     pitch = layer.scale_shape[1]
     part = scales[row * pitch : (row + len(bits)) * pitch]
-    quantize_slab(bits, GIVEN, layer.scheme.layout, weight_out=out, scale_out=part, scale_pitch=pitch)
+    quantize_slab(bits, GIVEN, layer.scheme, weight_out=out, scale_out=part, scale_pitch=pitch)
 
 
 def _encode_fp8(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, out: np.ndarray) -> None:
@@ -159,5 +160,5 @@ def _encode_fp8(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, ou
 
 
 # Format -> the wrapper of its kernel.
-_QUANTIZERS = {"mxfp4": _quantize_mxfp4, "fp8": _quantize_fp8}
-_ENCODERS = {"mxfp4": _encode_mxfp4, "fp8": _encode_fp8}
+_QUANTIZERS = {"mxfp4": _quantize_mx, "fp8": _quantize_fp8}
+_ENCODERS = {"mxfp4": _encode_mx, "fp8": _encode_fp8}

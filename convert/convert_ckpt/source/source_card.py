@@ -8,7 +8,6 @@ from run_ckpt.storage.components import PIPELINE_INDEX_NAME
 
 # Of the card's metadata, what a card of the result may carry over; run_ckpt/tools/publish chooses from it.
 _FACTS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
-_MARK = "---"
 
 
 def read_source_card(path: Path) -> dict[str, Any]:
@@ -17,23 +16,19 @@ def read_source_card(path: Path) -> dict[str, Any]:
     for folder in folders:
         card = folder / CARD_NAME
         if card.is_file():
-            return card_facts(card.read_text(encoding="utf-8", errors="replace"))
+            return card_facts(card)
     return {}
 
 
-def card_facts(text: str) -> dict[str, Any]:
-    """Return the facts in a card's text, none where it has no readable metadata."""
-    lines = text.removeprefix("\ufeff").splitlines()
-    if not lines or lines[0].rstrip() != _MARK or _MARK not in (marks := [line.rstrip() for line in lines[1:]]):
-        return {}
-    import yaml
+def card_facts(card: Path) -> dict[str, Any]:
+    """Return the facts in a card, none where it has no readable metadata."""
+    from huggingface_hub import metadata_load
 
     try:
-        metadata = yaml.safe_load("\n".join(lines[1 : marks.index(_MARK) + 1]))
-    except yaml.YAMLError:
+        metadata = metadata_load(card) or {}
+    except Exception:  # YAML's own error among them, which huggingface_hub does not export
         return {}
-    facts = metadata if isinstance(metadata, dict) else {}
-    return {key: facts[key] for key in _FACTS if key in facts and _is_plain(facts[key])}
+    return {key: metadata[key] for key in _FACTS if key in metadata and _is_plain(metadata[key])}
 
 
 def _is_plain(value: object) -> bool:

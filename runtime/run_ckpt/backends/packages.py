@@ -1,15 +1,17 @@
 """Which optional packages are installed, told without importing them (AITER compiles at import)."""
 
-import re
+from contextlib import suppress
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
 # 0.1.14 is the first whose dynamic_mxfp4_quant(shuffle=True) gives the scale rows their padded pitch
 # where K is not a multiple of 256 (ROCm/aiter #2900).
-AITER_MINIMUM = (0, 1, 14)
+AITER_MINIMUM = Version("0.1.14")
 # 0.0.3 is the first with MXFP4.
-PETIT_MINIMUM = (0, 0, 3)
+PETIT_MINIMUM = Version("0.0.3")
 
 
 @cache
@@ -17,7 +19,7 @@ def why_no_aiter() -> str | None:
     """Return why AMD's AITER can't be used, None where it can."""
     spec = util.find_spec("aiter")
     if spec is None:
-        return f"AITER is not installed (package amd-aiter {_dotted(AITER_MINIMUM)} or newer)"
+        return f"AITER is not installed (package amd-aiter {AITER_MINIMUM} or newer)"
     if not any((Path(folder) / "ops").is_dir() for folder in spec.submodule_search_locations or ()):
         return (
             'the package "aiter" that is installed has nothing to do with AMD\'s AITER;'
@@ -30,7 +32,7 @@ def why_no_aiter() -> str | None:
 def why_no_petit() -> str | None:
     """Return why petit_kernel can't be used, None where it can."""
     if util.find_spec("petit_kernel") is None:
-        return f"petit_kernel is not installed ({_dotted(PETIT_MINIMUM)} or newer is needed)"
+        return f"petit_kernel is not installed ({PETIT_MINIMUM} or newer is needed)"
     return _why_too_old("petit_kernel", "petit-kernel", PETIT_MINIMUM)
 
 
@@ -40,25 +42,12 @@ def why_no_triton() -> str | None:
     return "Triton is not installed" if util.find_spec("triton") is None else None
 
 
-def _why_too_old(name: str, distribution: str, minimum: tuple[int, ...]) -> str | None:
+def _why_too_old(name: str, distribution: str, minimum: Version) -> str | None:
     try:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return f"the version of {name} is unknown: the package {distribution} is not installed by pip"
-    if _is_at_least(version, minimum):
-        return None
-    return f"{name} {version} is installed, {_dotted(minimum)} or newer is needed"
-
-
-def _is_at_least(version: str, minimum: tuple[int, ...]) -> bool:
-    """ "0.1.20.post1" and "0.1.14+rocm7" are at least 0.1.14; "0.1.14.dev3" and "0.1.14rc1" come before it."""
-    match = re.match(r"(\d+(?:\.\d+)*)(.*)", version)
-    if match is None:
-        return False
-    release = tuple(int(part) for part in match[1].split("."))
-    is_before_release = re.match(r"[._-]?(dev|a|b|rc)", match[2]) is not None
-    return release > minimum or (release == minimum and not is_before_release)
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+    with suppress(InvalidVersion):
+        if Version(version) >= minimum:
+            return None
+    return f"{name} {version} is installed, {minimum} or newer is needed"

@@ -8,7 +8,7 @@ from run_ckpt.backends.operators import define_operator
 from run_ckpt.backends.packages import why_no_petit
 from run_ckpt.backends.reference import to_plain
 from run_ckpt.contract.errors import BackendError
-from run_ckpt.contract.formats import E8M0_BIAS, MXFP4, MXFP4_BLOCK_SIZE
+from run_ckpt.contract.formats import E8M0_BIAS, MX_BLOCK_SIZE, MXFP4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
 _ARCHITECTURES = ("gfx90a", "gfx942")
@@ -44,7 +44,7 @@ def _prepare(layer: Layer, tensors: Tensors) -> Tensors:
 
 def _scale_in_range(layer: Layer, weight: Tensor, scale: Tensor) -> Tensor:
     """Return the scale with that of each block of zeros, which any value serves, inside Petit's range."""
-    blocks = weight.reshape(layer.N, -1, MXFP4_BLOCK_SIZE // 2)
+    blocks = weight.reshape(layer.N, -1, MX_BLOCK_SIZE // 2)
     is_zero = ((blocks & _MAGNITUDES) == 0).all(-1)
     scale = scale.masked_fill(is_zero, E8M0_BIAS)
     low, high = int(scale.min()), int(scale.max())

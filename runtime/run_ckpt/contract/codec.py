@@ -17,7 +17,7 @@ from run_ckpt.contract.elements import (
     scale_to_units,
     unpack_nibbles,
 )
-from run_ckpt.contract.formats import E4M3_MAX, MXFP4_BLOCK_SIZE, ElementFormat, Scheme
+from run_ckpt.contract.formats import E4M3_MAX, MX_BLOCK_SIZE, ElementFormat, Scheme
 from run_ckpt.contract.scale_rules import choose_scale_codes
 
 
@@ -29,19 +29,19 @@ def quantize(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, T
     return _QUANTIZERS[scheme.format.name](weight, scheme, scale_rule)
 
 
-def quantize_mxfp4(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
-    """Return packed E2M1 codes uint8 [N, K/2] and E8M0 scales uint8 [N, K/32], row-major.
+def quantize_mx(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, Tensor]:
+    """Return the codes of an MX format, [N, K / elements a byte], and E8M0 scales uint8 [N, K/32], row-major.
 
     weight: float32, bfloat16 or float16 [N, K], K a multiple of 32. It must be finite: E2M1 has no code for
     NaN or Inf, and none is checked for here.
-    scale_rule: one of formats.SCALE_RULES, see scale_rules.py.
-    Source: OCP MX v1.0, 6.3; rule ``even`` gives the bytes of AITER's Triton quantizer.
+    scale_rule: one of the format's, see scale_rules.py.
+    Source: OCP MX v1.0, 6.3; MXFP4 by rule ``even`` has the bytes of AITER's Triton quantizer.
     """
-    rows, cols = weight.shape
-    blocks = weight.float().reshape(rows, cols // MXFP4_BLOCK_SIZE, MXFP4_BLOCK_SIZE)
-    scale_codes = choose_scale_codes(blocks, scale_rule)
-    codes = encode_e2m1(scale_to_units(blocks, scale_codes))
-    return pack_nibbles(codes.reshape(rows, cols)), scale_codes
+    element, (rows, cols) = scheme.format.element, weight.shape
+    blocks = weight.float().reshape(rows, cols // MX_BLOCK_SIZE, MX_BLOCK_SIZE)
+    scale_codes = choose_scale_codes(blocks, scale_rule, element)
+    units = scale_to_units(blocks, scale_codes).reshape(rows, cols)
+    return _ELEMENT_ENCODERS[element.name](units), scale_codes
 
 
 def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:
     scale: float32, broadcastable to [N, K].
     The division is in float32. torch before 2.13 gave NaN on overflow, hence the clamp.
     """
-    return (weight.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return _encode_e4m3(weight.float() / scale)
 
 
 def fp8_scale(amax: Tensor) -> Tensor:
@@ -106,14 +106,22 @@ def _values_of_bytes(element: ElementFormat, device: torch.device) -> Tensor:
     return values.view(torch.int64) if element.per_byte == 2 else values
 
 
+def _encode_e4m3(units: Tensor) -> Tensor:
+    return units.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
 def _quantize_fp8(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, Tensor]:
     scale = fp8_scale(block_amax(weight, scheme))
     return quantize_fp8(weight, expand_scales(scale, scheme, *weight.shape)), scale
 
 
 _QUANTIZERS: dict[str, Callable[[Tensor, Scheme, str], tuple[Tensor, Tensor]]] = {
-    "mxfp4": lambda weight, scheme, scale_rule: quantize_mxfp4(weight, scale_rule),
+    "mxfp4": quantize_mx,
     "fp8": _quantize_fp8,
+}
+# Values divided by their scale, float64 or float32 [N, K] -> codes; the inverse of _ELEMENT_DECODERS.
+_ELEMENT_ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "e2m1": lambda units: pack_nibbles(encode_e2m1(units)),
 }
 _ELEMENT_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "e2m1": lambda packed: decode_e2m1(unpack_nibbles(packed)),

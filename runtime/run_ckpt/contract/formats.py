@@ -15,8 +15,6 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # the point rounds up where the lower code is odd.
 E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 E2M1_TIE_ROUNDS_UP = (False, True, False, True, False, True, False)
-# The exponent of E2M1's largest power of two: 4.0 = 2^2.
-E2M1_EMAX = 2
 # Half of E2M1's last step: the step below 2^(k+1) is 2^(k-1) wide, so amax rounds up to 2^(k+1) from
 # 2^(k+1) - 2^(k-2) = 1.75 * 2^k on. A quarter of 2^k, added to the bits of a float32, carries into the exponent there.
 ROUND_UP_FROM_1_75 = 1 << 21
@@ -25,7 +23,7 @@ ROUND_UP_FROM_1_75 = 1 << 21
 E8M0_BIAS = 127
 E8M0_LARGEST = 254
 E8M0_NAN = 255
-MXFP4_BLOCK_SIZE = 32
+MX_BLOCK_SIZE = 32
 
 # OCP 8-bit floating point (OFP8), E4M3: largest finite value; codes 0x7F and 0xFF are NaN.
 E4M3_MAX = 448.0
@@ -41,15 +39,21 @@ GROUP = "group"
 class ElementFormat:
     """What a weight's codes are. ``dtype`` is the safetensors dtype that holds ``per_byte`` of them in each byte.
 
-    ``nan_magnitude`` is the code of NaN without its sign, None where every code is a number.
-    ``facts`` go into the manifest.
+    ``largest`` is the largest value, ``nan_magnitude`` the code of NaN without its sign, None where every code is a
+    number. ``facts`` go into the manifest.
     """
 
     name: str
     dtype: str
     per_byte: int
+    largest: float
     nan_magnitude: int | None
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def emax(self) -> int:
+        """The exponent of the largest power of two: 2 of E2M1 (4 = 2^2), 8 of E4M3."""
+        return math.frexp(self.largest)[1] - 1
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,10 @@ class Scheme:
         return slice(start // rows, -(-stop // rows)) if rows else slice(0, 1)
 
 
-E2M1 = ElementFormat("e2m1", "U8", per_byte=2, nan_magnitude=None, facts={"nibble_order": "low_is_even_k"})
-E4M3 = ElementFormat("e4m3fn", "F8_E4M3", per_byte=1, nan_magnitude=E4M3_NAN_MAGNITUDE)
+E2M1 = ElementFormat(
+    "e2m1", "U8", per_byte=2, largest=E2M1_VALUES[-1], nan_magnitude=None, facts={"nibble_order": "low_is_even_k"}
+)
+E4M3 = ElementFormat("e4m3fn", "F8_E4M3", per_byte=1, largest=E4M3_MAX, nan_magnitude=E4M3_NAN_MAGNITUDE)
 E8M0 = ScaleFormat("e8m0", "U8", readable=("U8",), facts={"scale_bias": E8M0_BIAS})
 F32 = ScaleFormat("f32", "F32", readable=("F32", "BF16", "F16"))
 
@@ -169,15 +175,15 @@ MXFP4 = QuantFormat(
     label="MXFP4",
     element=E2M1,
     scale=E8M0,
-    blocks={GROUP: (1, MXFP4_BLOCK_SIZE)},
+    blocks={GROUP: (1, MX_BLOCK_SIZE)},
     layouts=(AITER, PLAIN),
     scale_rules=("even", "floor", "roundup", "mse"),
-    K_granule=MXFP4_BLOCK_SIZE,
+    K_granule=MX_BLOCK_SIZE,
     # gemm_a4w4 returns wrong rows for small N in its untuned heuristic, and SGLang keeps such layers
     # BF16 (multimodal_gen/.../mxfp4.py:38-41). Composable Kernel reads the scales of 32 rows together.
     min_N=256,
     N_multiple=32,
-    K_multiple=MXFP4_BLOCK_SIZE,
+    K_multiple=MX_BLOCK_SIZE,
     summary="E2M1 weights, an E8M0 scale",
     machines="AMD Instinct MI350 series (gfx950); vLLM emulates it elsewhere.",
 )

@@ -37,6 +37,11 @@ def make_client() -> HfApi:
     return HfApi(**CLIENT)
 
 
+def page_of_repo(repo_id: str) -> str:
+    """Return the address of a repo's page."""
+    return f"{_endpoint()}/{repo_id}"
+
+
 def page_of_hub(url: str) -> str | None:
     """Return what follows the Hub's address in a URL, None for a URL elsewhere."""
     from huggingface_hub import constants
@@ -104,7 +109,7 @@ def _describe(error: HfHubHTTPError, what: str, revision: str | None, *, writes:
 
     status, repo_id = error.response.status_code, what.partition(":")[0]
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo_id}: gated. Accept its terms on {_endpoint()}/{repo_id}, then {_LOGIN}.", False
+        return f"{repo_id}: gated. Accept its terms on {page_of_repo(repo_id)}, then {_LOGIN}.", False
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id}: has no revision {revision or 'main'}. Name a branch, a tag or a commit.", False
     if isinstance(error, errors.EntryNotFoundError):

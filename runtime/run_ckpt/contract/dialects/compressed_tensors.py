@@ -7,8 +7,8 @@ from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, usual_sca
 from run_ckpt.contract.formats import (
     CHANNEL_FP8,
     FP8,
+    MX_BLOCK_SIZE,
     MXFP4,
-    MXFP4_BLOCK_SIZE,
     PLAIN_MXFP4,
     TENSOR_FP8,
     QuantFormat,
@@ -61,7 +61,7 @@ def _granularity(config: Mapping[str, Any]) -> str:
 _MXFP4 = {
     "num_bits": 4,
     "strategy": "group",
-    "group_size": MXFP4_BLOCK_SIZE,
+    "group_size": MX_BLOCK_SIZE,
     "scale_dtype": "torch.uint8",
     "zp_dtype": "torch.uint8",
 }

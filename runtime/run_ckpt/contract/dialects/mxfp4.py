@@ -3,7 +3,7 @@
 from typing import Any
 
 from run_ckpt.contract.dialects.dialect import Dialect, sglang_ignore_list
-from run_ckpt.contract.formats import AITER_MXFP4, MXFP4, MXFP4_BLOCK_SIZE, PLAIN_MXFP4, TENSOR_FP8
+from run_ckpt.contract.formats import AITER_MXFP4, MX_BLOCK_SIZE, MXFP4, PLAIN_MXFP4, TENSOR_FP8
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import Manifest
 
@@ -15,7 +15,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
         "is_checkpoint_mxfp4_serialized": True,
         "layout": layout.name,
         **layout.facts,
-        "block_size": MXFP4_BLOCK_SIZE,
+        "block_size": MX_BLOCK_SIZE,
         "scale_rule": manifest.recipe["scale_rule"],
         "ignored_layers": sglang_ignore_list(manifest),
     }

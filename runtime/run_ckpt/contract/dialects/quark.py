@@ -3,7 +3,7 @@
 from typing import Any
 
 from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, usual_suffixes
-from run_ckpt.contract.formats import FP8, MXFP4, MXFP4_BLOCK_SIZE, PLAIN_MXFP4, TENSOR_FP8, Scheme
+from run_ckpt.contract.formats import FP8, MX_BLOCK_SIZE, MXFP4, PLAIN_MXFP4, TENSOR_FP8, Scheme
 from run_ckpt.contract.manifest import WEIGHT_SCALE, Manifest
 
 
@@ -53,7 +53,7 @@ _COMMON: dict[str, Any] = {
 _MXFP4: dict[str, Any] = _COMMON | {
     "dtype": "fp4",
     "qscheme": "per_group",
-    "group_size": MXFP4_BLOCK_SIZE,
+    "group_size": MX_BLOCK_SIZE,
     "ch_axis": -1,
     "symmetric": None,
     "scale_format": "e8m0",

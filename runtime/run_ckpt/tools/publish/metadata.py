@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from run_ckpt.storage.hub_client import page_of_repo
 from run_ckpt.tools.publish.rows import ConvertedComponent
 
 # Of the source's card; the rest (evaluation results, widgets, gating) speaks of the source alone.
@@ -20,7 +21,7 @@ def make_metadata(components: Sequence[ConvertedComponent], *, base_model: str |
     metadata.setdefault("library_name", first.recipe["naming"])
     link = metadata.get("license_link")
     if base and link and "://" not in link and link not in first.files:
-        metadata["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+        metadata["license_link"] = f"{page_of_repo(base)}/blob/main/{link}"
     if base:
         metadata["base_model"] = base
         metadata["base_model_relation"] = "quantized"
@@ -37,9 +38,9 @@ def hub_id(components: Sequence[ConvertedComponent]) -> str | None:
 
 def front_matter(metadata: dict[str, Any]) -> str:
     """Return the metadata as YAML between its marks."""
-    import yaml
+    from huggingface_hub import ModelCardData
 
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
+    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n"
 
 
 def _tags(components: Sequence[ConvertedComponent], source_card: dict[str, Any]) -> list[str]:

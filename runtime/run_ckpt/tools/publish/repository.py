@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from run_ckpt.contract.errors import PublishError, UsageError
 from run_ckpt.storage.hashing import add_file
-from run_ckpt.storage.hub_client import hub_errors, make_client, new_git_blob_hash
+from run_ckpt.storage.hub_client import hub_errors, make_client, new_git_blob_hash, page_of_repo
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -69,7 +69,7 @@ class Repository:
         self._target = target
         self._head = _find_head(api, target)
         self._staged: list[CommitOperationAdd] = []
-        self.url = f"{api.endpoint}/{target.repo_id}"
+        self.url = page_of_repo(target.repo_id)
         self.files = {
             entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
             for entry in api.list_repo_tree(target.repo_id, recursive=True, revision=self._head)
