@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,11 +120,64 @@ def test_copies_work_like_the_original(copied: object) -> None:
     assert_bits_equal(copied(linear)(x), expected)  # type: ignore[operator]
 
 
-def test_has_no_weight_that_could_be_taken_for_numbers() -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_its_weight_says_what_it_is_and_takes_no_memory(scheme: str) -> None:
+    linear = make_linear(scheme)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        linear.to(dtype)
+        assert (linear.weight.shape, linear.weight.dtype, linear.weight.device) == ((N, K), dtype, CPU)
+        assert (linear.weight.data.shape, linear.weight.is_floating_point(), linear.weight.numel()) == (
+            (N, K),
+            True,
+            N * K,
+        )
+        linear.prepare(CPU)
+    assert linear.weight.stride() == (0, 0)  # one element
+    assert "weight" not in dict(linear.named_parameters())
+    assert repr(linear.weight) == "WeightPlaceholder([288, 256], dtype=torch.float32, device=cpu)"
+
+
+def _merge(weight: Tensor) -> None:
+    weight.data += 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _merge,
+        Tensor.clone,
+        Tensor.sum,
+        Tensor.float,
+        nn.init.normal_,
+        lambda weight: weight[0, 0],
+        lambda weight: torch.cat([weight.data, weight.data]),
+        lambda weight: torch.ones(1, K) @ weight.t(),
+        lambda weight: setattr(weight, "data", torch.zeros(N, K)),
+        lambda weight: F.linear(torch.ones(1, K), weight),
+        np.asarray,
+    ],
+    ids=["merge", "clone", "sum", "cast", "init", "item", "cat", "matmul", "set", "linear", "numpy"],
+)
+@pytest.mark.parametrize("prepared", [False, True], ids=["stored", "prepared"])
+def test_its_weight_can_not_be_taken_for_numbers(use: Callable[[Tensor], object], prepared: bool) -> None:
+    linear = make_linear("fp8-tensor")
+    if prepared:
+        linear.prepare(CPU)
+    with pytest.raises(UsageError, match="no numbers to read or to change"):
+        use(linear.weight)
+
+
+def test_a_layer_that_asks_for_its_dtype_compiles_whole() -> None:
+    """As T5's feed-forward does."""
     linear = make_linear("mxfp4-aiter")
-    linear.prepare(CPU)
-    with pytest.raises(AttributeError, match="weight"):
-        linear.weight  # noqa: B018
+
+    def forward(x: Tensor) -> Tensor:
+        return linear(x.to(linear.weight.dtype))
+
+    x = activations(4, K, dtype=torch.float32)
+    expected = forward(x)
+    assert expected.dtype == torch.bfloat16
+    assert_bits_equal(torch.compile(forward, fullgraph=True, backend="aot_eager")(x), expected)
 
 
 def test_a_backend_that_used_the_tensors_up_can_not_be_saved() -> None:

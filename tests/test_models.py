@@ -103,3 +103,32 @@ def test_convert_verify_dequantize_load_and_run(
     assert_bits_equal(run(case, load_quantized(tmp_path / "out")), output)
     error = ((output - expected).square().mean() / expected.square().mean()).sqrt().item()
     assert 0 < error < LARGEST_ERROR[weight_format], f"{name} {weight_format}: relative error {error:.3f}"
+
+
+# E2M1 times a power of two is exact in BF16 and float16; FP8 is rounded once more by the decoded checkpoint's BF16.
+@pytest.mark.parametrize(
+    ("weight_format", "dtype"), [("mxfp4", None), ("mxfp4", torch.float16), ("fp8", None)], ids=str
+)
+@pytest.mark.parametrize("name", ["T5", "UMT5"])
+def test_text_encoders_that_ask_a_layer_for_its_dtype_run(
+    tmp_path: Path, name: str, weight_format: str, dtype: torch.dtype | None
+) -> None:
+    config = getattr(transformers, f"{name}Config")(
+        d_model=256, d_kv=128, d_ff=512, num_layers=2, num_heads=2, vocab_size=32, feed_forward_proj="gated-gelu"
+    )
+    torch.manual_seed(0)
+    model_class = getattr(transformers, f"{name}EncoderModel")
+    model_class(config).bfloat16().save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", format=weight_format)
+    assert any(name.endswith("wo") for name in read_manifest(tmp_path / "out").layers)
+    dequantize(tmp_path / "out", tmp_path / "plain", dtype="bfloat16", progress=Silent())
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        loaded, plain = (
+            model(tokens).last_hidden_state
+            for model in (
+                load_quantized(tmp_path / "out", dtype=dtype),
+                model_class.from_pretrained(tmp_path / "plain", dtype=dtype or "auto").eval(),
+            )
+        )
+    assert_bits_equal(loaded, plain)

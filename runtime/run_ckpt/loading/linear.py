@@ -10,6 +10,7 @@ from run_ckpt.backends.backend import Tensors, describe_device
 from run_ckpt.backends.select import choose_backend, find_backend
 from run_ckpt.contract.errors import BackendError
 from run_ckpt.contract.manifest import Layer
+from run_ckpt.loading.placeholder import WeightPlaceholder
 from run_ckpt.storage.rows import STORED_DTYPES
 
 _OPERAND = "operand_"
@@ -27,27 +28,37 @@ _OPERAND = "operand_"
 # default state_dict leaves them out, and ``_save_to_state_dict`` adds the tensors as on disk in their stead.
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Linear):
     """x [..., K] -> x @ weight.T + bias [..., N] in x's dtype, by a backend.
 
     Made on the meta device. The weight and its scales are buffers, named as on disk, until ``prepare``
     hands them to a backend; that happens in the first forward at the latest, and anew in the first
     forward on another kind of device. state_dict always holds the tensors as on disk, bit for bit,
-    and casts (``.to(torch.float16)``) reach the bias alone. Once prepared there is no ``weight``:
-    who asks a linear layer for its dtype must not get that of a code.
+    and casts (``.to(torch.float16)``) reach the bias alone.
+
+    It is an nn.Linear so that a LoRA can be put beside it: peft and diffusers look for that class. They and
+    T5 ask ``weight`` for its dtype, which must not be that of a code: it is a WeightPlaceholder.
 
     layer: what is stored. bias: the parameter of the replaced layer. backend: the name of one, or
-    None for the first in the table that runs.
+    None for the first in the table that runs. dtype: of the weight that it stands for; casts change it.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
     backend: str | None = None
     prepared_for: str | None = None
     _matmul: Callable[[Layer, Tensor, Tensors, Tensor | None], Tensor]
 
-    def __init__(self, layer: Layer, bias: nn.Parameter | None = None, backend: str | None = None):
-        super().__init__()
+    def __init__(
+        self,
+        layer: Layer,
+        bias: nn.Parameter | None = None,
+        backend: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        nn.Module.__init__(self)  # nn.Linear's own would make the weight
         self.layer = layer
+        self.in_features, self.out_features = layer.K, layer.N
+        self.dtype = dtype
         self.register_parameter("bias", bias)
         self.asked = backend
         self.store(
@@ -58,12 +69,12 @@ class QuantizedLinear(nn.Module):
         )
 
     @property
-    def in_features(self) -> int:
-        return self.layer.K
-
-    @property
-    def out_features(self) -> int:
-        return self.layer.N
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A placeholder [N, K]; or the codes as long as they are on meta, to be filled by a library's loader."""
+        codes = self._buffers.get("weight")
+        if codes is not None and codes.is_meta:
+            return codes
+        return WeightPlaceholder.make(self.layer.N, self.layer.K, self.dtype, next(self.buffers()).device)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.prepared_for != x.device.type:
@@ -90,7 +101,8 @@ class QuantizedLinear(nn.Module):
     def stored(self) -> Tensors:
         """Return role -> tensor as on disk. Raises BackendError where the backend has used them up."""
         if self.backend is None:
-            return {role: self.get_buffer(suffix) for role, suffix in self._suffixes().items()}
+            buffers = dict(self.named_buffers())
+            return {role: buffers[suffix] for role, suffix in self._suffixes().items()}
         restore = find_backend(self.backend).restore
         if restore is None:
             raise BackendError(
@@ -106,7 +118,8 @@ class QuantizedLinear(nn.Module):
             path, _, leaf = suffix.rpartition(".")
             if path:
                 self.add_module(path, nn.Module())
-            self.get_submodule(path).register_buffer(leaf, tensors[role])
+            # register_buffer would take the property for another attribute called weight.
+            self.get_submodule(path)._buffers[leaf] = tensors[role]
 
     def extra_repr(self) -> str:
         scheme = f"{self.layer.format}, layout={self.layer.scheme.layout}, backend={self.backend}"
@@ -135,6 +148,7 @@ class QuantizedLinear(nn.Module):
             for name, buffer in owner._buffers.items():
                 if buffer is not None:
                     owner._buffers[name] = fn(buffer.view(torch.uint8)).view(buffer.dtype)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device)).dtype
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
         return self

@@ -48,7 +48,8 @@ def load_quantized(
         matched = _match(checkpoint, model)
         dtypes = _dtypes(checkpoint, model, matched, dtype)
         fill_slots(checkpoint.reader, matched, device, dtypes, progress or Silent())
-    for linear in linears.values():
+    for name, linear in linears.items():
+        linear.dtype = _dtype_in(model, f"{name}.weight", dtype or DTYPES[linear.layer.source_dtype])
         linear.prepare(device)
     _finish(model, device)
     _logger.info("loaded %s: %s, %.1f s", path, describe_backends(linears.values()), time.perf_counter() - started)
@@ -93,11 +94,15 @@ def _dtypes(
     for name in matched.keys() - _coded(checkpoint):
         stored = DTYPES[specs[name].dtype]
         if stored.is_floating_point:
-            wanted = dtype or stored
-            parts = _float32_parts(model, wanted)
-            # Whole parts of the name: "norm1" is none of "norm10.weight".
-            dtypes[name] = torch.float32 if any(f".{part}." in f".{name}." for part in parts) else wanted
+            dtypes[name] = _dtype_in(model, name, dtype or stored)
     return dtypes
+
+
+def _dtype_in(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what becomes of tensor ``name`` of a model that is loaded as ``dtype``."""
+    # Whole parts of the name: "norm1" is none of "norm10.weight".
+    in_float32 = any(f".{part}." in f".{name}." for part in _float32_parts(model, dtype))
+    return torch.float32 if in_float32 else dtype
 
 
 def _float32_parts(model: nn.Module, dtype: torch.dtype) -> set[str]:
