@@ -1,6 +1,7 @@
 """Who may import whom, what starts fast, and how long a module may get."""
 
 import ast
+import builtins
 import json
 import re
 import subprocess
@@ -204,6 +205,14 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_module_is_at_most_300_lines(module: str) -> None:
     assert len(source_of(module).read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_is_called_like_a_builtin_or_a_standard_module(module: str) -> None:
+    taken = {*dir(builtins), *sys.stdlib_module_names}
+    body = ast.parse(source_of(module).read_text(encoding="utf-8")).body
+    names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert not names & taken
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
+from run_ckpt.contract.file_names import join_names
+
 _FOLDER = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command("inspect")
 @click.argument("output", type=_FOLDER)
 @click.option("--all", "every_layer", is_flag=True, help="A row for each layer; default: like blocks in one row.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every layer.")
@@ -18,7 +21,7 @@ _FOLDER = click.Path(path_type=Path)
     help="Show which backend would run the layers there, and why not the others: a torch device such as cuda, or"
     " any GPU's architecture, such as gfx950, gfx942, sm90 or sm120.",
 )
-def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) -> None:
+def inspect_output(output: Path, every_layer: bool, as_json: bool, device: str | None) -> None:
     """Show what OUTPUT is: sizes, layers, errors, and what was kept and why.
 
     Reads the manifest alone; run-ckpt verify checks that it is true.
@@ -31,13 +34,13 @@ def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) 
     from run_ckpt.storage.components import find_components
     from run_ckpt.tools.summary import inspect_component
 
-    inspections = [
-        inspect_component(name, path, every_layer=every_layer or as_json)
-        for name, path in find_components(output).items()
-    ]
+    components = find_components(output)
     if device is not None:
-        _inspect_backends(output, device, as_json)
+        _show_availability(components, device, as_json)
         return
+    inspections = [
+        inspect_component(name, path, every_layer=every_layer or as_json) for name, path in components.items()
+    ]
     if as_json:
         click.echo(json.dumps([inspection.to_json() for inspection in inspections], indent=1))
         return
@@ -47,12 +50,11 @@ def inspect(output: Path, every_layer: bool, as_json: bool, device: str | None) 
         print_inspection(make_console(), inspection)
 
 
-def _inspect_backends(output: Path, device: str, as_json: bool) -> None:
+def _show_availability(components: Mapping[str, Path], device: str, as_json: bool) -> None:
     from run_ckpt.backends.availability import device_availability
     from run_ckpt.cli.tables import make_console, print_availability
-    from run_ckpt.storage.components import find_components
 
-    for name, path in find_components(output).items():
+    for name, path in components.items():
         availability = device_availability(path, device)
         if as_json:
             click.echo(json.dumps({"component": name, **availability.to_json()}, indent=1))
@@ -85,7 +87,7 @@ def verify(output: Path, source: Path | None) -> None:
         if report.measured:
             print_measured(make_console(), report)
         for fault in report.faults:
-            click.echo(f"fault: {report.name + '/' if report.name else ''}{fault}", err=True)
+            click.echo(f"fault: {join_names(report.name, fault)}", err=True)
     click.echo(verdict(reports))
     if any(report.faults for report in reports):
         sys.exit(1)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import click
 
 from run_ckpt.cli.calibrate import calibrate
-from run_ckpt.cli.check import inspect, verify
+from run_ckpt.cli.check import inspect_output, verify
 from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.cli.compare import compare
 from run_ckpt.cli.explain import diff
@@ -45,7 +45,7 @@ def run_ckpt() -> None:
 
 # A line each, in the order of --help.
 for _command in (
-    inspect,
+    inspect_output,
     verify,
     diff,
     dequantize,
