@@ -12,8 +12,8 @@ import pytest
 import convert_ckpt
 from convert_ckpt import (
     CheckpointError,
+    FaultsError,
     Options,
-    ProblemsError,
     Summary,
     UsageError,
     convert,
@@ -138,13 +138,13 @@ def test_wrong_arguments_raise_one_kind_of_error(tmp_path: Path, arguments: dict
     assert not (tmp_path / "out").exists()
 
 
-def test_problems_are_listed_one_by_one(tmp_path: Path) -> None:
+def test_faults_are_listed_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ProblemsError) as raised:
+    with pytest.raises(FaultsError) as raised:
         convert(FLUX_DIGITS, tmp_path / "full", format="mxfp4")
-    assert len(raised.value.problems) == 1
-    assert not issubclass(ProblemsError, UsageError)
+    assert len(raised.value.faults) == 1
+    assert not issubclass(FaultsError, UsageError)
 
 
 def test_importing_the_converter_loads_the_standard_library_only() -> None:

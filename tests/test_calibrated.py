@@ -15,7 +15,7 @@ from convert_ckpt.methods.gptq import factorize, round_rows
 from convert_ckpt.methods.grid import Grid
 from run_ckpt.contract.codec import dequantize, quantize
 from run_ckpt.contract.elements import decode_e8m0
-from run_ckpt.contract.errors import CheckpointError, PartialRunError, ProblemsError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, PartialRunError, UsageError
 from run_ckpt.contract.formats import PLAIN_MXFP4
 from run_ckpt.contract.manifest import Layer, read_manifest
 from run_ckpt.progress import Silent
@@ -259,15 +259,15 @@ def indefinite(K: int) -> np.ndarray:
 
 Break = Callable[[Path, Path], object]
 FAULTS: dict[str, tuple[Break, type[Exception], str]] = {
-    "missing layer": (lambda stats, source: remove_down(stats), ProblemsError, "holds no statistics of it"),
+    "missing layer": (lambda stats, source: remove_down(stats), FaultsError, "holds no statistics of it"),
     "other model": (
         lambda stats, source: write_all(stats, source, model="QwenForCausalLM"),
-        ProblemsError,
+        FaultsError,
         "statistics are of QwenForCausalLM",
     ),
     "other K": (
         lambda stats, source: write_input(stats, source, (DOWN,), make_hessian(512, 1), make_hessian(512, 2)),
-        ProblemsError,
+        FaultsError,
         r"\[1056, 512\], the weight is of LlamaForCausalLM, \[1056, 256\]",
     ),
     "no correlations": (
@@ -365,7 +365,7 @@ def test_statistics_of_a_pipeline_are_found_by_component(source: Path, tmp_path:
     convert(tmp_path / "pipeline", tmp_path / "out", format="mxfp4", calibration=tmp_path / "stats")
     assert layers_of(tmp_path / "out" / "transformer_2")[DOWN].method == "gptq"
     remove_down(tmp_path / "stats" / "transformer_2")
-    with pytest.raises(ProblemsError, match="holds no statistics"):
+    with pytest.raises(FaultsError, match="holds no statistics"):
         convert(tmp_path / "pipeline", tmp_path / "out2", format="mxfp4", calibration=tmp_path / "stats")
 
 

@@ -11,7 +11,7 @@ from blake3 import blake3
 from safetensors.torch import save_file
 
 from run_ckpt.contract.codec import fp8_scale, quantize_fp8
-from run_ckpt.contract.errors import NonFiniteError, ProblemsError, UsageError
+from run_ckpt.contract.errors import FaultsError, NonFiniteError, UsageError
 from run_ckpt.contract.formats import FP8, MXFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import read_manifest
@@ -158,7 +158,7 @@ def test_calibration_gives_static_modelopt_fp8_with_one_input_scale_per_group(tm
 def test_a_layer_without_calibration_is_an_error_that_names_it(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "in", [block("model.layers.0")], LLM_CONFIG)
     save_file({"model.layers.0.self_attn.q_proj.input_amax": torch.ones(1)}, tmp_path / "amax.safetensors")
-    with pytest.raises(ProblemsError, match=r"k_proj: amax.safetensors holds no .*k_proj.input_amax"):
+    with pytest.raises(FaultsError, match=r"k_proj: amax.safetensors holds no .*k_proj.input_amax"):
         convert(source, tmp_path / "out", format="fp8", calibration=tmp_path / "amax.safetensors")
     assert not (tmp_path / "out").exists()
 
@@ -369,7 +369,7 @@ def test_options_that_make_no_sense_are_refused(
 def test_ltx2_refuses_fp8_with_a_layer_left_out_since_sglang_would_cast_it_silently(tmp_path: Path) -> None:
     weights = {f"transformer_blocks.0.attn1.to_{p}.weight": random_weight(256, 256) for p in ("q", "k", "v", "out.0")}
     source = save_checkpoint(tmp_path / "in", [weights], {"_class_name": "LTX2VideoTransformer3DModel"})
-    with pytest.raises(ProblemsError, match=r"to_out\.0: would stay BF16 .* scale 1\.0"):
+    with pytest.raises(FaultsError, match=r"to_out\.0: would stay BF16 .* scale 1\.0"):
         convert(source, tmp_path / "out", format="fp8", ignore=("*.to_out.0",))
 
 
@@ -377,7 +377,7 @@ def test_ltx2_refuses_fp8_with_a_layer_left_out_since_sglang_would_cast_it_silen
 def test_wan_has_no_rowwise_dialect(tmp_path: Path, granularity: str) -> None:
     weights = {"blocks.0.attn1.to_q.weight": random_weight(256, 256)}
     source = save_checkpoint(tmp_path / "in", [weights], {"_class_name": "WanTransformer3DModel"})
-    with pytest.raises((ProblemsError, UsageError), match="rowwise"):
+    with pytest.raises((FaultsError, UsageError), match="rowwise"):
         convert(source, tmp_path / "out", format="fp8", granularity=granularity, dialect="rowwise")
 
 
@@ -422,7 +422,7 @@ def test_block_scales_are_refused_where_sglang_builds_a_plain_linear(tmp_path: P
     )
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[[rules]]\nmatch = "x_embedder"\nformat = "fp8"\n')
-    with pytest.raises(ProblemsError, match=r"x_embedder: SGLang builds it as a plain linear .* block scales"):
+    with pytest.raises(FaultsError, match=r"x_embedder: SGLang builds it as a plain linear .* block scales"):
         convert(source, tmp_path / "out", format="fp8", granularity="block", recipe=recipe)
     convert(source, tmp_path / "out", format="fp8", recipe=recipe)
 
@@ -430,9 +430,7 @@ def test_block_scales_are_refused_where_sglang_builds_a_plain_linear(tmp_path: P
 def test_block_scales_are_refused_where_an_ignored_name_takes_quantized_layers_along(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "in", [flux_layers()], FLUX_CONFIG)
     options = {"format": "fp8", "preset": "generic", "ignore": ("proj_out",)}
-    with pytest.raises(
-        ProblemsError, match=r"single_transformer_blocks\.0\.proj_out in BF16.*without the block scales"
-    ):
+    with pytest.raises(FaultsError, match=r"single_transformer_blocks\.0\.proj_out in BF16.*without the block scales"):
         convert(source, tmp_path / "out", granularity="block", **options)
     convert(source, tmp_path / "out", **options)
 

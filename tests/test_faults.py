@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
 
@@ -121,7 +121,7 @@ def test_a_refused_run_leaves_no_folder_and_nothing_of_others_goes(source: Path,
 def test_faults_of_all_components_of_a_pipeline_are_reported_together(tmp_path: Path) -> None:
     for name in ("transformer", "transformer_2"):
         save_checkpoint(tmp_path / "in" / name, [{f"{name}.qweight": torch.ones(1)}], {})
-    with pytest.raises(ProblemsError) as caught:
+    with pytest.raises(FaultsError) as caught:
         convert(tmp_path / "in", tmp_path / "out", format="mxfp4")
     assert "transformer.qweight" in str(caught.value)
     assert "transformer_2.qweight" in str(caught.value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import unsafe_file_name
 from run_ckpt.storage.shards import TensorFolder, read_folder
 
@@ -48,14 +48,14 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def problems(folder: Path) -> tuple[str, ...]:
-    with pytest.raises(ProblemsError) as caught:
+def faults(folder: Path) -> tuple[str, ...]:
+    with pytest.raises(FaultsError) as caught:
         read_folder(folder)
-    return caught.value.problems
+    return caught.value.faults
 
 
 def the_problem(folder: Path) -> str:
-    found = problems(folder)
+    found = faults(folder)
     assert len(found) == 1, found
     return found[0]
 
@@ -186,7 +186,7 @@ def test_several_indexes_without_the_usual_name_are_refused(sharded: Path) -> No
 )
 def test_index_that_says_nothing_usable_is_refused(sharded: Path, text: bytes) -> None:
     (sharded / INDEX).write_bytes(text)
-    assert any(problem.startswith(f"{INDEX}: not a usable index") for problem in problems(sharded))
+    assert any(fault.startswith(f"{INDEX}: not a usable index") for fault in faults(sharded))
 
 
 @pytest.mark.parametrize("name", UNSAFE_NAMES.values(), ids=UNSAFE_NAMES)
@@ -225,12 +225,12 @@ def test_all_faults_are_reported_together(sharded: Path) -> None:
         f"z: the index says {FIRST}, but",
         "b: in",
     ]
-    found = problems(sharded)
-    assert [[start for start in starts if problem.startswith(start)] for problem in found] == [[s] for s in starts]
+    found = faults(sharded)
+    assert [[start for start in starts if fault.startswith(start)] for fault in found] == [[s] for s in starts]
 
 
 def test_title_names_the_folder_and_the_number_of_faults(sharded: Path) -> None:
     (sharded / FIRST).unlink()
     (sharded / SECOND).unlink()
-    with pytest.raises(ProblemsError, match=rf"{sharded.name}: not a readable checkpoint \(2 found\)"):
+    with pytest.raises(FaultsError, match=rf"{sharded.name}: not a readable checkpoint \(2 found\)"):
         read_folder(sharded)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from run_ckpt import load_quantized
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.loading.linear import QuantizedLinear
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all
@@ -101,7 +101,7 @@ def test_a_missing_scale_is_an_error(flux: tuple[Path, Any]) -> None:
     for path in out.glob("*.safetensors*"):
         path.unlink()
     save_file(tensors, out / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    with pytest.raises(ProblemsError, match=f"{gone}: the model wants it, the checkpoint lacks it"):
+    with pytest.raises(FaultsError, match=f"{gone}: the model wants it, the checkpoint lacks it"):
         model_class.from_pretrained(out, torch_dtype=torch.bfloat16)
 
 
@@ -128,7 +128,7 @@ def test_transformers_may_not_make_up_a_scale(sources: dict[str, tuple[Path, Any
     for path in (tmp_path / "out").glob("*.safetensors*"):
         path.unlink()
     save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ProblemsError, match=f"{gone}: the model wants it, the checkpoint lacks it"):
+    with pytest.raises(FaultsError, match=f"{gone}: the model wants it, the checkpoint lacks it"):
         model_class.from_pretrained(tmp_path / "out")
 
 

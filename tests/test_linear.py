@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run_ckpt.contract.errors import BackendError, ProblemsError, UsageError
+from run_ckpt.contract.errors import BackendError, FaultsError, UsageError
 from run_ckpt.contract.formats import MXFP4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.loading.linear import QuantizedLinear
@@ -230,9 +230,9 @@ def test_replace_names_all_that_does_not_fit_and_changes_nothing() -> None:
     model = Pair()
     model.blocks[0] = nn.Linear(K, N + 32, device="meta")
     names = ("first", "blocks.0", "norm", "gone")
-    with pytest.raises(ProblemsError) as caught:
+    with pytest.raises(FaultsError) as caught:
         replace_linears(model, {name: named(name) for name in names})
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["blocks.0", "norm", "gone"]
+    assert [fault.split(":")[0] for fault in caught.value.faults] == ["blocks.0", "norm", "gone"]
     assert isinstance(model.first, nn.Linear)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from run_ckpt import load_quantized
-from run_ckpt.contract.errors import CheckpointError, ManifestError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, ManifestError
 from run_ckpt.contract.formats import FP8
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.loading.linear import QuantizedLinear
@@ -118,19 +118,19 @@ def test_dtype_is_given_to_what_is_not_quantized(out: Path) -> None:
     ids=["model-wants-more", "model-is-wider"],
 )
 def test_another_model_is_refused(out: Path, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ProblemsError, match=says):
+    with pytest.raises(FaultsError, match=says):
         load_quantized(out, model=meta(**options))
 
 
 def test_a_tensor_that_the_model_has_no_use_for_is_refused(tmp_path: Path) -> None:
     out = convert_net(tmp_path, net_tensors() | {"gate.bias": torch.ones(4)}, format="mxfp4")
-    with pytest.raises(ProblemsError, match=r"gate\.bias: in the checkpoint, but the model has no use for it"):
+    with pytest.raises(FaultsError, match=r"gate\.bias: in the checkpoint, but the model has no use for it"):
         load_quantized(out, model=meta())
 
 
 def test_a_misshapen_kept_tensor_is_refused(tmp_path: Path) -> None:
     out = convert_net(tmp_path, net_tensors() | {"norm.bias": torch.zeros(1, dtype=torch.bfloat16)}, format="mxfp4")
-    with pytest.raises(ProblemsError, match=r"norm\.bias: is BF16 \[1\], the model wants .* \[512\]"):
+    with pytest.raises(FaultsError, match=r"norm\.bias: is BF16 \[1\], the model wants .* \[512\]"):
         load_quantized(out, model=meta())
 
 
@@ -208,7 +208,7 @@ def test_fp8_alone_in_our_own_dialect_loads(tmp_path: Path) -> None:
 )
 def test_shards_that_do_not_hold_what_the_manifest_says_are_refused(out: Path, edit: Any, says: str) -> None:
     rewrite_shard(out, edit)
-    with pytest.raises(ProblemsError, match=says):
+    with pytest.raises(FaultsError, match=says):
         load_quantized(out, model=meta())
 
 
@@ -244,7 +244,7 @@ def test_a_missing_index_is_noticed(tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "out", format="mxfp4")
     load_quantized(tmp_path / "out", model=meta())
     (tmp_path / "out" / "model.safetensors.index.json").unlink()
-    with pytest.raises(ProblemsError, match=r"model\.safetensors\.index\.json: missing"):
+    with pytest.raises(FaultsError, match=r"model\.safetensors\.index\.json: missing"):
         load_quantized(tmp_path / "out", model=meta())
 
 
@@ -379,7 +379,7 @@ def test_other_tools_checkpoints_are_refused_where_weight_and_scale_part(tmp_pat
     tensors = load_file(out / "model.safetensors")
     edit(tensors)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ProblemsError, match=says):
+    with pytest.raises(FaultsError, match=says):
         load_quantized(out, model=meta())
 
 

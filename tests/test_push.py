@@ -18,7 +18,7 @@ import pytest
 
 from convert_ckpt import api
 from convert_ckpt.push import convert_and_push
-from run_ckpt.contract.errors import CheckpointError, ProblemsError, PublishError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, PublishError, UsageError
 from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Silent
@@ -227,7 +227,7 @@ def test_a_damaged_folder_is_not_pushed(hub: Hub, output: Path, tmp_path: Path) 
     data = bytearray((damaged / SHARDS[1]).read_bytes())
     data[-1] ^= 1
     (damaged / SHARDS[1]).write_bytes(data)
-    with pytest.raises(ProblemsError, match="nothing was pushed"):
+    with pytest.raises(FaultsError, match="nothing was pushed"):
         push(damaged)
     assert hub.sent == []
 

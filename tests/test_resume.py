@@ -18,7 +18,7 @@ from convert_ckpt.run.engine import Engine
 from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.readers import ShardReaders
 from convert_ckpt.run.schedule import Slab
-from run_ckpt.contract.errors import CheckpointError, PartialRunError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, PartialRunError
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
 COMMAND = "import sys; from convert_ckpt.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
@@ -228,7 +228,7 @@ def test_a_run_killed_between_publishing_and_cleaning_up_is_finished_by_the_same
         patch.setattr("convert_ckpt.run.partial_output.shutil.rmtree", die)
         convert(source, tmp_path / "out", format="mxfp4")
     assert (tmp_path / "out").exists()
-    with pytest.raises(ProblemsError, match="is not empty"):  # it would be thrown away
+    with pytest.raises(FaultsError, match="is not empty"):  # it would be thrown away
         convert(source, tmp_path / "out", restart=True, format="mxfp4")
     convert(source, tmp_path / "out", format="mxfp4")
     assert not (tmp_path / "out.partial").exists()

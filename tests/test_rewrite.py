@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.contract.formats import AITER_MXFP4, FP8
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, read_manifest
@@ -192,7 +192,7 @@ def test_every_component_of_a_pipeline_is_relaid(tmp_path: Path) -> None:
 
 def test_shapes_that_aiter_can_not_hold_are_refused(tmp_path: Path) -> None:
     output = convert(make_linear(tmp_path / "source", 256, 96), tmp_path / "output", format="mxfp4", layout="plain")
-    with pytest.raises(ProblemsError, match="N = 256, K = 96; layout aiter needs multiples of 32 and 64"):
+    with pytest.raises(FaultsError, match="N = 256, K = 96; layout aiter needs multiples of 32 and 64"):
         to_layout(output, tmp_path / "aiter", "aiter")
     assert not (tmp_path / "aiter").exists()
 
@@ -216,19 +216,19 @@ def test_a_dialect_that_can_not_say_the_layout_is_refused(converted: dict[str, P
 
 
 def test_the_checkpoint_itself_is_refused_as_target(converted: dict[str, Path]) -> None:
-    with pytest.raises(ProblemsError, match="is the source"):
+    with pytest.raises(FaultsError, match="is the source"):
         to_plain(converted["fp8-tensor"], converted["fp8-tensor"])
 
 
 def test_a_target_inside_the_checkpoint_is_refused(converted: dict[str, Path]) -> None:
-    with pytest.raises(ProblemsError, match="lies in the source"):
+    with pytest.raises(FaultsError, match="lies in the source"):
         to_plain(converted["fp8-tensor"], converted["fp8-tensor"] / "plain")
 
 
 def test_a_target_that_is_not_empty_is_refused(converted: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").write_text("mine")
-    with pytest.raises(ProblemsError, match="is not empty"):
+    with pytest.raises(FaultsError, match="is not empty"):
         to_plain(converted["fp8-tensor"], tmp_path / "plain")
     assert (tmp_path / "plain" / "file").read_text() == "mine"
 
@@ -241,7 +241,7 @@ def test_an_empty_target_is_taken(converted: dict[str, Path], tmp_path: Path) ->
 def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(converted: dict[str, Path], tmp_path: Path) -> None:
     output = shutil.copytree(converted["mxfp4-aiter"], tmp_path / "copy")
     edit_tensor(output, "proj_out.weight", lambda data: data.__setitem__(0, data[0] ^ 1))
-    with pytest.raises(ProblemsError, match="BLAKE3"):
+    with pytest.raises(FaultsError, match="BLAKE3"):
         to_layout(output, tmp_path / "plain", "plain")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_without_a_tensor_is_refused_by_name(converted: dict[str, P
     shard = sorted(output.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-1])
     reseal(output)
-    with pytest.raises(ProblemsError, match=f"{shard.name}: truncated"):
+    with pytest.raises(FaultsError, match=f"{shard.name}: truncated"):
         to_plain(output, tmp_path / "plain")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.errors import ProblemsError, SliceError
+from run_ckpt.contract.errors import FaultsError, SliceError
 from run_ckpt.contract.formats import AITER_MXFP4, PLAIN_MXFP4, TENSOR_FP8
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
@@ -111,7 +111,7 @@ def test_spellings_of_other_dialects_become_the_roles() -> None:
     ids=["a member is missing", "formats differ", "layouts differ"],
 )
 def test_a_fused_linear_that_would_be_wrong_is_refused(layers: list[Layer], message: str) -> None:
-    with pytest.raises(ProblemsError, match=message):
+    with pytest.raises(FaultsError, match=message):
         find_targets(make_manifest(*layers), rename)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from run_ckpt.contract.codec import fp8_scale, quantize_fp8
-from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import read_manifest
 from run_ckpt.progress import Silent
@@ -39,7 +39,7 @@ def test_mxfp4_of_any_shape(N: int, K: int, dtype: torch.dtype, layout: str, all
         folder = Path(name)
         source = save_checkpoint(folder / "in", [{NAME: weight}, {"blocks.0.norm.weight": torch.ones(3)}], {})
         if not admitted:
-            with pytest.raises(ProblemsError, match="nothing to convert"):
+            with pytest.raises(FaultsError, match="nothing to convert"):
                 convert(source, folder / "out", **options)
             return
         convert(source, folder / "out", **options)
@@ -65,7 +65,7 @@ def test_fp8_of_any_shape(N: int, K: int, dtype: torch.dtype) -> None:
         folder = Path(name)
         source = save_checkpoint(folder / "in", [{NAME: weight}], {})
         if N % 16 or K % 16:
-            with pytest.raises(ProblemsError, match="nothing to convert"):
+            with pytest.raises(FaultsError, match="nothing to convert"):
                 convert(source, folder / "out", format="fp8")
             return
         convert(source, folder / "out", format="fp8")

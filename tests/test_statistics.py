@@ -12,7 +12,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
 from run_ckpt import record_statistics
-from run_ckpt.contract.errors import CheckpointError, ProblemsError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.statistics.record import Recorder
 from run_ckpt.storage.statistics import InputStatistics, read_statistics
 
@@ -258,14 +258,14 @@ def test_broken_statistics_are_refused(
 ) -> None:
     path = recorded[1]["down"].path
     rewrite(path, change, **metadata)
-    with pytest.raises(ProblemsError, match=message):
+    with pytest.raises(FaultsError, match=message):
         read_statistics(path.parent)
 
 
 def test_truncated_statistics_are_refused(recorded: tuple[Block, dict[str, InputStatistics]]) -> None:
     path = recorded[1]["down"].path
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ProblemsError, match="truncated"):
+    with pytest.raises(FaultsError, match="truncated"):
         read_statistics(path.parent)
 
 
@@ -283,5 +283,5 @@ def test_correlations_that_are_none_are_refused_when_read(
 
 def test_a_folder_of_pickles_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "statistics.pt").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    with pytest.raises(ProblemsError, match="holds no"):
+    with pytest.raises(FaultsError, match="holds no"):
         read_statistics(tmp_path)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from run_ckpt.contract.errors import (
     CheckpointError,
+    FaultsError,
     FetchError,
     MissingPackageError,
     NonFiniteError,
     PartialRunError,
-    ProblemsError,
     PublishError,
     UsageError,
 )
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "FaultsError",
     "FetchError",
     "MissingPackageError",
     "NonFiniteError",
     "Options",
     "PartialRunError",
     "Preview",
-    "ProblemsError",
     "Progress",
     "PublishError",
     "Summary",

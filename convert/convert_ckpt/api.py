@@ -71,7 +71,7 @@ def convert(
 
     progress: what the run reports to, from any of its threads. Default: nothing.
 
-    Raises UsageError for arguments that contradict each other, ProblemsError with every reason why the source
+    Raises UsageError for arguments that contradict each other, FaultsError with every reason why the source
     can't be converted, other kinds of CheckpointError (FetchError, PublishError, ...) and OSError.
     """
     options = Options(

@@ -24,7 +24,7 @@ from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open
 from convert_ckpt.source.reference import Reference
 from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
 from convert_ckpt.source.store import SHA256
-from run_ckpt.contract.errors import ProblemsError, UsageError
+from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
@@ -90,20 +90,20 @@ class Preview:
 def plan_checkpoint(opened: OpenedSource, options: Options) -> list[ComponentPlan]:
     """Return a plan for every component. Raises with all faults of all of them together."""
     plans: list[ComponentPlan] = []
-    problems: list[str] = []
+    faults: list[str] = []
     usage_errors: list[UsageError] = []
     for name in opened.components:
         try:
             source = opened.open_component(name)
             plans.append(ComponentPlan(name, source, make_plan(source, options)))
-        except ProblemsError as error:
-            problems += error.problems
+        except FaultsError as error:
+            faults += error.faults
         except UsageError as error:
             usage_errors.append(error)
     if usage_errors:
         raise usage_errors[0]
-    if problems:
-        raise ProblemsError(f"{opened.reference}: can't be converted", problems)
+    if faults:
+        raise FaultsError(f"{opened.reference}: can't be converted", faults)
     return plans
 
 
@@ -173,10 +173,10 @@ def convert_checkpoint(
 
 
 def check_output(reference: Reference, output: Path) -> None:
-    """Raise ProblemsError with every reason why OUTPUT is not a place to write to."""
-    problems = target_faults(reference if isinstance(reference, Path) else None, output)
-    if problems:
-        raise ProblemsError("nothing was written", problems)
+    """Raise FaultsError with every reason why OUTPUT is not a place to write to."""
+    faults = target_faults(reference if isinstance(reference, Path) else None, output)
+    if faults:
+        raise FaultsError("nothing was written", faults)
 
 
 def _convert_component(

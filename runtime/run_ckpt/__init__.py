@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from run_ckpt.contract.errors import (
     BackendError,
     CheckpointError,
+    FaultsError,
     ManifestError,
     MissingPackageError,
-    ProblemsError,
     UsageError,
 )
 from run_ckpt.extras import naming_extras
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "FaultsError",
     "ManifestError",
     "MissingPackageError",
-    "ProblemsError",
     "QuantizedLinear",
     "UsageError",
     "__version__",

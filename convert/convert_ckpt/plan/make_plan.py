@@ -27,7 +27,7 @@ from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear, reas
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
-from run_ckpt.contract.errors import ProblemsError, UsageError
+from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.formats import BLOCK_FP8, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT_SCALE, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.module_names import split_name
@@ -41,7 +41,7 @@ TOOL_NAME = "convert-ckpt"
 def make_plan(source: Component, options: Options) -> Plan:
     """Return the plan for one component.
 
-    Raises UsageError for options that contradict each other or match nothing, ProblemsError with
+    Raises UsageError for options that contradict each other or match nothing, FaultsError with
     every other fault.
     """
     preset, rules = _choose_rules(source, options)
@@ -51,19 +51,18 @@ def make_plan(source: Component, options: Options) -> Plan:
     decisions, groups = _decide(context, rules)
     dialect = find_dialect(context, decisions)
     layers = _make_layers(context, decisions, groups, dialect)
-    problems = dialect_faults(context, decisions, layers, dialect)
     calibration = read_calibration(source, options)
-    faults = calibration_faults(calibration, source, layers)
-    problems += faults
+    unusable = calibration_faults(calibration, source, layers)
+    faults = dialect_faults(context, decisions, layers, dialect) + unusable
     if calibration.static:
         layers = {module: _with_input_scale(layer) for module, layer in layers.items()}
-    scales = calibration.input_scales(layers) if not faults else {}
+    scales = calibration.input_scales(layers) if not unusable else {}
     if not layers:
-        problems.append(_nothing_to_convert(decisions))
+        faults.append(_nothing_to_convert(decisions))
     tensors = _make_tensors(source, layers, decisions, calibration)
     manifest = _make_manifest(context, rules, dialect.name, layers, tensors, groups)
-    if problems:
-        raise ProblemsError(f"{source.name}: can't be converted as asked", problems)
+    if faults:
+        raise FaultsError(f"{source.name}: can't be converted as asked", faults)
     files = _make_files(tensors, manifest)
     warnings = (*source.notes, *dialect_warnings(context, manifest))
     return Plan(tensors, files, manifest, scales, warnings)

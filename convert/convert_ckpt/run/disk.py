@@ -7,7 +7,7 @@ from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.schedule import largest_at_once, list_fetches, list_slabs
 from convert_ckpt.source.opened import OpenedSource
-from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.storage.units import format_nbytes
 
 # Room for the small files beside the shards.
@@ -15,10 +15,10 @@ _SPARE_NBYTES = 64 * 2**20
 
 
 def check_disk(opened: OpenedSource, plans: list[ComponentPlan], staging: Staging) -> None:
-    """Raise ProblemsError with every disk that can't hold what is still to come."""
+    """Raise FaultsError with every disk that can't hold what is still to come."""
     faults = _disk_faults(opened, plans, staging)
     if faults:
-        raise ProblemsError("nothing was written", faults)
+        raise FaultsError("nothing was written", faults)
 
 
 def source_nbytes_here(opened: OpenedSource, plans: list[ComponentPlan]) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from convert_ckpt.methods.grid import ROWS_AT_ONCE
 from convert_ckpt.plan.plan import ComponentPlan, Plan, TensorPlan
-from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.manifest import WEIGHT
 from run_ckpt.storage.statistics import block_ranges
 from run_ckpt.storage.units import format_nbytes
@@ -36,7 +36,7 @@ def memory_lines(plans: list[ComponentPlan]) -> Iterator[str]:
 
 
 def check_memory(plans: list[ComponentPlan], max_memory: int) -> None:
-    """Raise ProblemsError with every layer that does not fit."""
+    """Raise FaultsError with every layer that does not fit."""
     faults = [
         f"{module}: takes {format_nbytes(nbytes)} of memory, allowed are {format_nbytes(max_memory)}. Raise"
         " --max-memory, or record its correlations in smaller blocks."
@@ -45,7 +45,7 @@ def check_memory(plans: list[ComponentPlan], max_memory: int) -> None:
         if nbytes > max_memory
     ]
     if faults:
-        raise ProblemsError("nothing was written", faults)
+        raise FaultsError("nothing was written", faults)
 
 
 def _layers(plan: Plan) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_ckpt.source.source_card import read_source_card
-from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder, read_folder
@@ -68,16 +68,16 @@ class Component:
 
 
 def open_component(path: Path) -> Component:
-    """Return the checked source at ``path``. Raises ProblemsError with every fault found."""
+    """Return the checked source at ``path``. Raises FaultsError with every fault found."""
     folder = read_folder(path)
-    problems: list[str] = []
+    faults: list[str] = []
     config, side_files, notes = None, [], list(folder.notes)
     if path.is_dir():
-        config, problems = read_json_object(path / CONFIG_NAME)
+        config, faults = read_json_object(path / CONFIG_NAME)
         side_files = _find_side_files(path, notes)
-    problems += _quantized_faults(folder, config)
-    if problems:
-        raise ProblemsError(f"{path.name}: can't be converted", problems)
+    faults += _quantized_faults(folder, config)
+    if faults:
+        raise FaultsError(f"{path.name}: can't be converted", faults)
     name, revision = _identify(path)
     card = read_source_card(path) if path.is_dir() else {}
     return Component(folder, name, revision, config, tuple(side_files), tuple(notes), card)

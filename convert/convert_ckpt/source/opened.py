@@ -48,7 +48,7 @@ class OpenedSource:
     keep_source: bool = False
 
     def open_component(self, name: str) -> Component:
-        """Return the checked source of a component. Raises ProblemsError with every fault found."""
+        """Return the checked source of a component. Raises FaultsError with every fault found."""
         source = open_component(self.components[name])
         if self.store is None:
             return source

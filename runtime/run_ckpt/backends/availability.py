@@ -48,7 +48,7 @@ class Availability:
 def device_availability(path: Path, name: str) -> Availability:
     """Return what would run the component in folder ``path`` on a device, see find_device.
 
-    Raises ManifestError, ProblemsError, or UsageError.
+    Raises ManifestError, FaultsError, or UsageError.
     """
     return manifest_availability(read_checked_manifest(path), find_device(name))
 

@@ -55,13 +55,13 @@ class PublishError(CheckpointError):
     """The Hub can't be reached, refuses, or holds something else."""
 
 
-class ProblemsError(CheckpointError):
-    """Several faults found together. ``problems`` holds one sentence for each."""
+class FaultsError(CheckpointError):
+    """Several faults found together. ``faults`` holds one sentence for each."""
 
-    def __init__(self, title: str, problems: Sequence[str]):
-        self.problems = tuple(problems)
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        super().__init__(f"{title} ({len(self.problems)} found):\n{lines}")
+    def __init__(self, title: str, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        lines = "\n".join(f"  - {fault}" for fault in self.faults)
+        super().__init__(f"{title} ({len(self.faults)} found):\n{lines}")
 
 
 def first_line(error: object) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.dialects.table import DIALECTS
-from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import unsafe_file_name
 from run_ckpt.contract.manifest import (
     INPUT_SCALE,
@@ -26,11 +26,11 @@ _ADVICE = "The manifest was edited or damaged: fetch it again, or convert again.
 
 
 def read_checked_manifest(folder: Path) -> Manifest:
-    """Return the manifest in ``folder``. Raises ManifestError, or ProblemsError where it contradicts itself."""
+    """Return the manifest in ``folder``. Raises ManifestError, or FaultsError where it contradicts itself."""
     manifest = read_manifest(folder)
-    problems = manifest_faults(manifest)
-    if problems:
-        raise ProblemsError(f"{folder / MANIFEST_NAME}: contradicts itself", problems)
+    faults = manifest_faults(manifest)
+    if faults:
+        raise FaultsError(f"{folder / MANIFEST_NAME}: contradicts itself", faults)
     return manifest
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from run_ckpt.contract.dialects.table import PRIVATE_KEY
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.loading.foreign import READABLE_METHODS, is_ours, layers_in_config
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.replace import replace_linears
@@ -60,7 +60,7 @@ def replace_declared(
     layers = layers_in_config(config, shapes, naming)
     absent = sorted(config[PRIVATE_KEY]["quantized_modules"].keys() - layers.keys())
     if absent:
-        raise ProblemsError(
+        raise FaultsError(
             f"{type(model).__name__}: not the model that this checkpoint was made from",
             [f"{name}: the model has no such nn.Linear. Load it with the class that was converted." for name in absent],
         )
@@ -73,10 +73,10 @@ def stored_names(linears: Mapping[str, QuantizedLinear]) -> set[str]:
 
 
 def refuse_missing(model: nn.Module, missing: list[str]) -> None:
-    """Raise ProblemsError: a converted checkpoint is whole, so nothing may be made up."""
+    """Raise FaultsError: a converted checkpoint is whole, so nothing may be made up."""
     if missing:
         faults = [f"{name}: the model wants it, the checkpoint lacks it. Fetch or convert again." for name in missing]
-        raise ProblemsError(f"{type(model).__name__}: not all of the checkpoint is there", sorted(faults))
+        raise FaultsError(f"{type(model).__name__}: not all of the checkpoint is there", sorted(faults))
 
 
 def check_options(config: Any) -> None:

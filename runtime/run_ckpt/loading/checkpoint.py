@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.dialects.table import PRIVATE_KEY
-from run_ckpt.contract.errors import CheckpointError, ManifestError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, ManifestError
 from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
 from run_ckpt.contract.tensors import TensorSpec
@@ -25,13 +25,13 @@ def open_to_load(path: Path) -> Iterator[Checkpoint]:
 
     With a manifest: that, every header, every shard's size, and the hash of config.json and index are as it says.
     Without one (Quark, compressed-tensors, save_pretrained): config.json and the headers must agree.
-    Raises CheckpointError; ProblemsError with every fault.
+    Raises CheckpointError; FaultsError with every fault.
     """
     if (path / MANIFEST_NAME).exists():
         with open_checkpoint(path) as checkpoint:
             faults = _changed_files(checkpoint)
             if faults:
-                raise ProblemsError(f"{path}: changed since its manifest was written", faults)
+                raise FaultsError(f"{path}: changed since its manifest was written", faults)
             yield checkpoint
         return
     components = find_components(path)
@@ -84,8 +84,8 @@ def _declared_manifest(path: Path, config: dict[str, Any], specs: dict[str, Tens
     """Return a manifest that says of another tool's checkpoint what loading needs to know."""
     try:
         layers = layers_in_headers(config, specs)
-    except ProblemsError as error:
-        raise ProblemsError(f"{path}: the quantized weights can't be read", error.problems) from error
+    except FaultsError as error:
+        raise FaultsError(f"{path}: the quantized weights can't be read", error.faults) from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     coded = {name for layer in layers.values() for name in layer.tensors.values()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from run_ckpt.contract.dialects.dialect import usual_scale_shape
 from run_ckpt.contract.dialects.table import DIALECTS, PRIVATE_KEY
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.formats import FORMATS, Scheme
 from run_ckpt.contract.layouts import LAYOUTS, PLAIN, Layout
 from run_ckpt.contract.manifest import INPUT_SCALE, SCHEMA_VERSION, WEIGHT, WEIGHT_SCALE, Layer
@@ -54,7 +54,7 @@ def layers_in_headers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
 
     MXFP4 is a weight U8 [N, K/2] with a scale U8 [N, K/32] (padded in layout ``aiter``, which the config
     must declare); FP8 is F8_E4M3 [N, K] with a float scale: one number, N, or one for each 128 x 128.
-    Raises CheckpointError for an unknown quant_method, ProblemsError with a sentence for each weight or
+    Raises CheckpointError for an unknown quant_method, FaultsError with a sentence for each weight or
     scale that is neither or has no partner.
     """
     _check(config)
@@ -79,7 +79,7 @@ def layers_in_headers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
     orphans = sorted(name for name in specs if name.endswith(_SCALE_SUFFIXES) and name not in scales)
     faults += [f"{name}: a scale without a quantized weight. Fetch the checkpoint again." for name in orphans]
     if faults or not layers:
-        raise ProblemsError("the quantized weights can't be read", faults or ["there is none among the tensors."])
+        raise FaultsError("the quantized weights can't be read", faults or ["there is none among the tensors."])
     return layers
 
 

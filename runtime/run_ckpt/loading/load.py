@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.loading.checkpoint import open_to_load
 from run_ckpt.loading.fill import DTYPES, Slot, fill_slots, match_slots, parameter_slots
 from run_ckpt.loading.linear import QuantizedLinear
@@ -38,7 +38,7 @@ def load_quantized(
 
     Shards are read straight to a GPU, and mapped for the CPU as safetensors does: don't overwrite them
     in place while the model lives. A quantized weight is decoded by nothing but its backend.
-    Nothing is filled in, cast or left out silently: raises CheckpointError (ProblemsError with every
+    Nothing is filled in, cast or left out silently: raises CheckpointError (FaultsError with every
     fault, ManifestError, BackendError), which names the tensor, the file and the remedy.
     """
     path, device, started = Path(path), torch.device(device), time.perf_counter()
@@ -75,7 +75,7 @@ def _match(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Slot]:
     wanted = {name: spec for name, spec in specs.items() if name not in checkpoint.manifest.fused_scales}
     matched, faults = match_slots(parameter_slots(model), wanted, _coded(checkpoint))
     if faults:
-        raise ProblemsError(f"{checkpoint.path}: does not fit {type(model).__name__}", faults)
+        raise FaultsError(f"{checkpoint.path}: does not fit {type(model).__name__}", faults)
     return {name: matched[name] for name in wanted}
 
 

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from run_ckpt.contract.errors import ProblemsError, UsageError
+from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.loading.linear import QuantizedLinear
 
@@ -15,12 +15,12 @@ def replace_linears(
 ) -> dict[str, QuantizedLinear]:
     """Put a QuantizedLinear in place of each module of ``model`` that ``layers`` names; return them by name.
 
-    Raises ProblemsError, with the model untouched, where a module is missing, no nn.Linear or of another shape.
+    Raises FaultsError, with the model untouched, where a module is missing, no nn.Linear or of another shape.
     """
     modules = dict(model.named_modules())
-    problems = [fault for name, layer in layers.items() if (fault := _fault(modules.get(name), layer))]
-    if problems:
-        raise ProblemsError(f"{type(model).__name__}: not the model that this checkpoint was made from", problems)
+    faults = [fault for name, layer in layers.items() if (fault := _fault(modules.get(name), layer))]
+    if faults:
+        raise FaultsError(f"{type(model).__name__}: not the model that this checkpoint was made from", faults)
     replaced = {}
     for name, layer in layers.items():
         old = modules[name]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.manifest_checks import read_checked_manifest
@@ -50,12 +50,12 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
     """Yield the converted component in folder ``path``, strictly checked but for its tensors' bytes.
 
-    Raises ManifestError, or ProblemsError with every fault of manifest and headers.
+    Raises ManifestError, or FaultsError with every fault of manifest and headers.
     """
     manifest = read_checked_manifest(path)
     folder = read_folder(path)
-    problems = header_faults(manifest, folder)
-    if problems:
-        raise ProblemsError(f"{path}: not the checkpoint that its manifest describes", problems)
+    faults = header_faults(manifest, folder)
+    if faults:
+        raise FaultsError(f"{path}: not the checkpoint that its manifest describes", faults)
     with TensorReader(folder) as reader:
         yield Checkpoint(path, manifest, folder, reader)

@@ -82,22 +82,22 @@ def parse_header(file_name: str, data: bytes, file_nbytes: int) -> Header:
     """Return the checked header from its bytes (length prefix included). Raises HeaderError."""
     entries = _load_json(file_name, data[LENGTH_NBYTES:])
     metadata = entries.pop(METADATA_KEY, {})
-    problems: list[str] = []
+    faults: list[str] = []
     if not _is_text_map(metadata):
-        problems.append(f"{METADATA_KEY} is not a map of text to text")
+        faults.append(f"{METADATA_KEY} is not a map of text to text")
     placed = []
     for name, entry in entries.items():
         fault = _entry_fault(name, entry)
         if fault:
-            problems.append(fault)
+            faults.append(fault)
         else:
             spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
             placed.append(StoredTensor(spec, len(data) + entry["data_offsets"][0]))
     placed.sort(key=lambda tensor: (tensor.offset, tensor.end))
-    if not problems:
-        problems += _placement_faults(placed, len(data), file_nbytes)
-    if problems:
-        raise HeaderError(f"{file_name}: " + "; ".join(problems) + ". Fetch or write this file again.")
+    if not faults:
+        faults += _placement_faults(placed, len(data), file_nbytes)
+    if faults:
+        raise HeaderError(f"{file_name}: " + "; ".join(faults) + ". Fetch or write this file again.")
     return Header(data, tuple(placed), metadata)
 
 

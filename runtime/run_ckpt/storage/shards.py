@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_ckpt.contract.errors import HeaderError, ProblemsError
+from run_ckpt.contract.errors import FaultsError, HeaderError
 from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX, unsafe_file_name
 from run_ckpt.storage.header import Header, StoredTensor, read_header
 
@@ -47,63 +47,63 @@ class TensorFolder:
 def read_folder(path: Path) -> TensorFolder:
     """Return the checkpoint at ``path``, a folder or one .safetensors file, every header checked.
 
-    Raises ProblemsError with all faults: missing, truncated or duplicated shards, an index that
+    Raises FaultsError with all faults: missing, truncated or duplicated shards, an index that
     disagrees with them or names a file outside the folder, and every fault of read_header.
     """
-    problems: list[str] = []
+    faults: list[str] = []
     notes: list[str] = []
     if path.is_file():
         root, index_name, names, weight_map = path.parent, None, [path.name], None
     else:
-        root, index_name = path, _find_index(path, problems)
+        root, index_name = path, _find_index(path, faults)
         if index_name:
-            weight_map = _read_index(path / index_name, problems)
+            weight_map = _read_index(path / index_name, faults)
             names = sorted(set(weight_map.values()))
             notes += _unlisted_notes(path, names, index_name)
         else:
             weight_map = None
-            names = _find_files(path, problems, notes)
-    shards = _read_shards(root, names, problems)
-    problems += _duplicate_faults(shards)
+            names = _find_files(path, faults, notes)
+    shards = _read_shards(root, names, faults)
+    faults += _duplicate_faults(shards)
     if weight_map is not None:
-        problems += _index_faults(weight_map, shards, {shard.name for shard in shards})
-    if problems:
-        raise ProblemsError(f"{path.name}: not a readable checkpoint", problems)
+        faults += _index_faults(weight_map, shards, {shard.name for shard in shards})
+    if faults:
+        raise FaultsError(f"{path.name}: not a readable checkpoint", faults)
     return TensorFolder(root, tuple(shards), index_name, tuple(notes))
 
 
-def _find_index(folder: Path, problems: list[str]) -> str | None:
+def _find_index(folder: Path, faults: list[str]) -> str | None:
     indexes = sorted(entry.name for entry in folder.glob("*" + INDEX_SUFFIX))
     for stem in MAIN_STEMS:
         if stem + INDEX_SUFFIX in indexes:
             return stem + INDEX_SUFFIX
     if len(indexes) > 1:
-        problems.append(f"several indexes and none of the usual name: {indexes}. Leave the one to convert.")
+        faults.append(f"several indexes and none of the usual name: {indexes}. Leave the one to convert.")
     return indexes[0] if indexes else None
 
 
-def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
+def _read_index(path: Path, faults: list[str]) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("weight_map is not a map of text to text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problems.append(f"{path.name}: not a usable index ({type(error).__name__}: {error}). Fetch it again.")
+        faults.append(f"{path.name}: not a usable index ({type(error).__name__}: {error}). Fetch it again.")
         return {}
     unsafe = sorted(name for name in set(weight_map.values()) if unsafe_file_name(name))
-    problems += [f"{path.name}: names {name!r}, which is not a file of this folder." for name in unsafe]
+    faults += [f"{path.name}: names {name!r}, which is not a file of this folder." for name in unsafe]
     return {tensor: name for tensor, name in weight_map.items() if name not in unsafe}
 
 
-def _find_files(folder: Path, problems: list[str], notes: list[str]) -> list[str]:
+def _find_files(folder: Path, faults: list[str], notes: list[str]) -> list[str]:
     names = sorted(entry.name for entry in folder.glob("*" + SUFFIX))
     if not names:
-        problems.append("it holds no .safetensors file. Give the folder that holds config.json and the weights.")
+        faults.append("it holds no .safetensors file. Give the folder that holds config.json and the weights.")
     for stem in MAIN_STEMS:
         if stem + SUFFIX in names:
             notes += [f"{name}: left out, {stem + SUFFIX} is there" for name in names if name != stem + SUFFIX]
             return [stem + SUFFIX]
-    problems += _missing_number_faults(names)
+    faults += _missing_number_faults(names)
     return names
 
 
@@ -126,17 +126,17 @@ def _unlisted_notes(folder: Path, listed: list[str], index_name: str) -> list[st
     return [f"{name}: left out, {index_name} does not list it" for name in present if name not in listed]
 
 
-def _read_shards(root: Path, names: list[str], problems: list[str]) -> list[Shard]:
+def _read_shards(root: Path, names: list[str], faults: list[str]) -> list[Shard]:
     shards = []
     for name in names:
         path = root / name
         if not path.is_file():
-            problems.append(f"{name}: missing. Fetch this shard.")
+            faults.append(f"{name}: missing. Fetch this shard.")
             continue
         try:
             shards.append(Shard(path, read_header(path)))
         except HeaderError as error:
-            problems.append(str(error))
+            faults.append(str(error))
     return shards
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from run_ckpt.contract.errors import CheckpointError, HeaderError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, HeaderError
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.atomic import sync_folder
@@ -99,22 +99,22 @@ class InputStatistics:
 def read_statistics(folder: Path) -> dict[str, InputStatistics]:
     """Return layer -> statistics of a folder, all files checked but for their correlations.
 
-    Raises ProblemsError with every fault: no statistics, a truncated or foreign file, other shapes than its K implies,
+    Raises FaultsError with every fault: no statistics, a truncated or foreign file, other shapes than its K implies,
     NaN, no rows, two models or settings in one folder, a layer in two files.
     """
     paths = sorted(folder.glob("*" + SUFFIX))
-    problems = [] if paths else ["it holds no .safetensors file. Give the folder that run-ckpt calibrate wrote."]
+    faults = [] if paths else ["it holds no .safetensors file. Give the folder that run-ckpt calibrate wrote."]
     inputs = []
     for path in paths:
         try:
             inputs.append(_read_input(path))
         except (HeaderError, OSError) as error:
-            problems.append(str(error))
+            faults.append(str(error))
         else:
-            problems += [f"{path.name}: {fault} {_REMEDY}" for fault in _value_faults(inputs[-1])]
-    problems += _folder_faults(inputs)
-    if problems:
-        raise ProblemsError(f"{folder}: not usable statistics", problems)
+            faults += [f"{path.name}: {fault} {_REMEDY}" for fault in _value_faults(inputs[-1])]
+    faults += _folder_faults(inputs)
+    if faults:
+        raise FaultsError(f"{folder}: not usable statistics", faults)
     return {layer: statistics for statistics in inputs for layer in statistics.layers}
 
 

@@ -85,7 +85,7 @@ class Inspection:
 def inspect_component(name: str, path: Path, *, every_layer: bool) -> Inspection:
     """Return what the manifest in ``path`` says. every_layer: one row for each, nothing collapsed.
 
-    Raises ManifestError where there is no readable manifest, ProblemsError where it contradicts itself.
+    Raises ManifestError where there is no readable manifest, FaultsError where it contradicts itself.
     """
     manifest = read_checked_manifest(path)
     layers = [_layer_row(layer) for layer in manifest.layers.values()]

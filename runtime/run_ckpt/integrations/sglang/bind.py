@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from run_ckpt.backends.backend import Device, describe_device
 from run_ckpt.backends.select import Choice, choose_backend
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.integrations.sglang.config import PendingLinearMethod
 from run_ckpt.integrations.sglang.method import QuantizedLinearMethod
@@ -35,21 +35,21 @@ def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:
     """Prepare a model on the meta device for its checkpoint, and return the map of names to load it with.
 
     rename: SGLang's own map for this model. Linears that the manifest does not list become
-    unquantized ones. Raises ProblemsError with every layer that the model has no linear for.
+    unquantized ones. Raises FaultsError with every layer that the model has no linear for.
     """
     _refuse_fsdp(model)
     names = {name for name, _ in model.named_parameters()}
     targets = find_targets(manifest, _as_loaded(rename, names))
     device = describe_device(get_local_torch_device())
     modules = dict(model.named_modules())
-    problems, choices = [], []
+    faults, choices = [], []
     for target in targets.values():
         try:
             choices.append(_install(_linear(modules, target), target, device))
         except CheckpointError as error:
-            problems.append(str(error))
-    if problems:
-        raise ProblemsError("SGLang can't hold the quantized layers of this checkpoint", problems)
+            faults.append(str(error))
+    if faults:
+        raise FaultsError("SGLang can't hold the quantized layers of this checkpoint", faults)
     for module in modules.values():
         if isinstance(module, LinearBase) and isinstance(module.quant_method, PendingLinearMethod):
             module.quant_method = UnquantizedLinearMethod()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.errors import ProblemsError
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.loading.tensor_parallel import Part, Range, concat_rows, slice_columns, slice_rows
 
@@ -62,7 +62,7 @@ class Share:
 def find_targets(manifest: Manifest, rename: Rename) -> dict[str, Target]:
     """Return module of the model -> target, for every quantized layer.
 
-    rename: where the model has a tensor of that name, as SGLang maps it. Raises ProblemsError for
+    rename: where the model has a tensor of that name, as SGLang maps it. Raises FaultsError for
     layers that are to be fused with others that are missing, unquantized or quantized differently.
     """
     places = {module: rename(module + _WEIGHT) for module in manifest.layers}
@@ -71,9 +71,9 @@ def find_targets(manifest: Manifest, rename: Rename) -> dict[str, Target]:
     for module, (name, index, count) in places.items():
         members.setdefault(name, {})[index or 0] = manifest.layers[module]
         counts[name] = max(count or 1, counts.get(name, 1))
-    problems = [fault for name in members for fault in _faults(name, members[name], counts[name])]
-    if problems:
-        raise ProblemsError("SGLang can't hold the quantized layers of this checkpoint", problems)
+    faults = [fault for name in members for fault in _faults(name, members[name], counts[name])]
+    if faults:
+        raise FaultsError("SGLang can't hold the quantized layers of this checkpoint", faults)
     targets = {}
     for name, layers in members.items():
         module = name.removesuffix(_WEIGHT)

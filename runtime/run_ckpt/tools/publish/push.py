@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from run_ckpt.contract.errors import ProblemsError, PublishError
+from run_ckpt.contract.errors import FaultsError, PublishError
 from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX, join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
@@ -42,7 +42,7 @@ def push_result(output: Path, target: Target, *, base_model: str | None, progres
     """Make the repo hold the result at ``output``; send what it lacks, shards first, all else in the last commit.
 
     Raises PublishError where the repo holds something else (unless ``target.overwrite``) or the Hub refuses,
-    ProblemsError where a file is not as its manifest says: then nothing was sent.
+    FaultsError where a file is not as its manifest says: then nothing was sent.
     """
     components = read_result(output)
     repository = open_repository(target)
@@ -106,17 +106,17 @@ class ShardUploads:
 
 def _verified_files(components: Sequence[ConvertedComponent], progress: Progress) -> list[LocalFile]:
     """Return every file that the manifests list, and the manifests, each found to be as it should."""
-    files, problems = [], []
+    files, faults = [], []
     for component in components:
         listed = component.manifest.files
         progress.start(f"hash {component.name}".strip(), sum(entry["nbytes"] for entry in listed.values()))
-        problems += file_faults(component.path, listed, "the manifest", progress)
+        faults += file_faults(component.path, listed, "the manifest", progress)
         sizes = {name: entry["nbytes"] for name, entry in listed.items()}
         sizes[MANIFEST_NAME] = (component.path / MANIFEST_NAME).stat().st_size
         for name, nbytes in sizes.items():
             files.append(LocalFile(join_names(component.name, name), component.path / name, nbytes))
-    if problems:
-        raise ProblemsError("nothing was pushed: the checkpoint is damaged", problems)
+    if faults:
+        raise FaultsError("nothing was pushed: the checkpoint is damaged", faults)
     return files
 
 

@@ -63,7 +63,7 @@ class ConvertedComponent:
 def read_result(output: Path) -> tuple[ConvertedComponent, ...]:
     """Return the components of a conversion's result, from their manifests alone.
 
-    Raises ManifestError where there is no readable manifest, ProblemsError where one contradicts itself.
+    Raises ManifestError where there is no readable manifest, FaultsError where one contradicts itself.
     """
     components = []
     for name, path in find_components(output).items():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
 from run_ckpt.contract.tensors import TensorSpec
@@ -60,18 +60,18 @@ def rewrite(output: Path, target: Path, plan: Callable[[Checkpoint], Rewrite], p
     Before a byte is written all components are planned, and their files hashed: a damaged shard must
     not come out with a fresh, matching manifest. Raises CheckpointError.
     """
-    problems = target_faults(output, target)
-    if problems:
-        raise ProblemsError("nothing was written", problems)
+    faults = target_faults(output, target)
+    if faults:
+        raise FaultsError("nothing was written", faults)
     components = find_components(output)
     for name, path in components.items():
         with open_checkpoint(path) as checkpoint:
             plan(checkpoint)
             files = checkpoint.manifest.files
             progress.start(f"hash {name}".strip(), sum(entry["nbytes"] for entry in files.values()))
-            problems += file_faults(path, files, "the manifest", progress)
-    if problems:
-        raise ProblemsError("nothing was written: the checkpoint is damaged", problems)
+            faults += file_faults(path, files, "the manifest", progress)
+    if faults:
+        raise FaultsError("nothing was written: the checkpoint is damaged", faults)
     with _build_folder(target) as result:
         for name, path in components.items():
             (result / name).mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.dialects.table import choose_dialect, header_metadata, quantization_config
-from run_ckpt.contract.errors import ProblemsError, UsageError
+from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import CONFIG_KEY
 from run_ckpt.contract.formats import Scheme
 from run_ckpt.contract.layouts import LAYOUTS, Layout
@@ -24,7 +24,7 @@ def relayout(output: Path, target: Path, *, layout: str, dialect: str | None, pr
 
     dialect: None for the usual one of that layout. The result is what convert-ckpt would have
     written with that --layout and --dialect for the same layers. Raises UsageError where the
-    dialect can't say the layout or nothing would change, ProblemsError where shapes do not fit.
+    dialect can't say the layout or nothing would change, FaultsError where shapes do not fit.
     """
     rewrite(output, target, partial(_plan, layout=LAYOUTS[layout], asked=dialect), progress)
 
@@ -37,9 +37,9 @@ def _plan(checkpoint: Checkpoint, *, layout: Layout, asked: str | None) -> Rewri
     new = _new_manifest(old, layout, asked)
     if new == old:
         raise UsageError(f"{checkpoint.path}: is in layout {layout}, dialect {old.dialect} already.")
-    problems = [fault for layer in moved for fault in _shape_faults(new.layers[layer.module])]
-    if problems:
-        raise ProblemsError(f"{checkpoint.path}: can't be stored in layout {layout}", problems)
+    faults = [fault for layer in moved for fault in _shape_faults(new.layers[layer.module])]
+    if faults:
+        raise FaultsError(f"{checkpoint.path}: can't be stored in layout {layout}", faults)
     replaced = {
         spec.name: (new.layers[layer.module].specs()[role],) for layer in moved for role, spec in layer.specs().items()
     }

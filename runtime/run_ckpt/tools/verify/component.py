@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from run_ckpt.contract.errors import CheckpointError, ProblemsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.contract.tensors import DTYPE_BITS
@@ -143,8 +143,8 @@ def _collect(faults: list[str], read: Callable[[], Read]) -> Read | None:
     """Return what ``read`` returns, or None with its faults appended."""
     try:
         return read()
-    except ProblemsError as error:
-        faults += error.problems
+    except FaultsError as error:
+        faults += error.faults
     except CheckpointError as error:
         faults.append(str(error))
     return None
