@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from run_ckpt.backends.backend import Device
 from run_ckpt.contract.errors import BackendError, FaultsError, UsageError
 from run_ckpt.contract.formats import MXFP4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
@@ -200,6 +201,16 @@ def test_torch_compile_takes_it_whole(scheme: str) -> None:
     expected = linear(x)
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     assert_bits_equal(compiled(x), expected)
+
+
+def test_a_backend_without_a_gradient_says_so_instead_of_losing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("run_ckpt.loading.linear.describe_device", lambda device: Device("cuda", "sm90"))
+    linear = make_linear("fp8-tensor", backend="scaled_mm")
+    x = activations(4, K).requires_grad_()
+    with pytest.raises(BackendError, match=rf'{MODULE}: backend scaled_mm gives no gradient .* backend="reference"'):
+        linear(x)
+    with torch.no_grad():
+        assert linear(x).shape == (4, N)
 
 
 def named(module: str) -> Layer:

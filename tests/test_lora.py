@@ -133,6 +133,22 @@ def test_an_adapter_of_peft_is_put_beside_and_taken_away(folders: tuple[Path, Pa
     assert_bits_equal(run(FLUX, models[0]), run(FLUX, load_quantized(out)))
 
 
+@pytest.mark.parametrize("backend", ["reference", "dequantize"])
+def test_an_adapter_is_trained_as_beside_the_decoded_weights(folders: tuple[Path, Path], backend: str) -> None:
+    out, plain = folders
+    gradients = []
+    for model in (load_quantized(out, backend=backend), from_pretrained(plain).requires_grad_(False)):
+        torch.manual_seed(5)
+        model.add_adapter(LoraConfig(r=RANK, target_modules=["to_q", "to_out.0", "proj_mlp"], init_lora_weights=False))
+        model(**FLUX.inputs(), return_dict=False)[0].float().square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    ours, theirs = gradients
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert gradient.any()
+        assert_bits_equal(ours[name], gradient)
+
+
 @pytest.mark.parametrize("safe", [False, True], ids=["in-place", "safe"])
 def test_fusing_a_lora_is_refused_and_changes_nothing(folders: tuple[Path, Path], safe: bool) -> None:
     out, _ = folders

@@ -39,6 +39,7 @@ class Backend:
     ``restore`` is the exact inverse, None where there is none.
     ``matmul`` returns x @ weight.T + bias as [M, N] in x's dtype for a layer, x [M, K] (contiguous; bfloat16,
     float16 or float32), its operands and bias [N] or None. torch.compile takes it whole.
+    ``has_gradient`` is True where a gradient of the product reaches x, so that what lies before can be trained.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Backend:
     matmul: Callable[[Layer, Tensor, Tensors, Tensor | None], Tensor]
     restore: Callable[[Layer, Tensors], Tensors] | None
     only_if_named: Callable[[Device], str | None] = lambda device: None
+    has_gradient: bool = False
 
 
 def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -99,6 +99,7 @@ REFERENCE = Backend(
     matmul=_multiply_decoding,
     restore=_as_they_are,
     only_if_named=_slow_on_a_gpu,
+    has_gradient=True,
 )
 DEQUANTIZE = Backend(
     "dequantize",
@@ -107,4 +108,5 @@ DEQUANTIZE = Backend(
     matmul=_multiply_dequantized,
     restore=None,
     only_if_named=lambda device: "it holds each weight in BF16, which takes two to four times the memory",
+    has_gradient=True,
 )

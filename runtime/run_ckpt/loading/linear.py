@@ -47,6 +47,7 @@ class QuantizedLinear(nn.Linear):
     backend: str | None = None
     prepared_for: str | None = None
     _matmul: Callable[[Layer, Tensor, Tensors, Tensor | None], Tensor]
+    _has_gradient: bool
 
     def __init__(
         self,
@@ -79,6 +80,11 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.prepared_for != x.device.type:
             self.prepare(x.device)
+        if x.requires_grad and torch.is_grad_enabled() and not self._has_gradient:
+            raise BackendError(
+                f"{self.layer.module}: backend {self.backend} gives no gradient to train with. Load the checkpoint with"
+                ' backend="reference" or "dequantize".'
+            )
         flat = x.reshape(-1, self.layer.K).contiguous()
         product = self._matmul(self.layer, flat, self._operands(), self.bias)
         return product.reshape(*x.shape[:-1], self.layer.N)
@@ -95,7 +101,7 @@ class QuantizedLinear(nn.Linear):
         self._forget()
         for name, operand in operands.items():
             self.register_buffer(_OPERAND + name, operand, persistent=False)
-        self._matmul = backend.matmul
+        self._matmul, self._has_gradient = backend.matmul, backend.has_gradient
         self.backend, self.prepared_for = backend.name, device.type
 
     def stored(self) -> Tensors:
