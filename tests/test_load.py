@@ -19,6 +19,7 @@ from run_ckpt.contract.errors import CheckpointError, FaultsError, ManifestError
 from run_ckpt.contract.formats import FP8
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.loading.linear import QuantizedLinear
+from run_ckpt.tools.bench import bench_component
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint
 from tests.converted import FLUX_DIGITS, SCHEMES, edit_json, edit_manifest, reseal
@@ -344,18 +345,37 @@ def test_other_tools_checkpoints_load_through_the_same_layers(tmp_path: Path, op
     assert_bits_equal(load_quantized(as_foreign(out), model=meta())(x), expected)
 
 
-def test_quarks_own_scalar_scales_in_bf16_are_read(tmp_path: Path) -> None:
+def quark_with_scalar_scales(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """amd-quark 0.13 writes FP8 scales as BF16 scalars, with a static input_scale."""
-    out = as_foreign(convert_net(tmp_path, format="fp8", dialect="quark"))
+    out = as_foreign(convert_net(folder, format="fp8", dialect="quark"))
     tensors = load_file(out / "model.safetensors")
     for name in [name for name in tensors if name.endswith("weight_scale")]:
         tensors[name] = tensors[name].bfloat16().reshape(())
         tensors[name.replace("weight_scale", "input_scale")] = torch.tensor(0.5, dtype=torch.bfloat16)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out, tensors
+
+
+def test_quarks_own_scalar_scales_in_bf16_are_read(tmp_path: Path) -> None:
+    out, tensors = quark_with_scalar_scales(tmp_path)
     model = load_quantized(out, model=meta())
     scale = model.blocks[0].up.stored()["weight_scale"]
     assert_bits_equal(scale, tensors["blocks.0.up.weight_scale"].float().reshape(1))
     assert_bits_equal(model.blocks[0].up.stored()["input_scale"], torch.tensor([0.5]))
+
+
+def test_bench_reads_quarks_own_scales(tmp_path: Path) -> None:
+    out, _ = quark_with_scalar_scales(tmp_path)
+    measured = bench_component(out, device="cpu", backend=None, rows=(1,), dtype=torch.bfloat16, say=lambda text: None)
+    assert {(row.N, row.K) for row in measured.layers} == {(N, K), (K, N)}
+
+
+def test_a_damaged_private_key_is_refused(tmp_path: Path) -> None:
+    out = convert_net(tmp_path, format="fp8")
+    (out / MANIFEST_NAME).unlink()
+    edit_json(out / "config.json", lambda config: config["quantization_config"].update(convert_ckpt=5))
+    with pytest.raises(CheckpointError, match="convert_ckpt is not an object"):
+        load_quantized(out, model=meta())
 
 
 @pytest.mark.parametrize(

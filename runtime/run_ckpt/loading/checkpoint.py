@@ -75,7 +75,10 @@ def _read_quantization_config(path: Path) -> dict[str, Any]:
             f"{path}: no {MANIFEST_NAME}, and no usable {CONFIG_KEY} in {CONFIG_NAME}."
             " Give the folder of a quantized component."
         )
-    if "manifest" in config.get(PRIVATE_KEY, {}):
+    private = config.get(PRIVATE_KEY, {})
+    if not isinstance(private, dict):
+        raise CheckpointError(f"{path}: {CONFIG_KEY}: {PRIVATE_KEY} is not an object. Fetch {CONFIG_NAME} again.")
+    if "manifest" in private:
         raise ManifestError(f"{path}: lacks its {MANIFEST_NAME}. Fetch the whole folder, or convert again.")
     return config
 

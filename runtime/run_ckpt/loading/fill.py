@@ -97,7 +97,7 @@ def fill_slots(
     """
     specs = [spec for name in matched if (spec := reader.spec(name)) is not None]
     if device.type == "cpu":
-        tensors = {spec.name: _map_tensor(reader, spec) for spec in specs}
+        tensors = {spec.name: map_tensor(reader, spec) for spec in specs}
     else:
         tensors = _read_tensors(reader, specs, device, progress)
     first: dict[int, str] = {}
@@ -112,7 +112,8 @@ def fill_slots(
         slot.put(tensor.to(dtypes.get(name, tensor.dtype)).reshape(slot.wanted.shape))
 
 
-def _map_tensor(reader: TensorReader, spec: TensorSpec) -> Tensor:
+def map_tensor(reader: TensorReader, spec: TensorSpec) -> Tensor:
+    """Return a stored tensor, mapped from its file. ``spec`` is the reader's: as stored, not as a layer wants it."""
     raw, dtype = reader.mapped(spec.name), DTYPES[spec.dtype]
     # Files of other tools may not be aligned.
     aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()

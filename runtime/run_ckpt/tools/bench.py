@@ -1,7 +1,7 @@
 """`run-ckpt bench`: a checkpoint's layers on their backends against BF16, and loading it against plain reading."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.benchmark import Timer
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.loading.checkpoint import open_to_load
+from run_ckpt.loading.fill import map_tensor
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.load import load_quantized
 from run_ckpt.storage.components import Checkpoint
@@ -90,7 +91,7 @@ def bench_component(
         return Bench(device, tuple(times), None, str(error))
 
 
-def _alike(layers: Sequence[Layer] | Any) -> list[list[Layer]]:
+def _alike(layers: Iterable[Layer]) -> list[list[Layer]]:
     groups: dict[tuple[str, int, int], list[Layer]] = {}
     for layer in layers:
         groups.setdefault((layer.format.name, layer.N, layer.K), []).append(layer)
@@ -98,13 +99,15 @@ def _alike(layers: Sequence[Layer] | Any) -> list[list[Layer]]:
 
 
 def _read_linear(checkpoint: Checkpoint, layer: Layer, device: torch.device, backend: str | None) -> QuantizedLinear:
+    tensors = {}
+    for role, spec in layer.specs().items():
+        stored = checkpoint.reader.spec(spec.name)
+        assert stored is not None
+        # Other tools may store a scale in 16 bits, and as a scalar.
+        tensor = map_tensor(checkpoint.reader, stored).to(device, STORED_DTYPES[spec.dtype])
+        tensors[role] = tensor.reshape(spec.shape)
     linear = QuantizedLinear(layer, backend=backend)
-    linear.store(
-        {
-            role: checkpoint.reader.read_all(spec.name).view(STORED_DTYPES[spec.dtype]).reshape(spec.shape).to(device)
-            for role, spec in layer.specs().items()
-        }
-    )
+    linear.store(tensors)
     linear.prepare(device)
     return linear
 
