@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from run_ckpt.contract.codec import dequantize, expand_scales, quantize
-from run_ckpt.contract.formats import BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
+from run_ckpt.contract.formats import BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, PLAIN_MXFP8, TENSOR_FP8, Scheme
 
 
 def quantize_mxfp4(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
@@ -14,6 +14,11 @@ def quantize_mxfp4(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
 def dequantize_mxfp4(packed: Tensor, scale_codes: Tensor) -> Tensor:
     """Return float32 [N, K] from uint8 [N, K/2] and uint8 [N, K/32]."""
     return dequantize(packed, scale_codes, PLAIN_MXFP4)
+
+
+def dequantize_mxfp8(codes: Tensor, scale_codes: Tensor) -> Tensor:
+    """Return float32 [N, K] from float8_e4m3fn [N, K] and uint8 [N, K/32]."""
+    return dequantize(codes, scale_codes, PLAIN_MXFP8)
 
 
 def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:

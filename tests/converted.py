@@ -19,6 +19,8 @@ SCHEMES: dict[str, dict[str, str]] = {
     "mxfp4-aiter": {"format": "mxfp4", "layout": "aiter"},
     "mxfp4-plain": {"format": "mxfp4", "layout": "plain"},
     "mxfp4-compressed-tensors": {"format": "mxfp4", "layout": "plain", "dialect": "compressed-tensors"},
+    "mxfp8": {"format": "mxfp8"},
+    "mxfp8-compressed-tensors": {"format": "mxfp8", "dialect": "compressed-tensors"},
     "fp8-tensor": {"format": "fp8", "granularity": "tensor"},
     "fp8-channel": {"format": "fp8", "granularity": "channel"},
     "fp8-channel-compressed-tensors": {"format": "fp8", "granularity": "channel", "dialect": "compressed-tensors"},

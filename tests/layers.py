@@ -12,6 +12,7 @@ from run_ckpt.contract.formats import (
     BLOCK_FP8,
     CHANNEL_FP8,
     PLAIN_MXFP4,
+    PLAIN_MXFP8,
     TENSOR_FP8,
 )
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
@@ -20,6 +21,7 @@ MODULE = "blocks.0.proj"
 SCHEMES = {
     "mxfp4-aiter": AITER_MXFP4,
     "mxfp4-plain": PLAIN_MXFP4,
+    "mxfp8": PLAIN_MXFP8,
     "fp8-tensor": TENSOR_FP8,
     "fp8-channel": CHANNEL_FP8,
     "fp8-block": BLOCK_FP8,

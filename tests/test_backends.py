@@ -26,7 +26,7 @@ MACHINES = {
     "sm100": Device("cuda", "sm100"),
     "cpu": Device("cpu"),
 }
-# Machine, with AMD's packages or without -> backend of MXFP4, of FP8 by tensor or channel, of FP8 by block.
+# Machine, with AMD's packages or without -> backend of MXFP4, of FP8 by tensor or channel, of FP8 by block and MXFP8.
 CHOICES = {
     ("gfx950", True): ("aiter", "aiter", "triton"),
     ("gfx950", False): ("triton", "scaled_mm", "triton"),
@@ -40,7 +40,7 @@ CHOICES = {
     ("sm100", False): ("triton", "scaled_mm", "triton"),
     ("cpu", False): ("reference", "reference", "reference"),
 }
-COLUMN = {"mxfp4-aiter": 0, "mxfp4-plain": 0, "fp8-tensor": 1, "fp8-channel": 1, "fp8-block": 2}
+COLUMN = {"mxfp4-aiter": 0, "mxfp4-plain": 0, "fp8-tensor": 1, "fp8-channel": 1, "fp8-block": 2, "mxfp8": 2}
 
 
 def test_backends_stand_in_order_of_preference() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.codec import fp8_scale, quantize_fp8
+from run_ckpt.contract.codec import fp8_scale, quantize, quantize_fp8
 from run_ckpt.contract.elements import (
     decode_e2m1,
     decode_e8m0,
@@ -15,6 +15,7 @@ from run_ckpt.contract.elements import (
     scale_to_units,
     unpack_nibbles,
 )
+from run_ckpt.contract.formats import PLAIN_MXFP8
 from tests.bits import assert_bits_equal
 from tests.codec import dequantize_fp8, expand_fp8_scale
 
@@ -173,6 +174,15 @@ def test_e4m3_keeps_the_sign_of_zero() -> None:
 def test_e4m3_keeps_the_sign_of_what_rounds_to_zero() -> None:
     # Half of the smallest subnormal 2^-9 is a tie with the even code 0.
     assert [fp8_code(2.0**-10), fp8_code(-(2.0**-10))] == [0x00, 0x80]
+
+
+def test_mxfp8_takes_the_nearest_e4m3_value_of_the_exact_quotient() -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(3)) * torch.logspace(-30, 30, 4)[:, None]
+    codes, scale_codes = quantize(weight, PLAIN_MXFP8, "roundup")
+    exponents = (scale_codes.int() - 127).repeat_interleave(32, dim=1)
+    units = torch.ldexp(weight.double(), -exponents)
+    expected = [[nearest_e4m3(abs(q)) | (q < 0) << 7 for q in row] for row in units.tolist()]
+    assert codes.view(torch.uint8).tolist() == expected
 
 
 def test_fp8_division_is_in_float32_and_not_by_a_reciprocal() -> None:

@@ -20,26 +20,26 @@ SCHEMES = [
     for layout in quant_format.layouts
     for granularity in quant_format.blocks
 ]
-# OCP MX v1.0, 6.1: MXFP8 is E4M3 codes with an E8M0 scale for each 32. No module knows it.
-MXFP8 = QuantFormat(
-    name="mxfp8",
-    label="MXFP8",
+# E4M3 codes with an E8M0 scale for each 64, as none of ours. No module knows it.
+WIDE = QuantFormat(
+    name="wide",
+    label="wide",
     element=E4M3,
     scale=E8M0,
-    blocks={GROUP: (1, 32)},
+    blocks={GROUP: (1, 64)},
     layouts=(PLAIN,),
     scale_rules=("floor",),
-    K_granule=32,
+    K_granule=64,
     min_N=1,
     N_multiple=16,
-    K_multiple=32,
+    K_multiple=64,
     summary="float8_e4m3fn, an E8M0 scale",
     machines="",
 )
 
 
-def mxfp8_layer(N: int, K: int) -> tuple[Layer, dict[str, torch.Tensor]]:
-    scheme = MXFP8.scheme("plain", GROUP)
+def wide_layer(N: int, K: int) -> tuple[Layer, dict[str, torch.Tensor]]:
+    scheme = WIDE.scheme("plain", GROUP)
     layer = Layer(
         module="proj",
         scheme=scheme,
@@ -52,35 +52,35 @@ def mxfp8_layer(N: int, K: int) -> tuple[Layer, dict[str, torch.Tensor]]:
         scale_shape=usual_scale_shape(N, K, scheme),
     )
     codes = torch.arange(N * K).remainder(127).to(torch.uint8).reshape(N, K).view(torch.float8_e4m3fn)
-    scales = torch.arange(N * K // 32).add(120).remainder(255).to(torch.uint8).reshape(N, K // 32)
+    scales = torch.arange(N * K // 64).add(120).remainder(255).to(torch.uint8).reshape(N, K // 64)
     return layer, {WEIGHT: codes, WEIGHT_SCALE: scales}
 
 
 def test_a_record_gives_a_new_format_its_tensors() -> None:
-    layer, _ = mxfp8_layer(64, 96)
+    layer, _ = wide_layer(64, 192)
     assert {role: (spec.dtype, spec.shape) for role, spec in layer.specs().items()} == {
-        WEIGHT: ("F8_E4M3", (64, 96)),
+        WEIGHT: ("F8_E4M3", (64, 192)),
         WEIGHT_SCALE: ("U8", (64, 3)),
     }
-    assert layer.scheme.alignment == (1, 32)
-    assert str(layer.scheme) == "--format mxfp8"
-    facts = {"element_format": "e4m3fn", "scale_format": "e8m0", "scale_bias": 127, "block_size": 32}
-    assert MXFP8.facts == {**facts, "tie_rule": "half_even"}
+    assert layer.scheme.alignment == (1, 64)
+    assert str(layer.scheme) == "--format wide"
+    facts = {"element_format": "e4m3fn", "scale_format": "e8m0", "scale_bias": 127, "block_size": 64}
+    assert WIDE.facts == {**facts, "tie_rule": "half_even"}
 
 
 def test_a_record_gives_a_new_format_its_decoding() -> None:
-    layer, tensors = mxfp8_layer(8, 96)
+    layer, tensors = wide_layer(8, 192)
     factors = torch.ldexp(torch.ones(8, 3), tensors[WEIGHT_SCALE].int() - 127)
-    expected = tensors[WEIGHT].float() * factors.repeat_interleave(32, dim=1)
+    expected = tensors[WEIGHT].float() * factors.repeat_interleave(64, dim=1)
     assert_bits_equal(dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme), expected)
 
 
 def test_a_record_gives_a_new_format_its_tensor_parallelism() -> None:
-    part = mxfp8_layer(8, 128)
+    part = wide_layer(8, 256)
     whole = dequantize(part[1][WEIGHT], part[1][WEIGHT_SCALE], part[0].scheme)
-    layer, tensors = slice_columns(slice_rows(part, (2, 5)), (32, 96))
-    assert (layer.N, layer.K, layer.scale_shape) == (3, 64, (3, 2))
-    assert_bits_equal(dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme), whole[2:5, 32:96])
+    layer, tensors = slice_columns(slice_rows(part, (2, 5)), (64, 192))
+    assert (layer.N, layer.K, layer.scale_shape) == (3, 128, (3, 2))
+    assert_bits_equal(dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme), whole[2:5, 64:192])
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "transformers"])

@@ -20,16 +20,18 @@ from run_ckpt.contract.formats import (
     BLOCK_FP8,
     CHANNEL_FP8,
     E2M1_MIDPOINTS,
-    FP8,
+    MXFP8,
     PLAIN_MXFP4,
+    PLAIN_MXFP8,
     SCALE_RULES,
     TENSOR_FP8,
     Scheme,
 )
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.storage.rows import STORED_DTYPES
 from tests.bits import assert_bits_equal
-from tests.codec import dequantize_fp8, dequantize_mxfp4, expand_fp8_scale, quantize_mxfp4
+from tests.codec import dequantize_fp8, dequantize_mxfp4, dequantize_mxfp8, expand_fp8_scale, quantize_mxfp4
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 MXFP4_SCHEMES = {"aiter": AITER_MXFP4, "plain": PLAIN_MXFP4}
@@ -179,11 +181,7 @@ def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_ro
         all_errors.append(errors)
         largest_bits = max(largest_bits, largest)
     tensors = {role: torch.from_numpy(data) for role, data in files.items()}
-    if scheme.format == FP8:
-        tensors = {
-            WEIGHT: tensors[WEIGHT].view(torch.float8_e4m3fn),
-            WEIGHT_SCALE: tensors[WEIGHT_SCALE].view(torch.float32),
-        }
+    tensors = {role: tensor.view(STORED_DTYPES[specs[role].dtype]) for role, tensor in tensors.items()}
     return Converted(
         tensors[WEIGHT].reshape(specs[WEIGHT].shape),
         tensors[WEIGHT_SCALE].reshape(specs[WEIGHT_SCALE].shape),
@@ -347,6 +345,38 @@ def test_fp8_codes_saturate_under_a_scale_that_is_too_small() -> None:
     assert np.unique(writes[0].data).tolist() == [0x7E, 0xFE]
 
 
+@pytest.mark.parametrize("scale_rule", MXFP8.scale_rules)
+@pytest.mark.parametrize("source", INPUTS)
+def test_mxfp8_bytes_are_those_of_the_reference(source: str, scale_rule: str) -> None:
+    weight = INPUTS[source]()
+    converted = convert(weight, PLAIN_MXFP8, scale_rule=scale_rule)
+    codes, scale = codec.quantize(weight, PLAIN_MXFP8, scale_rule)
+    assert_bits_equal(converted.scale, scale)
+    assert_bits_equal(converted.weight.view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("slab_rows", [1, 16, 100])
+@pytest.mark.parametrize("K", [32, 96, 320, 1056])
+def test_mxfp8_takes_every_multiple_of_32_as_k_in_any_slabs(K: int, slab_rows: int) -> None:
+    weight = normal(112, K)
+    converted = convert(weight, PLAIN_MXFP8, scale_rule="roundup", slab_rows=slab_rows)
+    codes, scale = codec.quantize(weight, PLAIN_MXFP8, "roundup")
+    assert_bits_equal(converted.scale, scale)
+    assert_bits_equal(converted.weight.view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("scale_rule", MXFP8.scale_rules)
+@pytest.mark.parametrize("source", ORDINARY)
+def test_mxfp8_errors_are_those_of_float64(source: str, scale_rule: str) -> None:
+    weight = ORDINARY[source]()
+    errors = convert(weight, PLAIN_MXFP8, scale_rule=scale_rule, slab_rows=32).errors
+    expected = expected_errors(weight, dequantize_mxfp8(*codec.quantize(weight, PLAIN_MXFP8, scale_rule)))
+    # As for MXFP4.
+    assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
+    assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
+    assert errors.largest == expected.largest
+
+
 @pytest.mark.parametrize("scale_rule", SCALE_RULES)
 @pytest.mark.parametrize("source", ORDINARY)
 def test_mxfp4_error_sums_are_those_of_float64(source: str, scale_rule: str) -> None:
@@ -422,7 +452,7 @@ def test_error_sums_have_the_same_bits_on_a_processor_without_wide_vectors() -> 
     assert wide == narrow
 
 
-@pytest.mark.parametrize("scheme", [PLAIN_MXFP4, AITER_MXFP4, CHANNEL_FP8, BLOCK_FP8], ids=str)
+@pytest.mark.parametrize("scheme", [PLAIN_MXFP4, AITER_MXFP4, PLAIN_MXFP8, CHANNEL_FP8, BLOCK_FP8], ids=str)
 @pytest.mark.parametrize("place", [(0, 0), (31, 319), (100, 161), (287, 319)], ids=str)
 def test_largest_magnitude_finds_a_single_infinity(scheme: Scheme, place: tuple[int, int]) -> None:
     weight = normal(288, 320)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from run_ckpt.backends.backend import Device
 from run_ckpt.contract.errors import BackendError, FaultsError, UsageError
-from run_ckpt.contract.formats import MXFP4
+from run_ckpt.contract.formats import MXFP4, MXFP8
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.replace import replace_linears
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
-from tests.codec import dequantize_fp8, dequantize_mxfp4, quantize_mxfp4
+from tests.codec import dequantize_fp8, dequantize_mxfp4, dequantize_mxfp8, quantize_mxfp4
 from tests.layers import MODULE, SCHEMES, describe_layer, make_layer
 
 N, K = 288, 256
@@ -32,6 +32,8 @@ def decode(scheme: str) -> Tensor:
     if SCHEMES[scheme].format == MXFP4:
         return dequantize_mxfp4(*quantize_mxfp4(weight, "even"))
     tensors = make_layer(scheme, weight)[1]
+    if SCHEMES[scheme].format == MXFP8:
+        return dequantize_mxfp8(tensors[WEIGHT], tensors[WEIGHT_SCALE])
     return dequantize_fp8(tensors[WEIGHT], tensors[WEIGHT_SCALE])
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
-from run_ckpt.contract.formats import AITER_MXFP4, FP8
+from run_ckpt.contract.formats import AITER_MXFP4, FP8, MXFP8
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, read_manifest
 from run_ckpt.progress import Silent
@@ -19,7 +19,7 @@ from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
 from run_ckpt.tools.rewrite.relayout import relayout
 from run_ckpt.tools.verify.component import verify_output
-from tests.codec import dequantize_fp8, dequantize_mxfp4
+from tests.codec import dequantize_fp8, dequantize_mxfp4, dequantize_mxfp8
 from tests.converted import FLUX_DIGITS, LINEAR, SCHEMES, convert, edit_tensor, make_linear, reseal
 
 MXFP4_SCHEMES = [name for name in SCHEMES if name.startswith("mxfp4")]
@@ -290,6 +290,8 @@ def decode_with_codec(layer: Layer, stored: dict[str, torch.Tensor]) -> torch.Te
     weight, scale = stored[layer.tensors["weight"]], stored[layer.tensors["weight_scale"]]
     if layer.format == FP8:
         return dequantize_fp8(weight, scale)
+    if layer.format == MXFP8:
+        return dequantize_mxfp8(weight, scale)
     if layer.scheme == AITER_MXFP4:
         weight, scale = AITER_WEIGHT.unshuffle(weight), AITER_SCALE.unshuffle(scale)[: layer.N, : layer.K // 32]
     return dequantize_mxfp4(weight, scale)

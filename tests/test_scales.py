@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from run_ckpt.contract.formats import E4M3
 from run_ckpt.contract.scale_rules import choose_scale_codes
 from tests.bits import assert_bits_equal
 
@@ -155,3 +156,14 @@ def test_even_reads_all_bits_of_a_float32_amax(value: float, code: int) -> None:
 )
 def test_roundup_reads_all_bits_of_a_float32_amax(value: float, code: int) -> None:
     assert choose_scale_codes(torch.full((1, 32), value), "roundup").tolist() == [code]
+
+
+def test_e4m3_codes_by_floor_and_roundup_are_those_of_the_definitions() -> None:
+    # OCP MX v1.0, 6.3, with 2^8 as E4M3's largest power of two; and the least 2^k with amax <= 448 * 2^k, where
+    # rounding up to the smallest normal float32 leaves code 0 to zero alone.
+    amax = [Fraction(value) for value in every_amax().double().tolist()]
+    floors = [clamp_code(floor_log2(a) - 8) if a else 0 for a in amax]
+    ups = [max(1, clamp_code(-floor_log2(448 / a))) if a / 448 >= Fraction(2) ** -150 else 0 for a in amax[1:]]
+    blocks = blocks_with("random")
+    assert choose_scale_codes(blocks, "floor", E4M3).tolist() == floors
+    assert choose_scale_codes(blocks, "roundup", E4M3).tolist() == [0, *ups]

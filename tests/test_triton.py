@@ -28,9 +28,9 @@ TARGETS: dict[str, int] = {
     "gfx1100": 64 * 1024,
     "gfx1201": 64 * 1024,
 }
-COMMON_TARGETS = [("sm80", "block"), ("sm90", "group"), ("gfx90a", "block"), ("gfx942", "group")]
+COMMON_TARGETS = [("sm80", "block"), ("sm90", "mxfp4"), ("sm100", "mxfp8"), ("gfx90a", "block"), ("gfx942", "mxfp4")]
 POINTERS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-SCALES = ["group", "tensor", "channel", "block"]
+SCALES = ["mxfp4", "mxfp8", "tensor", "channel", "block"]
 
 
 def run_cases(**environment: str) -> None:
@@ -97,7 +97,7 @@ def compile_multiply(target: str, scales: str, dtype: str, tile_index: int) -> i
     pointers = {
         "x_ptr": dtype,
         "weight_ptr": "u8",
-        "scale_ptr": "u8" if scales == "group" else "fp32",
+        "scale_ptr": "u8" if scales.startswith("mx") else "fp32",
         "bias_ptr": dtype,
         "out_ptr": dtype,
     }
@@ -111,7 +111,7 @@ def compile_dequantize(target: str, scales: str, dtype: str) -> int:
     from run_ckpt.backends.triton.matmul import dequantize_kernel
 
     constants = {"SCALES": scales, "DTYPE": getattr(tl, POINTERS[dtype]), "BLOCK_N": 32, "BLOCK_K": 128}
-    pointers = {"weight_ptr": "u8", "scale_ptr": "u8" if scales == "group" else "fp32", "out_ptr": dtype}
+    pointers = {"weight_ptr": "u8", "scale_ptr": "u8" if scales.startswith("mx") else "fp32", "out_ptr": dtype}
     return compile_kernel(dequantize_kernel, target, pointers, ("N", "K"), constants, {})
 
 

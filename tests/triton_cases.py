@@ -13,7 +13,7 @@ from run_ckpt.backends.triton.matmul import FUSED_MAX_M, dequantize
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
-from tests.codec import dequantize_fp8, dequantize_mxfp4, fp8_scheme
+from tests.codec import dequantize_fp8, dequantize_mxfp4, dequantize_mxfp8, fp8_scheme
 from tests.layers import SCHEMES, make_layer
 
 # Without a GPU these only run with TRITON_INTERPRET=1, set before triton is imported.
@@ -41,8 +41,16 @@ def integers(*shape: int, largest: int, seed: int) -> Tensor:
 def test_every_byte_decodes_at_every_scale_as_torch_decodes_it(dtype: torch.dtype) -> None:
     packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
     codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
-    decoded = dequantize(packed.to(DEVICE), codes.to(DEVICE), "group", 512, dtype)
+    decoded = dequantize(packed.to(DEVICE), codes.to(DEVICE), "mxfp4", 512, dtype)
     assert_same_values(decoded, dequantize_mxfp4(packed, codes).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_e4m3_code_decodes_at_every_e8m0_scale_as_torch_decodes_it(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1).view(torch.float8_e4m3fn)
+    scale_codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 8)
+    decoded = dequantize(codes.to(DEVICE), scale_codes.to(DEVICE), "mxfp8", 256, dtype)
+    assert_same_values(decoded, dequantize_mxfp8(codes, scale_codes).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,14 +64,14 @@ def test_every_fp8_code_decodes_as_torch_decodes_it(scale_shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scheme", ["mxfp4-plain", "fp8-block"])
+@pytest.mark.parametrize("scheme", ["mxfp4-plain", "mxfp8", "fp8-block"])
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_product_is_exact_where_every_sum_is(scheme: str, M: int, N: int, K: int, dtype: torch.dtype) -> None:
     # |sum| <= 160 * 2 * 4 + 8 has at most 11 bits, which all three dtypes' float32 sums hold.
     weight, x = integers(N, K, largest=4, seed=1), integers(M, K, largest=2, seed=2)
     bias = integers(N, largest=8, seed=3)
     layer, tensors = make_layer(scheme, weight)
-    if scheme != "mxfp4-plain":
+    if scheme == "fp8-block":
         # A scale of 4 / 448 is no power of two.
         tensors = {WEIGHT: weight.to(torch.float8_e4m3fn), WEIGHT_SCALE: torch.ones_like(tensors[WEIGHT_SCALE])}
     operands = {role: tensor.to(DEVICE) for role, tensor in TRITON.prepare(layer, tensors).items()}

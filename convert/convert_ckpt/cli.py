@@ -84,7 +84,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 @completion_option
 @click.version_option(VERSION, prog_name="convert-ckpt")
 def cli(**arguments: Any) -> None:
-    """Convert the checkpoint SOURCE to MXFP4 or FP8 and write it to the folder OUTPUT.
+    """Convert the checkpoint SOURCE to MXFP4, MXFP8 or FP8 and write it to the folder OUTPUT.
 
     SOURCE is a folder with config.json and safetensors shards, a pipeline folder (each transformer* in
     it is converted), or one .safetensors file. It is never changed. OUTPUT appears complete or not at all.

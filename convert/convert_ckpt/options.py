@@ -17,7 +17,7 @@ class Options:
     """Everything that decides the bytes of the result, the source aside. Raises UsageError for unknown values."""
 
     format: str
-    """Format of the linear layers' weights, "mxfp4" or "fp8"; a recipe may give layers their own."""
+    """Format of the linear layers' weights, "mxfp4", "mxfp8" or "fp8"; a recipe may give layers their own."""
 
     layout: str = "aiter"
     """Byte order of MXFP4 weights and scales: "aiter", shuffled for AITER's kernels, or "plain", row-major."""
@@ -26,7 +26,9 @@ class Options:
     """What shares an FP8 scale: a "tensor", a "channel" (row), or a "block" of 128 x 128."""
 
     scale_rule: str = "even"
-    """How MXFP4 picks the power of two for a block of 32: "even" (AITER's), "floor" (OCP MX v1.0), "roundup", "mse"."""
+    """How MXFP4 picks the power of two for a block of 32: "even" (AITER's), "floor" (OCP MX v1.0), "roundup", "mse".
+
+    MXFP8 knows "roundup", which it takes by default, and "floor"."""
 
     dialect: str | None = None
     """Whose names and config keys are written, such as "quark". None: by format, layout and model."""

@@ -160,5 +160,5 @@ def _encode_fp8(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, ou
 
 
 # Format -> the wrapper of its kernel.
-_QUANTIZERS = {"mxfp4": _quantize_mx, "fp8": _quantize_fp8}
-_ENCODERS = {"mxfp4": _encode_mx, "fp8": _encode_fp8}
+_QUANTIZERS = {"mxfp4": _quantize_mx, "mxfp8": _quantize_mx, "fp8": _quantize_fp8}
+_ENCODERS = {"mxfp4": _encode_mx, "mxfp8": _encode_mx, "fp8": _encode_fp8}

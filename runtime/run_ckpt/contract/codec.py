@@ -117,11 +117,13 @@ def _quantize_fp8(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tens
 
 _QUANTIZERS: dict[str, Callable[[Tensor, Scheme, str], tuple[Tensor, Tensor]]] = {
     "mxfp4": quantize_mx,
+    "mxfp8": quantize_mx,
     "fp8": _quantize_fp8,
 }
 # Values divided by their scale, float64 or float32 [N, K] -> codes; the inverse of _ELEMENT_DECODERS.
 _ELEMENT_ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "e2m1": lambda units: pack_nibbles(encode_e2m1(units)),
+    "e4m3fn": lambda units: _encode_e4m3(units.float()),
 }
 _ELEMENT_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "e2m1": lambda packed: decode_e2m1(unpack_nibbles(packed)),

@@ -187,6 +187,22 @@ MXFP4 = QuantFormat(
     summary="E2M1 weights, an E8M0 scale",
     machines="AMD Instinct MI350 series (gfx950); vLLM emulates it elsewhere.",
 )
+MXFP8 = QuantFormat(
+    name="mxfp8",
+    label="MXFP8",
+    element=E4M3,
+    scale=E8M0,
+    blocks={GROUP: (1, MX_BLOCK_SIZE)},
+    layouts=(PLAIN,),
+    # By "floor" up to an eighth of a block's binade saturates: 448 is 1.75 * 2^8.
+    scale_rules=("roundup", "floor"),
+    K_granule=MX_BLOCK_SIZE,
+    min_N=1,
+    N_multiple=16,
+    K_multiple=MX_BLOCK_SIZE,
+    summary="float8_e4m3fn, an E8M0 scale",
+    machines="NVIDIA Blackwell (compute capability 10.0 and newer) and AMD MI350 series (gfx950); others by Triton.",
+)
 FP8 = QuantFormat(
     name="fp8",
     label="FP8",
@@ -207,12 +223,13 @@ FP8 = QuantFormat(
     ),
 )
 
-FORMATS: dict[str, QuantFormat] = {quant_format.name: quant_format for quant_format in (MXFP4, FP8)}
+FORMATS: dict[str, QuantFormat] = {quant_format.name: quant_format for quant_format in (MXFP4, MXFP8, FP8)}
 SCALE_RULES = MXFP4.scale_rules
 GRANULARITIES = tuple(FP8.blocks)
 
 AITER_MXFP4 = Scheme(MXFP4, AITER, GROUP)
 PLAIN_MXFP4 = Scheme(MXFP4, PLAIN, GROUP)
+PLAIN_MXFP8 = Scheme(MXFP8, PLAIN, GROUP)
 TENSOR_FP8 = Scheme(FP8, PLAIN, "tensor")
 CHANNEL_FP8 = Scheme(FP8, PLAIN, "channel")
 BLOCK_FP8 = Scheme(FP8, PLAIN, "block")

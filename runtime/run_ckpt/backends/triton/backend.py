@@ -6,11 +6,12 @@ from run_ckpt.backends.backend import Backend, Device, Tensors
 from run_ckpt.backends.operators import define_operator
 from run_ckpt.backends.packages import why_no_triton
 from run_ckpt.backends.reference import from_plain, to_plain
-from run_ckpt.contract.formats import FP8, MXFP4
+from run_ckpt.contract.formats import FP8, GROUP, MXFP4, MXFP8
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
 # The first NVIDIA GPUs with matrix units for BF16.
 _MIN_SM = 80
+_FORMATS = (MXFP4, MXFP8, FP8)
 
 
 def _unsupported(layer: Layer, device: Device) -> str | None:
@@ -18,27 +19,29 @@ def _unsupported(layer: Layer, device: Device) -> str | None:
         return f"Triton compiles for GPUs, not for {device}"
     if device.kind == "cuda" and int(device.arch.removeprefix("sm")) < _MIN_SM:
         return f"NVIDIA GPUs multiply BF16 from sm{_MIN_SM} on, this is {device.arch}"
-    if layer.format not in (MXFP4, FP8):
-        return f"the Triton kernels decode {MXFP4} and {FP8}, this one is {layer.format}"
+    if layer.format not in _FORMATS:
+        return f"the Triton kernels decode {', '.join(map(str, _FORMATS))}, this one is {layer.format}"
     return why_no_triton() if device.is_here else None
 
 
 def _multiply(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
-    return _linear(x, operands[WEIGHT], operands[WEIGHT_SCALE], layer.scheme.granularity, bias)
+    # As the kernels call it: by what shares a scale where a format leaves that open.
+    scales = layer.format.name if layer.scheme.granularity == GROUP else layer.scheme.granularity
+    return _linear(x, operands[WEIGHT], operands[WEIGHT_SCALE], scales, bias)
 
 
-def _multiply_decoding(x: Tensor, weight: Tensor, scale: Tensor, granularity: str, bias: Tensor | None) -> Tensor:
+def _multiply_decoding(x: Tensor, weight: Tensor, scale: Tensor, scales: str, bias: Tensor | None) -> Tensor:
     from run_ckpt.backends.triton.matmul import multiply
 
-    return multiply(x, weight, scale, granularity, bias)
+    return multiply(x, weight, scale, scales, bias)
 
 
-def _empty_product(x: Tensor, weight: Tensor, scale: Tensor, granularity: str, bias: Tensor | None) -> Tensor:
+def _empty_product(x: Tensor, weight: Tensor, scale: Tensor, scales: str, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 _linear = define_operator(
-    "triton_linear(Tensor x, Tensor weight, Tensor scale, str granularity, Tensor? bias) -> Tensor",
+    "triton_linear(Tensor x, Tensor weight, Tensor scale, str scales, Tensor? bias) -> Tensor",
     _multiply_decoding,
     _empty_product,
 )

@@ -20,15 +20,15 @@ def decode_tile(
     """Return columns first_k.. of rows n as DTYPE [BLOCK_N, BLOCK_K], zero outside of [N, K].
 
     n: int64 [BLOCK_N]. BLOCK_K: a multiple of 32 that divides 128, first_k a multiple of it.
-    SCALES: "group" (MXFP4: uint8 weight [N, K/2], scale [N, K/32]), "tensor", "channel" or "block"
-    (FP8: weight as uint8 [N, K], scale float32).
+    SCALES: "mxfp4" (uint8 weight [N, K/2], scale [N, K/32]), "mxfp8" (weight as uint8 [N, K], scale as there),
+    "tensor", "channel" or "block" (FP8: weight as uint8 [N, K], scale float32).
     """
-    if SCALES == "group":
-        tile = _decode_mxfp4(weight_ptr, scale_ptr, n, first_k // 32, N, K // 32, BLOCK_N, BLOCK_K // 32)
+    if SCALES == "mxfp4" or SCALES == "mxfp8":
+        tile = _decode_mx(weight_ptr, scale_ptr, n, first_k // 32, N, K // 32, SCALES, BLOCK_N, BLOCK_K // 32)
     else:
         tile = _decode_fp8(weight_ptr, scale_ptr, n, first_k, N, K, SCALES, BLOCK_K)
     # An MXFP4 value has two significant bits and a power of two that bfloat16 holds too.
-    return round_to(tile, DTYPE, SCALES == "group")
+    return round_to(tile, DTYPE, SCALES == "mxfp4")
 
 
 @triton.jit
@@ -47,16 +47,30 @@ def round_to(x, DTYPE: tl.constexpr, IS_BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def _decode_mxfp4(weight_ptr, scale_ptr, n, first_block, N, n_blocks, BLOCK_N: tl.constexpr, N_BLOCKS: tl.constexpr):
+def _decode_mx(
+    weight_ptr,
+    scale_ptr,
+    n,
+    first_block,
+    N,
+    n_blocks,
+    SCALES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+):
     block = first_block + tl.arange(0, N_BLOCKS)
     is_inside = (n < N)[:, None] & (block < n_blocks)[None, :]
     place = n[:, None] * n_blocks + block[None, :]
     scale = _decode_e8m0(tl.load(scale_ptr + place, mask=is_inside, other=0))[:, :, None]
-    byte = place[:, :, None] * 16 + tl.arange(0, 16)[None, None, :]
-    packed = tl.load(weight_ptr + byte, mask=is_inside[:, :, None], other=0).to(tl.int32)
-    # [BLOCK_N, N_BLOCKS, 16, 2]: the low nibble is the even k
-    pairs = tl.join(_decode_e2m1(packed & 0xF) * scale, _decode_e2m1(packed >> 4) * scale)
-    return pairs.reshape(BLOCK_N, N_BLOCKS * 32)
+    NBYTES: tl.constexpr = 16 if SCALES == "mxfp4" else 32
+    byte = place[:, :, None] * NBYTES + tl.arange(0, NBYTES)[None, None, :]
+    codes = tl.load(weight_ptr + byte, mask=is_inside[:, :, None], other=0).to(tl.int32)
+    if SCALES == "mxfp4":
+        # [BLOCK_N, N_BLOCKS, 16, 2]: the low nibble is the even k
+        values = tl.join(_decode_e2m1(codes & 0xF) * scale, _decode_e2m1(codes >> 4) * scale)
+    else:
+        values = _decode_e4m3(codes) * scale
+    return values.reshape(BLOCK_N, N_BLOCKS * 32)
 
 
 @triton.jit

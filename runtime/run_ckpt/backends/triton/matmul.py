@@ -38,15 +38,16 @@ _DECODE_TILE = (32, 128)
 _TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def multiply(x: Tensor, weight: Tensor, scale: Tensor, granularity: str, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, scale: Tensor, scales: str, bias: Tensor | None) -> Tensor:
     """Return x @ W.T + bias, summed in float32, as [M, N] in x's dtype; W: codec.dequantize, rounded to x's dtype.
 
     x: bfloat16, float16 or float32 [M, K], contiguous. weight, scale: as reference.to_plain gives them.
+    scales: what they are, see decode.decode_tile.
     """
     M, K = x.shape
     N = len(weight)
     if M > FUSED_MAX_M:
-        decoded = dequantize(weight, scale, granularity, K, x.dtype)
+        decoded = dequantize(weight, scale, scales, K, x.dtype)
         return F.linear(x, decoded, None if bias is None else bias.to(x.dtype))
     out = x.new_empty(M, N)
     if not M:
@@ -63,7 +64,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, granularity: str, bias: T
             M,
             N,
             K,
-            SCALES=granularity,
+            SCALES=scales,
             DTYPE=dtype,
             # Triton's interpreter, which alone runs on a CPU, multiplies the bit patterns of bfloat16.
             DOT_DTYPE=dtype if x.is_cuda else tl.float32,
@@ -76,7 +77,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, granularity: str, bias: T
     return out
 
 
-def dequantize(weight: Tensor, scale: Tensor, granularity: str, K: int, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor, scales: str, K: int, dtype: torch.dtype) -> Tensor:
     """Return codec.dequantize, rounded to dtype, bit for bit, as [N, K]."""
     N, (block_n, block_k) = len(weight), _DECODE_TILE
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
@@ -87,7 +88,7 @@ def dequantize(weight: Tensor, scale: Tensor, granularity: str, K: int, dtype: t
             out,
             N,
             K,
-            SCALES=granularity,
+            SCALES=scales,
             DTYPE=_TL_DTYPES[dtype],
             BLOCK_N=block_n,
             BLOCK_K=block_k,

@@ -9,7 +9,9 @@ from run_ckpt.contract.formats import (
     FP8,
     MX_BLOCK_SIZE,
     MXFP4,
+    MXFP8,
     PLAIN_MXFP4,
+    PLAIN_MXFP8,
     TENSOR_FP8,
     QuantFormat,
     Scheme,
@@ -32,6 +34,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
     # Format -> container, weights, activations.
     containers: dict[QuantFormat, tuple[str, dict[str, Any], dict[str, Any]]] = {
         MXFP4: ("mxfp4-pack-quantized", _MXFP4, _MXFP4),
+        MXFP8: ("mxfp8-quantized", _MXFP8, _MXFP8),
         FP8: ("float-quantized", by_granularity, {"num_bits": 8, "strategy": "token"}),
     }
     container, weights, activations = containers[scheme.format]
@@ -66,9 +69,11 @@ _MXFP4 = {
     "zp_dtype": "torch.uint8",
 }
 
+_MXFP8 = _MXFP4 | {"num_bits": 8}
+
 DIALECT = Dialect(
     "compressed-tensors",
-    {PLAIN_MXFP4: (), TENSOR_FP8: ("transformers",), CHANNEL_FP8: ("transformers",)},
+    {PLAIN_MXFP4: (), PLAIN_MXFP8: ("transformers",), TENSOR_FP8: ("transformers",), CHANNEL_FP8: ("transformers",)},
     _config,
     suffixes=_suffixes,
     scale_shape=_scale_shape,
