@@ -22,8 +22,6 @@ from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open_source
 from convert_ckpt.source.reference import Reference
-from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
-from convert_ckpt.source.store import SHA256
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
@@ -209,18 +207,18 @@ def _convert_component(
         hand_over(name, record)
 
     shards = planned.source.folder.shards
-    provider: ShardProvider = LocalShards(shards)
-    if opened.store:
-        fetched = staging.fetched / component
-        provider = FetchedShards(
-            opened.store, opened.remote_path(planned.name, ""), shards, fetched, progress, keep=opened.keep_source
-        )
+    provider = opened.provide_shards(planned.name, shards, staging.fetched / component, progress)
     engine = Engine(planned.plan, shards, folder, records.copy(), on_file, progress, provider)
     progress.start(f"convert {planned.name}".strip(), engine.progress_nbytes)
     engine.run(n_workers)
     check_unchanged(before, shard_identities(opened, planned))
     side_files = write_side_files(folder, planned.source, planned.plan)
-    manifest = _complete_manifest(planned.plan.manifest, records, side_files, _stated_sha256(opened, planned))
+    sources = {
+        name: {**entry, **opened.stated_sha256(planned.name, name)}
+        for record in records.values()
+        for name, entry in record.sources.items()
+    }
+    manifest = _complete_manifest(planned.plan.manifest, records, side_files, sources)
     write_durably(folder / MANIFEST_NAME, manifest.to_json())
     return n_resumed
 
@@ -229,27 +227,15 @@ def _complete_manifest(
     manifest: Manifest,
     records: Mapping[str, FileRecord],
     side_files: dict[str, dict[str, Any]],
-    stated_sha256: Mapping[str, dict[str, str]],
+    sources: dict[str, dict[str, Any]],
 ) -> Manifest:
     measured = {module: entry for record in records.values() for module, entry in record.layers.items()}
-    sources = {
-        name: {**entry, **stated_sha256.get(name, {})}
-        for record in records.values()
-        for name, entry in record.sources.items()
-    }
     return replace(
         manifest,
         source={**manifest.source, "files": sources},
         layers={module: replace(layer, **measured[module]) for module, layer in manifest.layers.items()},
         files={**side_files, **{name: record.file for name, record in records.items()}},
     )
-
-
-def _stated_sha256(opened: OpenedSource, planned: ComponentPlan) -> dict[str, dict[str, str]]:
-    """Return shard -> {"sha256": ...} where the store states it; what was fetched was compared with that."""
-    files = {shard.name: opened.remote_file(planned.name, shard.name) for shard in planned.source.folder.shards}
-    checksums = {name: file.checksum for name, file in files.items() if file and file.checksum}
-    return {name: {kind: digest} for name, (kind, digest) in checksums.items() if kind == SHA256}
 
 
 def _summarize(output: Path, options: Options, plans: list[ComponentPlan], n_resumed: int, seconds: float) -> Summary:

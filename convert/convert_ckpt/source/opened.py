@@ -10,11 +10,14 @@ from pathlib import Path
 
 from convert_ckpt.source.component import Component, is_side_file, open_component
 from convert_ckpt.source.reference import HubRef, Reference, UrlRef
-from convert_ckpt.source.store import RemoteFile, Retry, Store, read_file, read_range
+from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
+from convert_ckpt.source.store import SHA256, RemoteFile, Retry, Store, read_file, read_range
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX, join_names, unsafe_file_name
+from run_ckpt.progress import Progress
 from run_ckpt.storage.components import PIPELINE_INDEX_NAME, find_components
 from run_ckpt.storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES
+from run_ckpt.storage.shards import Shard
 
 # Most headers fit, so that a shard's header takes one request.
 _HEADER_GUESS_NBYTES = 128 * 2**10
@@ -63,8 +66,22 @@ class OpenedSource:
         """Return what the store tells of a file, None where the source is here."""
         return self.store.files[self.remote_path(component, name)] if self.store else None
 
+    def stated_sha256(self, component: str, name: str) -> dict[str, str]:
+        """Return {"sha256": ...} where the store states it of a file; what was fetched was compared with that."""
+        file = self.remote_file(component, name)
+        return dict([file.checksum]) if file and file.checksum and file.checksum[0] == SHA256 else {}
+
+    def provide_shards(
+        self, component: str, shards: tuple[Shard, ...], folder: Path, progress: Progress
+    ) -> ShardProvider:
+        """Return what hands a component's shards to the engine; those of a store are fetched into ``folder``."""
+        if self.store is None:
+            return LocalShards(shards)
+        remote = {shard.name: self.remote_path(component, shard.name) for shard in shards}
+        return FetchedShards(self.store, remote, shards, folder, progress, keep=self.keep_source)
+
     def remote_path(self, component: str, name: str) -> str:
-        """Return where the store has a file of a component, or with the name "" the component."""
+        """Return where the store has a file of a component."""
         assert self.store
         root = self.store.root
         folder = root.rpartition("/")[0] if root in self.store.files else root

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,6 @@ from typing import Protocol
 from convert_ckpt.source.download import download
 from convert_ckpt.source.store import Checksum, Retry, Store
 from run_ckpt.contract.errors import FetchError
-from run_ckpt.contract.file_names import join_names
 from run_ckpt.progress import Progress
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.units import format_nbytes
@@ -65,6 +64,7 @@ class LocalShards:
 class FetchedShards:
     """Shards of one component fetched in the order of the work, into ``folder`` or the store's cache.
 
+    ``remote`` maps a shard to its path in the store; ``keep``: fetch into the cache, where it stays.
     One shard is fetched while the one before it is converted. A shard in ``folder`` that is not whole is continued.
     What lies in the store's cache is used there and never removed.
     """
@@ -72,7 +72,7 @@ class FetchedShards:
     def __init__(
         self,
         store: Store,
-        remote_folder: str,
+        remote: Mapping[str, str],
         shards: tuple[Shard, ...],
         folder: Path,
         progress: Progress,
@@ -80,7 +80,7 @@ class FetchedShards:
         keep: bool = False,
     ):
         self._store = store
-        self._remote = {shard.name: join_names(remote_folder, shard.name) for shard in shards}
+        self._remote = remote
         self._headers = {shard.name: shard.header for shard in shards}
         self._folder = folder
         self._progress = progress
