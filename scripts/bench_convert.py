@@ -2,15 +2,13 @@
 
 Builds a synthetic BF16 checkpoint, then times, for each format and for a cold and a warm page
 cache, (a) a loop that reads the input and writes as many bytes as the conversion does, with fsync, and
-(b) the real `convert-ckpt` command, start-up included. Prints both, their ratio and the peak memory;
-and, since the manifest holds the SHA-256 of every source and output file, how long it takes all cores
-to hash that many bytes with hashlib and do nothing else. A second table compares the kernels with np.copyto of
-the same bytes.
+(b) the real `convert-ckpt` command, start-up included. Prints both, their ratio, the CPU seconds (user and system)
+that each takes per GB of BF16, and the peak memory. A second table compares the kernels, and BLAKE3, with np.copyto
+of the same bytes.
 
     python scripts/bench_convert.py [--gib 4] [--folder DIR] [--repeats 3]
 """
 
-import hashlib
 import json
 import mmap
 import os
@@ -19,9 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -85,30 +84,29 @@ def random_bf16(nbytes: int) -> bytes:
 def bench_end_to_end(source: Path, work: Path, repeats: int) -> Table:
     """Return a table of wall times against the plain copy."""
     table = Table(title=f"end to end, {source_nbytes(source) / GIB:.3g} GiB of BF16, medians of {repeats}")
-    for column in ("format", "page cache", "read + write", "convert-ckpt", "ratio", "SHA-256 alone", "peak memory"):
-        table.add_column(column, justify="left" if column in ("format", "page cache") else "right")
+    numbers = ("read + write", "convert-ckpt", "ratio", "CPU s/GB", "convert-ckpt", "peak memory")
+    for i, column in enumerate(("format", "page cache", *numbers)):
+        table.add_column(column, justify="right" if i >= 2 else "left")
+    n_gb = source_nbytes(source) / 1e9
     for weight_format in ("mxfp4", "fp8"):
-        nbytes_out = convert(source, work / "out", weight_format)[1]
-        hashing = hash_alone(source_nbytes(source) + nbytes_out)
+        nbytes_out = convert(source, work / "out", weight_format).nbytes_out
         for cache in ("cold", "warm"):
             prepare = drop_cache if cache == "cold" else warm_cache
-            plain, ours, ratios, peaks = [], [], [], []
+            plain: list[Run] = []
+            ours: list[Run] = []
             for _ in range(repeats):
                 prepare(source)
                 plain.append(plain_copy(source, work / "copy", nbytes_out))
                 prepare(source)
-                seconds, _, peak = convert(source, work / "out", weight_format)
-                ours.append(seconds)
-                ratios.append(seconds / plain[-1])
-                peaks.append(peak)
+                ours.append(convert(source, work / "out", weight_format))
+            ratios = [run.seconds / copy.seconds for run, copy in zip(ours, plain, strict=True)]
             table.add_row(
                 weight_format,
                 cache,
-                f"{statistics.median(plain):.2f} s",
-                f"{statistics.median(ours):.2f} s",
+                *(f"{statistics.median(run.seconds for run in runs):.2f} s" for runs in (plain, ours)),
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-                f"{hashing:.2f} s",
-                f"{max(peaks) / 2**20:.0f} MiB",
+                *(f"{statistics.median(run.cpu_seconds for run in runs) / n_gb:.2f}" for runs in (plain, ours)),
+                f"{max(run.peak_nbytes for run in ours) / 2**20:.0f} MiB",
             )
     return table
 
@@ -117,8 +115,18 @@ def source_nbytes(source: Path) -> int:
     return sum(path.stat().st_size for path in source.glob("*.safetensors"))
 
 
-def convert(source: Path, output: Path, weight_format: str) -> tuple[float, int, int]:
-    """Run the command; return seconds, bytes written and peak resident bytes."""
+@dataclass(frozen=True)
+class Run:
+    """What one run took: wall time, CPU time of user and system, bytes written, most resident bytes."""
+
+    seconds: float
+    cpu_seconds: float
+    nbytes_out: int
+    peak_nbytes: int = 0
+
+
+def convert(source: Path, output: Path, weight_format: str) -> Run:
+    """Run the command."""
     command = [
         str(Path(sys.executable).with_name("convert-ckpt")),
         str(source),
@@ -135,37 +143,24 @@ def convert(source: Path, output: Path, weight_format: str) -> tuple[float, int,
         sys.exit(f"{' '.join(command)}: failed")
     nbytes = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     shutil.rmtree(output)
-    return seconds, nbytes, usage.ru_maxrss * 1024
+    return Run(seconds, usage.ru_utime + usage.ru_stime, nbytes, usage.ru_maxrss * 1024)
 
 
-def plain_copy(source: Path, target: Path, nbytes_out: int) -> float:
-    """Read every byte of the shards and write ``nbytes_out`` of them; return seconds."""
+def plain_copy(source: Path, target: Path, nbytes_out: int) -> Run:
+    """Read every byte of the shards and write ``nbytes_out`` of them."""
     share = nbytes_out / source_nbytes(source)
     # On a page of its own: a bytearray's place is one that some processors copy to at a fifth of their speed.
     buffer = mmap.mmap(-1, CHUNK_NBYTES)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     with open(target, "wb", buffering=0) as out:
         for path in sorted(source.glob("*.safetensors")):
             with open(path, "rb", buffering=0) as file:
                 while n_read := file.readinto(buffer):
                     out.write(memoryview(buffer)[: int(n_read * share)])
         os.fsync(out.fileno())
-    seconds = time.perf_counter() - started
+    run = Run(time.perf_counter() - started, time.process_time() - cpu_started, nbytes_out)
     target.unlink()
-    return seconds
-
-
-def hash_alone(nbytes: int) -> float:
-    """Hash that many bytes from memory with hashlib on all cores; return seconds."""
-    n_threads = os.cpu_count() or 1
-    noise = random_bf16(CHUNK_NBYTES)
-
-    def work() -> None:
-        digest = hashlib.sha256()
-        for _ in range(nbytes // n_threads // CHUNK_NBYTES):
-            digest.update(noise)
-
-    return run_together([work] * n_threads)
+    return run
 
 
 def drop_cache(source: Path) -> None:
@@ -217,7 +212,7 @@ def bench_kernels() -> Table:
 
     def hash_slab(weight: np.ndarray) -> Callable[[], object]:
         digest = blake3()
-        return lambda: digest.update(weight.data)
+        return lambda: digest.update(weight.data.cast("B"))
 
     kernels = {
         "np.copyto": copy,
@@ -257,13 +252,11 @@ def best_speed(calls: list[Callable[[], object]], nbytes: int, n_rounds: int = 2
 
 def run_together(calls: list[Callable[[], object]]) -> float:
     """Run each call on a thread of its own; return seconds."""
-    threads = [threading.Thread(target=call) for call in calls]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - started
+    with ThreadPoolExecutor(len(calls)) as pool:
+        started = time.perf_counter()
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
+        return time.perf_counter() - started
 
 
 if __name__ == "__main__":
