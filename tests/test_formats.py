@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from run_ckpt.contract.codec import dequantize
+from run_ckpt.contract.codec import dequantize, tensor_scale
 from run_ckpt.contract.dialects.dialect import usual_scale_shape
 from run_ckpt.contract.dialects.table import DIALECTS, choose_dialect
+from run_ckpt.contract.errors import SliceError
 from run_ckpt.contract.formats import E4M3, E8M0, FORMATS, FP8, GROUP, QuantFormat, Scheme
 from run_ckpt.contract.layouts import PLAIN
-from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
-from run_ckpt.loading.tensor_parallel import slice_columns, slice_rows
+from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.loading.tensor_parallel import concat_rows, slice_columns, slice_rows
 from tests.bits import assert_bits_equal
 
 SCHEMES = [
@@ -81,6 +82,34 @@ def test_a_record_gives_a_new_format_its_tensor_parallelism() -> None:
     layer, tensors = slice_columns(slice_rows(part, (2, 5)), (64, 192))
     assert (layer.N, layer.K, layer.scale_shape) == (3, 128, (3, 2))
     assert_bits_equal(dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme), whole[2:5, 64:192])
+
+
+def two_level_layer(N: int, K: int) -> tuple[Layer, dict[str, torch.Tensor]]:
+    layer, tensors = wide_layer(N, K)
+    scheme = replace(layer.scheme, format=replace(WIDE, is_two_level=True))
+    names = {**layer.tensors, TENSOR_SCALE: "proj.weight_scale_2"}
+    return replace(layer, scheme=scheme, tensors=names), {**tensors, TENSOR_SCALE: torch.tensor([0.3])}
+
+
+def test_a_record_of_two_levels_of_scales_multiplies_them_first() -> None:
+    layer, tensors = two_level_layer(8, 192)
+    assert layer.specs()[TENSOR_SCALE].shape == (1,)
+    assert layer.scheme.has_tensor_scale
+    scales = torch.ldexp(torch.ones(8, 3), tensors[WEIGHT_SCALE].int() - 127) * torch.tensor(0.3)
+    expected = tensors[WEIGHT].float() * scales.repeat_interleave(64, dim=1)
+    decoded = dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme, tensor_scale(tensors))
+    assert_bits_equal(decoded, expected)
+    inverse = {**tensors, INVERSE_TENSOR_SCALE: torch.tensor([3.0])}
+    assert_bits_equal(tensor_scale(inverse) or torch.zeros(1), torch.tensor([1 / 3]))
+
+
+def test_slices_and_joins_keep_the_scale_of_the_tensor() -> None:
+    part = two_level_layer(8, 256)
+    layer, tensors = concat_rows([slice_rows(part, (0, 2)), slice_rows(part, (5, 8))])
+    assert (layer.N, tensors[TENSOR_SCALE].tolist()) == (5, part[1][TENSOR_SCALE].tolist())
+    other = (part[0], {**part[1], TENSOR_SCALE: torch.tensor([0.4])})
+    with pytest.raises(SliceError, match="weight_scale_2 differ"):
+        concat_rows([part, other])
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "transformers"])

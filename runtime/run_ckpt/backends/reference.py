@@ -6,7 +6,7 @@ from torch import Tensor
 
 from run_ckpt.backends.backend import Backend, Device, Tensors
 from run_ckpt.backends.operators import define_operator
-from run_ckpt.contract.codec import dequantize
+from run_ckpt.contract.codec import dequantize, tensor_scale
 from run_ckpt.contract.formats import FORMATS, Scheme, read_scheme
 from run_ckpt.contract.layouts import PLAIN, Layout
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
@@ -35,10 +35,15 @@ def shuffle(plain: Tensors, layout: Layout) -> Tensors:
     return {**plain, WEIGHT: layout.weight.shuffle(plain[WEIGHT]), WEIGHT_SCALE: scale}
 
 
-def decode_weight(weight: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Return the weight [N, K] that tensors as on disk stand for: decoded in float32, then rounded to ``dtype``."""
+def decode_weight(
+    weight: Tensor, scale: Tensor, scheme: Scheme, dtype: torch.dtype, second: Tensor | None = None
+) -> Tensor:
+    """Return the weight [N, K] that tensors as on disk stand for: decoded in float32, then rounded to ``dtype``.
+
+    second: the scale of the whole tensor, see codec.tensor_scale.
+    """
     codes, scales = _unshuffle(weight, scale, scheme)
-    return dequantize(codes, scales, scheme).to(dtype)
+    return dequantize(codes, scales, scheme, second).to(dtype)
 
 
 def _unshuffle(weight: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -49,24 +54,27 @@ def _unshuffle(weight: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, T
     return scheme.layout.weight.unshuffle(weight), grid
 
 
-def _decode(weight: Tensor, scale: Tensor, names: list[str], dtype: torch.dtype) -> Tensor:
-    return decode_weight(weight, scale, read_scheme(*names), dtype)
+def _decode(weight: Tensor, scale: Tensor, second: Tensor | None, names: list[str], dtype: torch.dtype) -> Tensor:
+    return decode_weight(weight, scale, read_scheme(*names), dtype, second)
 
 
-def _empty_weight(weight: Tensor, scale: Tensor, names: list[str], dtype: torch.dtype) -> Tensor:
+def _empty_weight(weight: Tensor, scale: Tensor, second: Tensor | None, names: list[str], dtype: torch.dtype) -> Tensor:
     return weight.new_empty(weight.shape[0], weight.shape[1] * FORMATS[names[0]].element.per_byte, dtype=dtype)
 
 
 # torch.compile would make the decoding tables anew for each product.
 _decode_weight = define_operator(
-    "decode_weight(Tensor weight, Tensor scale, str[] scheme, ScalarType dtype) -> Tensor", _decode, _empty_weight
+    "decode_weight(Tensor weight, Tensor scale, Tensor? second, str[] scheme, ScalarType dtype) -> Tensor",
+    _decode,
+    _empty_weight,
 )
 
 
 def _multiply_decoding(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
     scheme = layer.scheme
     names = [scheme.format.name, scheme.layout.name, scheme.granularity]
-    return F.linear(x, _decode_weight(operands[WEIGHT], operands[WEIGHT_SCALE], names, x.dtype), bias)
+    second = tensor_scale(operands)
+    return F.linear(x, _decode_weight(operands[WEIGHT], operands[WEIGHT_SCALE], second, names, x.dtype), bias)
 
 
 def _as_they_are(layer: Layer, tensors: Tensors) -> Tensors:
@@ -76,10 +84,10 @@ def _as_they_are(layer: Layer, tensors: Tensors) -> Tensors:
 def _dequantize(layer: Layer, tensors: Tensors) -> Tensors:
     plain = to_plain(layer, tensors)
     weight, scheme = plain[WEIGHT], layer.scheme
-    scale = plain[WEIGHT_SCALE].reshape(scheme.scale_grid(layer.N, layer.K))
+    scale, second = plain[WEIGHT_SCALE].reshape(scheme.scale_grid(layer.N, layer.K)), tensor_scale(plain)
     decoded = torch.empty(layer.N, layer.K, dtype=torch.bfloat16, device=weight.device)
     for start, stop in cut_rows(layer):
-        decoded[start:stop] = dequantize(weight[start:stop], scale[scheme.scale_rows(start, stop)], scheme)
+        decoded[start:stop] = dequantize(weight[start:stop], scale[scheme.scale_rows(start, stop)], scheme, second)
     return {WEIGHT: decoded}
 
 

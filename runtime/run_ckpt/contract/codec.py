@@ -3,7 +3,7 @@
 This file is the reference. Every faster kernel must return the same bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
@@ -18,6 +18,7 @@ from run_ckpt.contract.elements import (
     unpack_nibbles,
 )
 from run_ckpt.contract.formats import E4M3_MAX, MX_BLOCK_SIZE, ElementFormat, Scheme
+from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE
 from run_ckpt.contract.scale_rules import choose_scale_codes
 
 
@@ -69,18 +70,29 @@ def block_amax(weight: Tensor, scheme: Scheme) -> Tensor:
     return padded.reshape(n_rows, rows, n_cols, cols).amax((1, 3))
 
 
-def dequantize(codes: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
-    """Return float32 [n, K]: element * scale, from codes and scales in row-major order without padding.
+def tensor_scale(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Return what the scales of blocks are multiplied by, float32 [1], given a layer's tensors by role.
 
-    codes: uint8 [n, K / elements a byte], or the float8 tensor [n, K]. scales: those of these rows (see
-    Scheme.scale_rows) as the grid of Scheme.scale_grid, or in another shape of as many elements, in the
-    dtype on disk. A NaN code or scale gives NaN.
+    None where a format has one level of scales.
+    """
+    if INVERSE_TENSOR_SCALE in tensors:
+        return 1 / tensors[INVERSE_TENSOR_SCALE].float()
+    return tensors.get(TENSOR_SCALE)
+
+
+def dequantize(codes: Tensor, scales: Tensor, scheme: Scheme, tensor_scale: Tensor | None = None) -> Tensor:
+    """Return float32 [n, K]: element * scale, where the scale is first multiplied by ``tensor_scale`` if there is one.
+
+    codes, scales: in row-major order without padding. codes: uint8 [n, K / elements a byte], or the float8 tensor
+    [n, K]. scales: those of these rows (see Scheme.scale_rows) as the grid of Scheme.scale_grid, or in another shape
+    of as many elements, in the dtype on disk. A NaN code or scale gives NaN.
     """
     element = scheme.format.element
     # torch's own cast from float8 is four times slower than a look-up for each byte.
     values = _values_of_bytes(element, codes.device).index_select(0, codes.view(torch.uint8).flatten().long())
     values = values.view(torch.float32).reshape(len(codes), -1)
-    return _scale(values, _SCALE_DECODERS[scheme.format.scale.name](scales), scheme)
+    decoded = _SCALE_DECODERS[scheme.format.scale.name](scales)
+    return _scale(values, decoded if tensor_scale is None else decoded * tensor_scale.float(), scheme)
 
 
 def expand_scales(scales: Tensor, scheme: Scheme, N: int, K: int) -> Tensor:
@@ -129,4 +141,8 @@ _ELEMENT_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "e2m1": lambda packed: decode_e2m1(unpack_nibbles(packed)),
     "e4m3fn": lambda codes: codes.view(torch.float8_e4m3fn).float(),
 }
-_SCALE_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {"e8m0": decode_e8m0, "f32": Tensor.float}
+_SCALE_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "e8m0": decode_e8m0,
+    "e4m3fn": Tensor.float,
+    "f32": Tensor.float,
+}

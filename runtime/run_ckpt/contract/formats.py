@@ -58,11 +58,15 @@ class ElementFormat:
 
 @dataclass(frozen=True)
 class ScaleFormat:
-    """What a scale is. ``dtype`` is the safetensors dtype of the tensor; ``readable`` are those of other tools."""
+    """What a scale is. ``dtype`` is the safetensors dtype of the tensor; ``readable`` are those of other tools.
+
+    ``largest`` is the largest value.
+    """
 
     name: str
     dtype: str
     readable: tuple[str, ...]
+    largest: float
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -75,6 +79,7 @@ class QuantFormat:
     ``layouts`` are the storage orders that it may have. The first granularity, layout and scale rule are the defaults.
     ``K_granule`` is what K must be a multiple of for whole blocks: 1 where the last block may be narrower.
     A weight below ``min_N`` or not a multiple of ``N_multiple`` and ``K_multiple`` is better left as it is.
+    ``is_two_level``: the scales of blocks are in units of one more scale of the whole tensor, F32.
     ``summary`` says in a card what is stored, up to what shares a scale; ``machines`` what runs it, row-major.
     """
 
@@ -91,6 +96,7 @@ class QuantFormat:
     K_multiple: int
     summary: str
     machines: str
+    is_two_level: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -137,9 +143,19 @@ class Scheme:
         return self.format.blocks[self.granularity]
 
     @property
+    def is_per_tensor(self) -> bool:
+        """True where the whole weight has one scale and no other."""
+        return self.block == (None, None)
+
+    @property
     def has_tensor_scale(self) -> bool:
         """True where a scale is known only once the whole weight was seen."""
-        return self.block == (None, None)
+        return self.is_per_tensor or self.format.is_two_level
+
+    @property
+    def tensor_range(self) -> float:
+        """What the amax of the whole weight is divided by to give its scale: the largest value of all the rest."""
+        return self.format.element.largest * (self.format.scale.largest if self.format.is_two_level else 1.0)
 
     @property
     def alignment(self) -> tuple[int, int]:
@@ -167,8 +183,9 @@ E2M1 = ElementFormat(
     "e2m1", "U8", per_byte=2, largest=E2M1_VALUES[-1], nan_magnitude=None, facts={"nibble_order": "low_is_even_k"}
 )
 E4M3 = ElementFormat("e4m3fn", "F8_E4M3", per_byte=1, largest=E4M3_MAX, nan_magnitude=E4M3_NAN_MAGNITUDE)
-E8M0 = ScaleFormat("e8m0", "U8", readable=("U8",), facts={"scale_bias": E8M0_BIAS})
-F32 = ScaleFormat("f32", "F32", readable=("F32", "BF16", "F16"))
+E8M0 = ScaleFormat("e8m0", "U8", readable=("U8",), largest=2.0**127, facts={"scale_bias": E8M0_BIAS})
+F32 = ScaleFormat("f32", "F32", readable=("F32", "BF16", "F16"), largest=(2 - 2.0**-23) * 2.0**127)
+E4M3_SCALE = ScaleFormat("e4m3fn", "F8_E4M3", readable=("F8_E4M3",), largest=E4M3_MAX)
 
 MXFP4 = QuantFormat(
     name="mxfp4",

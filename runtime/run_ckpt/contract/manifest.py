@@ -20,6 +20,9 @@ _END = "\n}"
 WEIGHT = "weight"
 WEIGHT_SCALE = "weight_scale"
 INPUT_SCALE = "input_scale"
+# The scale of the whole tensor in a format of two levels, as ModelOpt spells it, or its inverse, as compressed-tensors.
+TENSOR_SCALE = "weight_scale_2"
+INVERSE_TENSOR_SCALE = "weight_global_scale"
 
 # How codes are chosen: rounding to nearest, or by convert_ckpt.methods.gptq.
 RTN, GPTQ = METHODS = ("rtn", "gptq")
@@ -31,7 +34,7 @@ _OPTIONAL = ("method", "output_sqnr_db")
 class Layer:
     """One quantized linear layer, stored as ``scheme`` says. Its weight is [N, K], K the reduction axis.
 
-    ``tensors`` maps a role (weight, weight_scale, input_scale) to the tensor that plays it.
+    ``tensors`` maps a role (weight, weight_scale, weight_scale_2, ...) to the tensor that plays it.
     ``scale_shape`` is the weight scale's shape on disk, which consumers spell differently.
     ``sqnr_db`` is that of the decoded weight, see sqnr_db(). ``method`` says how its codes were chosen where statistics
     of its input were given, ``output_sqnr_db`` maps each method to the SQNR of the layer's output on held out samples.
@@ -62,7 +65,7 @@ class Layer:
         by_role: dict[str, tuple[str, tuple[int, ...]]] = {
             WEIGHT: (element.dtype, (self.N, self.K // element.per_byte)),
             WEIGHT_SCALE: (scale.dtype, self.scale_shape),
-            INPUT_SCALE: ("F32", (1,)),
+            **dict.fromkeys((TENSOR_SCALE, INVERSE_TENSOR_SCALE, INPUT_SCALE), ("F32", (1,))),
         }
         return {role: TensorSpec(name, *by_role[role]) for role, name in self.tensors.items()}
 

@@ -12,8 +12,6 @@ from run_ckpt.contract.manifest import (
     INPUT_SCALE,
     MANIFEST_NAME,
     METHODS,
-    WEIGHT,
-    WEIGHT_SCALE,
     Layer,
     Manifest,
     read_manifest,
@@ -101,7 +99,7 @@ def _layer_faults(name: str, layer: Layer, recipe: Mapping[str, Any]) -> Iterato
     if layer.N % rows or layer.K % cols:
         yield f"[{layer.N}, {layer.K}] is not a multiple of [{rows}, {cols}], as {scheme} needs"
     names = dialect.tensor_names(name, scheme, recipe["naming"])
-    if set(layer.tensors) - {INPUT_SCALE} != {WEIGHT, WEIGHT_SCALE} or not names.items() <= layer.tensors.items():
+    if set(layer.tensors) - {INPUT_SCALE} != set(names) or not names.items() <= layer.tensors.items():
         yield f"its tensors are {layer.tensors}, the {dialect.name} dialect names them {names}"
     shape = dialect.scale_shape(layer.N, layer.K, scheme)
     if layer.scale_shape != shape:

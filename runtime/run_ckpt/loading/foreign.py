@@ -9,7 +9,15 @@ from run_ckpt.contract.dialects.table import DIALECTS, PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.formats import FORMATS, Scheme
 from run_ckpt.contract.layouts import LAYOUTS, PLAIN, Layout
-from run_ckpt.contract.manifest import INPUT_SCALE, SCHEMA_VERSION, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.contract.manifest import (
+    INPUT_SCALE,
+    INVERSE_TENSOR_SCALE,
+    SCHEMA_VERSION,
+    TENSOR_SCALE,
+    WEIGHT,
+    WEIGHT_SCALE,
+    Layer,
+)
 from run_ckpt.contract.tensors import TensorSpec
 
 # A quant_method is the name of the dialect.
@@ -17,6 +25,8 @@ READABLE_METHODS = tuple(name for name, dialect in DIALECTS.items() if dialect.c
 _CODE_DTYPES = {quant_format.element.dtype for quant_format in FORMATS.values()}
 _WEIGHT_SUFFIXES = (".weight", ".weight_packed")
 _SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_quantizer.scale")
+# Beside a weight and its scale; named as their roles.
+_MORE_SCALES = (TENSOR_SCALE, INVERSE_TENSOR_SCALE, INPUT_SCALE)
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:
@@ -42,7 +52,7 @@ def layers_in_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     for module, quant_format in formats.items():
         scheme = quant_format.scheme(layout.name, granularity)
         tensors = dialect.tensor_names(module, scheme, naming)
-        if dialect.is_static:
+        if scheme in dialect.static:
             tensors[INPUT_SCALE] = f"{module}.input_scale"
         scales = dialect.scale_shape(*shapes[module], scheme)
         layers[module] = _record(module, scheme, shapes[module], tensors, scales)
@@ -70,8 +80,7 @@ def layers_in_headers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
             faults.append(f"{name}: {len(beside)} weight scales beside it, one is needed. Fetch the checkpoint again.")
             continue
         tensors = {WEIGHT: name, WEIGHT_SCALE: beside[0]}
-        if f"{module}.input_scale" in specs:
-            tensors[INPUT_SCALE] = f"{module}.input_scale"
+        tensors |= {role: f"{module}.{role}" for role in _MORE_SCALES if f"{module}.{role}" in specs}
         try:
             layers[module] = _read_layer(module, tensors, specs, _layout(config))
         except ValueError as error:
@@ -114,12 +123,13 @@ def _read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, Tensor
     if len(weight.shape) != 2:
         raise ValueError(f"has {len(weight.shape)} dimensions, a linear weight has 2")
     candidates = [quant_format for quant_format in FORMATS.values() if quant_format.element.dtype == weight.dtype]
-    known = []
+    known, is_two_level = [], not {TENSOR_SCALE, INVERSE_TENSOR_SCALE}.isdisjoint(tensors)
     for scheme in (candidate.scheme(layout.name, key) for candidate in candidates for key in candidate.blocks):
         N, K = weight.shape[0], weight.shape[1] * scheme.format.element.per_byte
         rows, cols = scheme.alignment
         shape = _stored_scale_shape(N, K, scheme, scale.shape)
-        if scale.dtype in scheme.format.scale.readable and shape and N % rows == K % cols == 0:
+        is_stored = scale.dtype in scheme.format.scale.readable and is_two_level == scheme.format.is_two_level
+        if is_stored and shape and N % rows == K % cols == 0:
             return _record(module, scheme, (N, K), tensors, shape)
         known.append(f"{scheme.format.scale.dtype} {list(usual_scale_shape(N, K, scheme))}")
     labels = " or ".join(candidate.label for candidate in candidates)
@@ -131,7 +141,7 @@ def _read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, Tensor
 
 def _stored_scale_shape(N: int, K: int, scheme: Scheme, stored: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return ``stored`` where it is a spelling of the scheme's scales, else None. One number may be []."""
-    if scheme.has_tensor_scale:
+    if scheme.is_per_tensor:
         return (stored or (1,)) if math.prod(stored) == 1 else None
     spellings = [usual_scale_shape(N, K, scheme)] + [scheme.scale_grid(N, K)] * (scheme.layout == PLAIN)
     return stored if stored in spellings else None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from run_ckpt.contract.errors import SliceError
 from run_ckpt.contract.layouts import PLAIN, TileLayout, round_up
-from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
 # From start up to, not including, stop.
 Range = tuple[int, int]
@@ -66,7 +66,7 @@ def concat_rows(parts: Sequence[Part]) -> Part:
     for layer in layers[:-1]:
         _refuse_cut_blocks(layer, [layer.N], layer.scheme.block[0] or 1, "rows")
     layout = first.scheme.layout if len({layer.scheme.layout for layer in layers}) == 1 else PLAIN
-    granularity = "channel" if first.scheme.has_tensor_scale else first.scheme.granularity
+    granularity = "channel" if first.scheme.is_per_tensor else first.scheme.granularity
     scheme = replace(first.scheme, layout=layout, granularity=granularity)
     joined = replace(first, module="+".join(layer.module for layer in layers), scheme=scheme)
     new = _resize(joined, sum(layer.N for layer in layers), first.K)
@@ -83,7 +83,7 @@ def _resize(layer: Layer, N: int, K: int) -> Layer:
     """Return the layer in another size; in the layout that it has if the new size allows, else row-major."""
     rows, cols = layer.scheme.alignment
     scheme = layer.scheme if N % rows == K % cols == 0 else replace(layer.scheme, layout=PLAIN)
-    if scheme.has_tensor_scale:
+    if scheme.is_per_tensor:
         return replace(layer, N=N, K=K)
     # A scale for each row is [N] or [N, 1].
     shape = scheme.layout.scale.padded_shape(*scheme.scale_grid(N, K))[: len(layer.scale_shape)]
@@ -138,11 +138,11 @@ def _columns(layer: Layer, new: Layer, role: str, stored: Tensor, ranges: Sequen
 
 def _join(new: Layer, role: str, parts: Sequence[Part]) -> Tensor:
     tensors = [tensors[role] for _, tensors in parts]
-    if role == INPUT_SCALE:
+    if role not in (WEIGHT, WEIGHT_SCALE):
         if any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
-            raise SliceError(f"{new.module}: the members' input scales differ. Calibrate them as one fused group.")
+            raise SliceError(f"{new.module}: the members' {role} differ. Calibrate or convert them as one fused group.")
         return tensors[0]
-    if role == WEIGHT_SCALE and parts[0][0].scheme.has_tensor_scale:
+    if role == WEIGHT_SCALE and parts[0][0].scheme.is_per_tensor:
         return torch.cat([tensor.expand(layer.N) for (layer, _), tensor in zip(parts, tensors, strict=True)])
     members = [(layer, tensor) for (layer, _), tensor in zip(parts, tensors, strict=True)]
     if new.scheme.layout == PLAIN:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.codec import dequantize
-from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.contract.codec import dequantize, tensor_scale
+from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.storage.reader import TensorReader
 
@@ -16,6 +16,7 @@ SLAB_ELEMENTS = 2**18
 
 # Of the tensors of a quantized layer.
 STORED_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+_SECOND = {TENSOR_SCALE, INVERSE_TENSOR_SCALE}
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -43,7 +44,7 @@ def read_codes(reader: TensorReader, layer: Layer, start: int, stop: int) -> Ten
 def read_scales(reader: TensorReader, layer: Layer, start: int, stop: int) -> Tensor:
     """Return the scales of rows start..stop, in logical order without padding: [blocks of rows, blocks of columns].
 
-    In their dtype on disk: uint8 codes (E8M0) or float32. start: as in read_codes.
+    In their dtype on disk: uint8 codes (E8M0), float8 or float32. start: as in read_codes.
     """
     n_rows, n_cols = layer.scheme.scale_grid(layer.N, layer.K)
     return read_padded_scales(reader, layer, layer.scheme.scale_rows(start, stop))[:n_rows, :n_cols]
@@ -69,7 +70,8 @@ def read_scalar(reader: TensorReader, layer: Layer, role: str) -> float:
 def decode_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Tensor:
     """Return rows start..stop of a quantized weight as float32 [n, K]."""
     scales = read_scales(reader, layer, start, stop)
-    return dequantize(read_codes(reader, layer, start, stop), scales, layer.scheme)
+    second = {role: reader.read_all(layer.tensors[role]).view(torch.float32) for role in _SECOND & layer.tensors.keys()}
+    return dequantize(read_codes(reader, layer, start, stop), scales, layer.scheme, tensor_scale(second))
 
 
 def read_source_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Tensor:

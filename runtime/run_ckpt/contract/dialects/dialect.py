@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from run_ckpt.contract.formats import Scheme
-from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Manifest
+from run_ckpt.contract.manifest import TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Manifest
 from run_ckpt.contract.tensors import PT_METADATA
 
 
 def usual_suffixes(scheme: Scheme, naming: str) -> dict[str, str]:
     """Return role -> what follows the module in a tensor's name, as most consumers have it."""
-    return {WEIGHT: "weight", WEIGHT_SCALE: "weight_scale_inv" if scheme.granularity == "block" else "weight_scale"}
+    scale = "weight_scale_inv" if scheme.granularity == "block" else "weight_scale"
+    second = {TENSOR_SCALE: "weight_scale_2"} if scheme.format.is_two_level else {}
+    return {WEIGHT: "weight", WEIGHT_SCALE: scale, **second}
 
 
 def usual_scale_shape(N: int, K: int, scheme: Scheme) -> tuple[int, ...]:
@@ -31,7 +33,8 @@ class Dialect:
     ``suffixes`` returns role -> tensor name after the module's, ``scale_shape`` the weight scale's shape on disk
     for (N, K, scheme), ``granularity`` what a quantization_config says of the formats that leave a choice.
     ``metadata`` returns the ``__metadata__`` of every shard.
-    ``is_static``: activations are quantized by an input_scale. ``is_mixed``: layers may differ in format.
+    ``static``: the schemes whose activations are quantized by an input_scale.
+    ``is_mixed``: layers may differ in format.
     ``file_name``: all tensors go into one file of this name; None where the shards stay those of the source.
     ``sglang_ignores``: how SGLang's own reader matches its ignore list with a module: "name", or "part" for any
     run of dotted parts; None where it has no reader for this dialect of diffusion models.
@@ -44,13 +47,13 @@ class Dialect:
     scale_shape: Callable[[int, int, Scheme], tuple[int, ...]] = usual_scale_shape
     granularity: Callable[[Mapping[str, Any]], str] = lambda config: "tensor"
     metadata: Callable[[Manifest], dict[str, str]] = lambda manifest: PT_METADATA
-    is_static: bool = False
+    static: tuple[Scheme, ...] = ()
     is_mixed: bool = False
     file_name: str | None = None
     sglang_ignores: str | None = None
 
     def tensor_names(self, module: str, scheme: Scheme, naming: str) -> dict[str, str]:
-        """Return role -> tensor name of one layer (weight and weight scale)."""
+        """Return role -> tensor name of one layer (weight and weight scales)."""
         return {role: f"{module}.{suffix}" for role, suffix in self.suffixes(scheme, naming).items()}
 
 

@@ -27,13 +27,14 @@ def choose_dialect(
     if static and list(schemes) != [TENSOR_FP8]:
         raise UsageError("--static: static activations exist only for --format fp8 --granularity tensor.")
     dialect = DIALECTS[asked] if asked else _usual_dialect(schemes, naming, static=static)
-    if dialect.is_static != static:
+    is_static = any(scheme in dialect.static for scheme in schemes)
+    if is_static != static:
         fix = (
             f"leave --dialect out or say {_list(_that(is_static=True))}"
             if static
             else "give --calibration DIR --static"
         )
-        kind = "static" if dialect.is_static else "dynamic"
+        kind = "static" if is_static else "dynamic"
         raise UsageError(f"--dialect {dialect.name}: its activations are {kind}; {fix}.")
     if len(schemes) > 1 and not dialect.is_mixed:
         formats = " and some ".join(scheme.format.name for scheme in schemes)
@@ -72,7 +73,7 @@ def _usual_dialect(schemes: Sequence[Scheme], naming: str, *, static: bool) -> D
 
 
 def _that(*, is_static: bool = False, is_mixed: bool = False) -> list[Dialect]:
-    return [d for d in DIALECTS.values() if (d.is_static, d.is_mixed) == (is_static, is_mixed)]
+    return [d for d in DIALECTS.values() if (bool(d.static), d.is_mixed) == (is_static, is_mixed)]
 
 
 def _list(dialects: Sequence[Dialect]) -> str:

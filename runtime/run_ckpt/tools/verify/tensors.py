@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from run_ckpt.contract.formats import E8M0, E8M0_NAN
-from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest, sqnr_db
+from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest, sqnr_db
 from run_ckpt.progress import Progress
 from run_ckpt.storage.reader import TensorReader, cut_bytes
 from run_ckpt.storage.rows import (
+    STORED_DTYPES,
     cut_rows,
     decode_rows,
     read_codes,
@@ -38,9 +39,9 @@ def scale_faults(reader: TensorReader, layer: Layer) -> list[str]:
     if layer.format.scale == E8M0:
         return _e8m0_faults(reader, layer)
     faults = []
-    for role in sorted({WEIGHT_SCALE, INPUT_SCALE} & layer.tensors.keys()):
+    for role in sorted(layer.tensors.keys() - {WEIGHT}):
         spec = layer.specs()[role]
-        scale = reader.read_all(spec.name).view(torch.float32).reshape(spec.shape)
+        scale = reader.read_all(spec.name).view(STORED_DTYPES[spec.dtype]).reshape(spec.shape).float()
         bad = ~(torch.isfinite(scale) & (scale > 0))
         if bad.any():
             where = [int(i) for i in bad.nonzero()[0]]
@@ -71,8 +72,7 @@ def group_faults(reader: TensorReader, manifest: Manifest) -> Iterator[str]:
     """Yield a sentence for every fused group whose members have different scales."""
     groups: dict[tuple[str, str], list[Layer]] = {}
     for layer in manifest.layers.values():
-        roles = {INPUT_SCALE} | ({WEIGHT_SCALE} if layer.scheme.has_tensor_scale else set())
-        for role in roles & layer.tensors.keys():
+        for role in layer.tensors.keys() - {WEIGHT} - (set() if layer.scheme.is_per_tensor else {WEIGHT_SCALE}):
             if layer.fused_group:
                 groups.setdefault((layer.fused_group, role), []).append(layer)
     for (group, role), layers in sorted(groups.items()):
