@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from run_ckpt import load_quantized
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.loading.linear import QuantizedLinear
 from tests.bits import assert_bits_equal
-from tests.checkpoints import convert, load_all
+from tests.checkpoints import convert, load_all, save_checkpoint
 from tests.converted import edit_json
 from tests.models import MODELS, run, save
 
@@ -151,6 +152,31 @@ def test_a_config_that_does_not_fit_is_refused(flux: tuple[Path, Any], edit: Any
     edit_json(out / "config.json", lambda config: edit(config["quantization_config"]))
     with pytest.raises(CheckpointError, match=says):
         model_class.from_pretrained(out, torch_dtype=torch.bfloat16)
+
+
+def test_diffusers_raises_what_a_class_keeps_in_float32(sources: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    case, (folder, model_class) = MODELS["wan-2.2"], sources["wan-2.2"]
+    tensors = {name: tensor.bfloat16() for name, tensor in load_all(folder).items()}
+    config = json.loads((folder / "config.json").read_text())
+    save_checkpoint(tmp_path / "source", [tensors], config, "diffusion_pytorch_model")
+    convert(tmp_path / "source", tmp_path / "out", format="fp8")
+    model = model_class.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
+    loaded = load_quantized(tmp_path / "out")
+    assert {name: p.dtype for name, p in model.named_parameters()} == {n: p.dtype for n, p in loaded.named_parameters()}
+    assert_bits_equal(run(case, model), run(case, loaded))
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
+def test_a_text_encoder_that_asks_a_layer_for_its_dtype_runs(tmp_path: Path, weight_format: str) -> None:
+    config = transformers.T5Config(d_model=256, d_kv=128, d_ff=512, num_layers=1, num_heads=2, vocab_size=32)
+    transformers.T5EncoderModel(config).bfloat16().save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", format=weight_format)
+    model = transformers.T5EncoderModel.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert isinstance(model.encoder.block[0].layer[-1].DenseReluDense.wo, QuantizedLinear)
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        expected = load_quantized(tmp_path / "out")(tokens).last_hidden_state
+        assert_bits_equal(model(tokens).last_hidden_state, expected)
 
 
 def test_kernels_of_the_hub_are_refused(sources: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
