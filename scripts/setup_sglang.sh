@@ -23,7 +23,7 @@ fi
 "${install[@]}" --no-deps \
     sglang==0.5.23 diffusers==0.37.0 transformers==5.19.0 triton==3.9.0 torchvision==0.28.0 \
     cache-dit==1.5.3 compressed-tensors==0.20.0 apache-tvm-ffi==0.1.11 safetensors==0.8.0 \
-    addict==2.4.0 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 annotated-doc==0.0.7 \
+    blake3==1.0.11 addict==2.4.0 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 annotated-doc==0.0.7 \
     annotated-types==0.8.0 anyio==4.16.0 asttokens==3.0.2 attrs==26.1.0 certifi charset-normalizer==3.5.2 \
     click==8.5.1 cloudpickle==3.1.2 decorator==5.3.1 dill==0.4.1 distro==1.9.0 einops==0.8.2 executing==2.3.0 \
     fastapi==0.165.0 filelock==4.0.8 frozenlist==1.8.0 fsspec==2026.9.0 gguf==0.19.0 h11==0.16.0 hf-xet==1.8.0 \
