@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor
 
+from run_ckpt import record_statistics
+
 N_CLASSES = 10
 IMAGE_SIZE = 8
 N_STEPS = 20
@@ -50,6 +52,15 @@ def sample(transformer: FluxTransformer2DModel, request: Request) -> Tensor:
     """Return the images float32 [B, 1, 8, 8], about -1 to 1, that 20 Euler steps make of the noises."""
     batches = zip(request.noise.split(BATCH_SIZE), request.labels.split(BATCH_SIZE), strict=True)
     return torch.cat([_sample_batch(transformer, noise, labels) for noise, labels in batches])
+
+
+def calibrate(transformer: FluxTransformer2DModel, folder: Path, n_samples: int = 32, seed: int = 1000) -> None:
+    """Record what goes into the linear layers while ``n_samples`` digits are sampled, a quarter of them held out."""
+    request = make_request(n_samples, seed)
+    with record_statistics(transformer, folder, settings={"n_samples": n_samples, "seed": seed}) as recorder:
+        for noise, labels in zip(request.noise.split(4), request.labels.split(4), strict=True):
+            recorder.next_sample()
+            sample(transformer, Request(noise, labels))
 
 
 def _sample_batch(transformer: FluxTransformer2DModel, noise: Tensor, labels: Tensor) -> Tensor:
@@ -100,6 +111,12 @@ def fit_judge() -> SVC:
 def share_read_correctly(judge: SVC, images: Tensor, labels: Tensor) -> float:
     """Return the share of images [B, 1, 8, 8] in which the judge reads the digit that was asked for."""
     return float(judge.score(to_pixels(images).reshape(len(images), -1), labels.numpy()))
+
+
+def snr_db_by_sample(reference: Tensor, images: Tensor) -> Tensor:
+    """Return 10 log10(sum reference^2 / sum (reference - images)^2) of each image, float64 [B]."""
+    error = (images.double() - reference.double()).square().flatten(1).sum(1)
+    return 10 * torch.log10(reference.double().square().flatten(1).sum(1) / error)
 
 
 def snr_db(reference: Tensor, images: Tensor) -> float:
