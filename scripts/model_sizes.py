@@ -71,12 +71,17 @@ def main() -> None:
     print("| model | BF16 | MXFP4 | FP8 | parameters quantized |")
     print("|---|---:|---:|---:|---:|")
     for name, build in MODELS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            write_skeleton(build, Path(folder))
-            plans = {format_: plan_conversion(folder, Options(format_)).components[0] for format_ in FORMATS}
-        sizes = [plans["mxfp4"]["source_nbytes"], *(plan["output_nbytes"] for plan in plans.values())]
-        shares = {f"{quantized_share(plan):.1%}" for plan in plans.values()}
-        print(f"| {name} | {' | '.join(map(format_nbytes, sizes))} | {', '.join(sorted(shares))} |", flush=True)
+        print(row(name, build), flush=True)
+
+
+def row(name: str, build: Callable[[], torch.nn.Module]) -> str:
+    """Return the line of the table for a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_skeleton(build, Path(folder))
+        plans = {format_: plan_conversion(folder, Options(format_)).components[0] for format_ in FORMATS}
+    sizes = [plans["mxfp4"]["source_nbytes"], *(plan["output_nbytes"] for plan in plans.values())]
+    shares = {f"{quantized_share(plan):.1%}" for plan in plans.values()}
+    return f"| {name} | {' | '.join(map(format_nbytes, sizes))} | {', '.join(sorted(shares))} |"
 
 
 def write_skeleton(build: Callable[[], torch.nn.Module], folder: Path) -> None:
