@@ -16,7 +16,7 @@ from torch import Tensor
 _ZOOM = 14
 _GAP = 16
 _MARGIN = 20
-_LABEL_WIDTH = 370
+_LABEL_WIDTH = 440
 _TITLE_SIZE = 32
 _SUBTITLE_SIZE = 26
 _LINE_SPACING = 1.4
