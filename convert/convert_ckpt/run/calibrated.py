@@ -14,14 +14,13 @@ from threadpoolctl import threadpool_limits
 from convert_ckpt.methods.gptq import Factor, NotPositiveDefiniteError, Rounded, factorize, round_rows
 from convert_ckpt.methods.grid import ROWS_AT_ONCE, Grid
 from convert_ckpt.run.buffers import Buffers
-from convert_ckpt.run.slab import ErrorSums, TensorWrite, decode_grid, encode_on_grid, is_finite, quantize
+from convert_ckpt.run.slab import ErrorSums, TensorWrite, decode_grid, encode_on_grid, is_finite, quantize, to_float
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.manifest import GPTQ, RTN, WEIGHT, WEIGHT_SCALE, Layer, sqnr_db
 from run_ckpt.storage.statistics import InputStatistics
 
 # Layers that share an input follow each other, and workers are few.
 _INPUTS_KEPT = 2
-_F32_NBYTES = 4
 
 
 @dataclass(frozen=True)
@@ -130,17 +129,13 @@ def _round_all(
     for start in range(0, layer.N, ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, layer.N))
         part = Grid(grid.element, np.ascontiguousarray(grid.scales[:, rows]), grid.scale_rows)
-        done = round_rows(_to_float(bits[rows]), part, known.factors, known.held_out)
+        done = round_rows(to_float(bits[rows]), part, known.factors, known.held_out)
         place = slice(rows.start * flat.size // layer.N, rows.stop * flat.size // layer.N)
         encode_on_grid(done.decoded, layer, start, scales, flat[place])
         sums += [done.signal, done.output_error, done.nearest_error, done.squared_error]
         largest_error = max(largest_error, done.largest_error)
     signal, output_error, nearest_error, squared_error = sums.tolist()
     return Rounded(np.empty(0), signal, output_error, nearest_error, squared_error, largest_error)
-
-
-def _to_float(bits: np.ndarray) -> np.ndarray:
-    return bits.view(np.float32) if bits.itemsize == _F32_NBYTES else (bits.astype(np.int32) << 16).view(np.float32)
 
 
 def _check_identity(bits: np.ndarray, layer: Layer, statistics: InputStatistics) -> None:

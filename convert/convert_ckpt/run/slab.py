@@ -44,6 +44,11 @@ def weight_bits(raw: np.ndarray, dtype: str, K: int) -> np.ndarray:
     return raw.view(np.int32).reshape(-1, K)
 
 
+def to_float(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 values of bits as weight_bits() gives them."""
+    return (bits if bits.itemsize == 4 else bits.astype(np.int32) << 16).view(np.float32)
+
+
 def largest_magnitude(bits: np.ndarray) -> int:
     """Return the float32 bits of the largest magnitude."""
     from convert_ckpt.kernels.fp8 import tile_maxima
