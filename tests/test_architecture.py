@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from run_ckpt.contract.dialects.table import DIALECTS
+from run_ckpt.contract.formats import FORMATS
+from run_ckpt.contract.layouts import LAYOUTS
 from tests.converted import make_linear
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +147,19 @@ def test_the_loader_never_imports_the_converter(module: str) -> None:
 @pytest.mark.parametrize("module", CONTRACT)
 def test_contract_imports_only_torch_blake3_and_the_standard_library(module: str) -> None:
     assert not packages(module) - sys.stdlib_module_names - {"torch", "blake3", "run_ckpt"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in CONTRACT])
+def test_formats_layouts_and_dialects_are_told_apart_by_their_records(module: str) -> None:
+    names = {*FORMATS, *LAYOUTS, *DIALECTS}
+    compared = [
+        constant.value
+        for node in ast.walk(ast.parse(source_of(module).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare)
+        for constant in ast.walk(node)
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+    ]
+    assert not names & set(compared)
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -367,6 +367,7 @@ MANIFEST_EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "N not a multiple of the tile": (lambda m: m["layers"][Q].update(N=250), "not a multiple of [32, 64]"),
     "renamed tensor": (lambda m: m["layers"][Q]["tensors"].update(weight="w"), "the mxfp4 dialect names them"),
     "unknown source dtype": (lambda m: m["layers"][Q].update(source_dtype="I8"), "source_dtype 'I8'"),
+    "no layers": (lambda m: m["layers"].clear(), "lists no quantized layer"),
     "missing section": (lambda m: m.pop("kept"), "KeyError: 'kept'"),
     "path out of the folder": (lambda m: m["files"].update({"../x": {"nbytes": 0, "blake3": ""}}), "'../x' is not"),
     "file without a hash": (lambda m: m["files"]["config.json"].pop("blake3"), "needs nbytes and blake3"),

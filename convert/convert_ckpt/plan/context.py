@@ -51,7 +51,7 @@ def dialect_faults(
     if dialect.file_name:
         return _rowwise_faults(context, dialect, quantized)
     faults = []
-    if dialect.sglang_ignores and not context.preset.sglang_ignores:
+    if dialect.sglang_matching and not context.preset.sglang_ignores:
         faults += [_unignorable(context, decisions, module) for module, prefix in kept.items() if prefix is not None]
     if _has_block_scales(layers) and context.naming == "diffusers":
         plain = [module for module, prefix in quantized.items() if prefix is None]
@@ -69,7 +69,7 @@ def dialect_faults(
 
 def dialect_warnings(context: PlanContext, manifest: Manifest) -> list[str]:
     """Return a sentence for everything that its consumer would load right, but not as asked."""
-    matching = DIALECTS[manifest.dialect].sglang_ignores
+    matching = DIALECTS[manifest.dialect].sglang_matching
     if matching is None:
         return []
     quantized = context.prefixes(manifest.layers)

@@ -13,7 +13,8 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
     x: finite float64 [...], already divided by the block scale.
     Returns uint8 [...], code in bits 0-2, sign in bit 3 (kept for zero). Ties go to the even
-    code, |x| > 6 saturates. Source: OCP MX v1.0, 5.3.3.
+    code, |x| > 6 saturates. NaN, which has no code, would give a zero: no caller passes one.
+    Source: OCP MX v1.0, 5.3.3.
     """
     magnitude = x.abs()
     code = torch.zeros(x.shape, dtype=torch.uint8)

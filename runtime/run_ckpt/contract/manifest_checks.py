@@ -41,6 +41,8 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     if recipe["dialect"] not in DIALECTS:
         known = ", ".join(DIALECTS)
         return [f"{MANIFEST_NAME}: dialect {recipe['dialect']!r} is unknown; known are {known}. {_ADVICE}"]
+    if not manifest.layers:
+        return [f"{MANIFEST_NAME}: lists no quantized layer. {_ADVICE}"]
     faults = [*_file_table_faults("files", manifest.files, {"nbytes", "blake3"})]
     faults += _file_table_faults("source.files", manifest.source.get("files"), {"nbytes", "blake3", "sha256"})
     for name, layer in manifest.layers.items():

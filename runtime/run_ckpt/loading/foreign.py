@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from run_ckpt.contract.dialects.dialect import usual_scale_shape
+from run_ckpt.contract.dialects.dialect import NAMINGS, usual_scale_shape
 from run_ckpt.contract.dialects.table import DIALECTS, PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.formats import FORMATS, Scheme
@@ -23,8 +23,14 @@ from run_ckpt.contract.tensors import TensorSpec
 # A quant_method is the name of the dialect.
 READABLE_METHODS = tuple(name for name, dialect in DIALECTS.items() if dialect.config)
 _CODE_DTYPES = {quant_format.element.dtype for quant_format in FORMATS.values()}
-_WEIGHT_SUFFIXES = (".weight", ".weight_packed")
-_SCALE_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_quantizer.scale")
+_SPELLINGS = [
+    dialect.suffixes(scheme, naming)
+    for dialect in DIALECTS.values()
+    for scheme in dialect.schemes
+    for naming in NAMINGS
+]
+_WEIGHT_SUFFIXES = tuple(sorted({f".{suffixes[WEIGHT]}" for suffixes in _SPELLINGS}))
+_SCALE_SUFFIXES = tuple(sorted({f".{suffixes[WEIGHT_SCALE]}" for suffixes in _SPELLINGS}))
 # Beside a weight and its scale; named as their roles.
 _MORE_SCALES = (TENSOR_SCALE, INVERSE_TENSOR_SCALE, INPUT_SCALE)
 
@@ -53,7 +59,7 @@ def layers_in_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         scheme = quant_format.scheme(layout.name, granularity)
         tensors = dialect.tensor_names(module, scheme, naming)
         if scheme in dialect.static:
-            tensors[INPUT_SCALE] = f"{module}.input_scale"
+            tensors[INPUT_SCALE] = f"{module}.{INPUT_SCALE}"
         scales = dialect.scale_shape(*shapes[module], scheme)
         layers[module] = _record(module, scheme, shapes[module], tensors, scales)
     return layers

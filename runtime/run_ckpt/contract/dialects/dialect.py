@@ -10,6 +10,9 @@ from run_ckpt.contract.formats import Scheme
 from run_ckpt.contract.manifest import TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Manifest
 from run_ckpt.contract.tensors import PT_METADATA
 
+# Whose names the tensors and config.json of a checkpoint have.
+NAMINGS = ("diffusers", "transformers")
+
 
 def usual_suffixes(scheme: Scheme, naming: str) -> dict[str, str]:
     """Return role -> what follows the module in a tensor's name, as most consumers have it."""
@@ -26,7 +29,7 @@ def usual_scale_shape(N: int, K: int, scheme: Scheme) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Dialect:
-    """One consumer's vocabulary. ``naming`` is "diffusers" or "transformers", of the checkpoint.
+    """One consumer's vocabulary. ``naming`` is one of NAMINGS, that of the checkpoint.
 
     ``schemes`` are those it can say, each with the namings for which this is the usual dialect.
     ``config`` returns config.json's quantization_config, without our private key; None where there is none.
@@ -36,7 +39,7 @@ class Dialect:
     ``static``: the schemes whose activations are quantized by an input_scale.
     ``is_mixed``: layers may differ in format.
     ``file_name``: all tensors go into one file of this name; None where the shards stay those of the source.
-    ``sglang_ignores``: how SGLang's own reader matches its ignore list with a module: "name", or "part" for any
+    ``sglang_matching``: how SGLang's own reader matches its ignore list with a module: "name", or "part" for any
     run of dotted parts; None where it has no reader for this dialect of diffusion models.
     """
 
@@ -50,7 +53,7 @@ class Dialect:
     static: tuple[Scheme, ...] = ()
     is_mixed: bool = False
     file_name: str | None = None
-    sglang_ignores: str | None = None
+    sglang_matching: str | None = None
 
     def tensor_names(self, module: str, scheme: Scheme, naming: str) -> dict[str, str]:
         """Return role -> tensor name of one layer (weight and weight scales)."""

@@ -30,5 +30,5 @@ DIALECT = Dialect(
     {TENSOR_FP8: ("diffusers",), BLOCK_FP8: ("diffusers", "transformers")},
     _config,
     granularity=_granularity,
-    sglang_ignores="part",
+    sglang_matching="part",
 )

@@ -17,4 +17,4 @@ def _config(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-DIALECT = Dialect("modelopt", {TENSOR_FP8: ()}, _config, static=(TENSOR_FP8,), sglang_ignores="name")
+DIALECT = Dialect("modelopt", {TENSOR_FP8: ()}, _config, static=(TENSOR_FP8,), sglang_matching="name")

@@ -46,4 +46,4 @@ def _is_ours(model_config: Any) -> bool:
         return False
     dialect = DIALECTS.get(declared.config.get("quant_method"))
     # What SGLang's diffusion runtime reads by itself is left to it.
-    return dialect is None or dialect.sglang_ignores is None
+    return dialect is None or dialect.sglang_matching is None
