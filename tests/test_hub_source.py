@@ -170,6 +170,48 @@ def test_kill_9_while_fetching_loses_only_what_is_not_finished(hub: HubServer, l
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_kill_9_in_the_middle_of_a_shard_costs_no_byte_that_was_written(
+    hub: HubServer, llm: Path, tmp_path: Path
+) -> None:
+    hub.add_repo("me/llm", read_files(llm))
+    small_parts = "import convert_ckpt.source.download as d; d._PART_NBYTES, d._REQUESTS_AT_ONCE = 200_000, 2; "
+    command = [
+        sys.executable,
+        "-c",
+        small_parts + COMMAND,
+        "me/llm",
+        str(tmp_path / "out"),
+        "--format",
+        "fp8",
+        "--quiet",
+    ]
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
+    process = subprocess.Popen(command, env=environment)
+    partial = tmp_path / "out.partial" / "fetched" / "root" / SHARD.format(2)
+
+    def kill_once_a_part_is_written(path: str) -> None:
+        if path.endswith(SHARD.format(2)) and partial.exists() and partial.stat().st_size:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    hub.on_request = kill_once_a_part_is_written
+    assert process.wait(60) == -signal.SIGKILL
+    n_written = partial.stat().st_size
+    assert 0 < n_written < (llm / SHARD.format(2)).stat().st_size
+    hub.on_request = lambda _: None
+    hub.forget()
+    subprocess.run(command, env=environment, check=True)
+    starts = [
+        int(asked.range.partition("=")[2].partition("-")[0])
+        for asked in hub.requests
+        if asked.range and asked.path.endswith(SHARD.format(2))
+    ]
+    assert min(start for start in starts if start) == n_written
+    assert starts.count(0) == 2  # the header, which takes two answers: where it lies, and it
+    convert(llm, tmp_path / "local", format="fp8")
+    assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
+
+
 def test_a_token_goes_to_the_hub_and_nowhere_else(
     hub: HubServer, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

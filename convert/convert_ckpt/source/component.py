@@ -111,8 +111,8 @@ def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
 
 def _quantized_faults(folder: TensorFolder, config: dict[str, Any] | None) -> list[str]:
     faults = []
-    if config and config.get(CONFIG_KEY):
-        method = config[CONFIG_KEY].get("quant_method", "unnamed")
+    if declared := (config or {}).get(CONFIG_KEY):
+        method = declared.get("quant_method", "unnamed") if isinstance(declared, dict) else "unnamed"
         faults.append(f"{CONFIG_NAME}: already quantized (quant_method {method}). Convert the original checkpoint.")
     marked = [
         tensor.spec.name
