@@ -58,15 +58,11 @@ class ElementFormat:
 
 @dataclass(frozen=True)
 class ScaleFormat:
-    """What a scale is. ``dtype`` is the safetensors dtype of the tensor; ``readable`` are those of other tools.
-
-    ``largest`` is the largest value.
-    """
+    """What a scale is. ``dtype`` is the safetensors dtype of the tensor; ``readable`` are those of other tools."""
 
     name: str
     dtype: str
     readable: tuple[str, ...]
-    largest: float
     facts: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -153,11 +149,6 @@ class Scheme:
         return self.is_per_tensor or self.format.is_two_level
 
     @property
-    def tensor_range(self) -> float:
-        """What the amax of the whole weight is divided by to give its scale: the largest value of all the rest."""
-        return self.format.element.largest * (self.format.scale.largest if self.format.is_two_level else 1.0)
-
-    @property
     def alignment(self) -> tuple[int, int]:
         """What N and K have to be multiples of to be stored at all."""
         rows = max(self.layout.weight.tile[0], self.layout.scale.tile[0])
@@ -183,9 +174,8 @@ E2M1 = ElementFormat(
     "e2m1", "U8", per_byte=2, largest=E2M1_VALUES[-1], nan_magnitude=None, facts={"nibble_order": "low_is_even_k"}
 )
 E4M3 = ElementFormat("e4m3fn", "F8_E4M3", per_byte=1, largest=E4M3_MAX, nan_magnitude=E4M3_NAN_MAGNITUDE)
-E8M0 = ScaleFormat("e8m0", "U8", readable=("U8",), largest=2.0**127, facts={"scale_bias": E8M0_BIAS})
-F32 = ScaleFormat("f32", "F32", readable=("F32", "BF16", "F16"), largest=(2 - 2.0**-23) * 2.0**127)
-E4M3_SCALE = ScaleFormat("e4m3fn", "F8_E4M3", readable=("F8_E4M3",), largest=E4M3_MAX)
+E8M0 = ScaleFormat("e8m0", "U8", readable=("U8",), facts={"scale_bias": E8M0_BIAS})
+F32 = ScaleFormat("f32", "F32", readable=("F32", "BF16", "F16"))
 
 MXFP4 = QuantFormat(
     name="mxfp4",
