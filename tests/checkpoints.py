@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert_ckpt.options import Options
-from convert_ckpt.pipeline import Summary, convert_checkpoint
+from convert_ckpt.pipeline import RunSummary, convert_checkpoint
 from run_ckpt.progress import Silent
 
 FLUX_DIGITS = Path(__file__).parents[1] / "examples" / "flux-digits"
@@ -41,7 +41,7 @@ def random_weight(N: int, K: int, dtype: torch.dtype = torch.bfloat16, seed: int
     return weight.to(dtype)
 
 
-def convert(source: Path, output: Path, n_workers: int = 2, restart: bool = False, **options: object) -> Summary:
+def convert(source: Path, output: Path, n_workers: int = 2, restart: bool = False, **options: object) -> RunSummary:
     """Convert with the options of the command."""
     return convert_checkpoint(
         source, output, Options(**options), n_workers=n_workers, restart=restart, progress=Silent()

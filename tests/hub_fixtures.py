@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from convert_ckpt.options import Options
-from convert_ckpt.pipeline import Summary, convert_checkpoint
+from convert_ckpt.pipeline import RunSummary, convert_checkpoint
 from convert_ckpt.source.opened import Selection
 from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.manifest import MANIFEST_NAME
@@ -65,7 +65,7 @@ def convert_remote(
     components: tuple[str, ...] = (),
     keep_source: bool = False,
     **options: object,
-) -> Summary:
+) -> RunSummary:
     """Convert with the options of the command."""
     return convert_checkpoint(
         parse_reference(source),

@@ -14,7 +14,7 @@ from convert_ckpt import (
     CheckpointError,
     FaultsError,
     Options,
-    Summary,
+    RunSummary,
     UsageError,
     convert,
     plan_conversion,
@@ -85,7 +85,7 @@ def test_it_writes_the_bytes_of_the_command(tmp_path: Path, options: dict[str, s
 
 def test_the_summary_says_what_was_done(tmp_path: Path) -> None:
     summary = convert(FLUX_DIGITS, tmp_path / "out", format="mxfp4")
-    assert isinstance(summary, Summary)
+    assert isinstance(summary, RunSummary)
     assert (summary.output, summary.format, summary.n_files_resumed) == (str(tmp_path / "out"), "mxfp4", 0)
     assert (summary.n_converted, summary.n_tensors) == (23, 90)
     assert summary.output_nbytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))

@@ -208,7 +208,7 @@ def test_a_plan_needs_no_kernels(tmp_path: Path) -> None:
 
 
 def test_the_table_of_backends_loads_none_of_their_packages() -> None:
-    code = "import json, sys, run_ckpt.backends.select\nprint('MODULES', json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, run_ckpt.backends.choose\nprint('MODULES', json.dumps(sorted(sys.modules)))"
     assert not loaded_modules(code) & {"aiter", "petit_kernel", "triton", "llvmlite", "convert_ckpt"}
 
 
@@ -233,6 +233,11 @@ def test_no_function_is_called_like_a_builtin_or_a_standard_module(module: str) 
     body = ast.parse(source_of(module).read_text(encoding="utf-8")).body
     names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert not names & taken
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_called_like_one_of_the_standard_library(module: str) -> None:
+    assert Path(module).stem not in sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("module", MODULES)

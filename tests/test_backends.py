@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from run_ckpt.backends.backend import Backend, Device, describe_device
+from run_ckpt.backends.choose import BACKEND_NAMES, choose_backend
 from run_ckpt.backends.packages import why_no_aiter, why_no_petit
 from run_ckpt.backends.reference import DEQUANTIZE, REFERENCE, decode_weight, from_plain, to_plain
-from run_ckpt.backends.select import BACKEND_NAMES, choose_backend
 from run_ckpt.contract.errors import BackendError, UsageError
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE
 from tests.bits import assert_bits_equal

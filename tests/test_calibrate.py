@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from run_ckpt.cli.main import run_ckpt
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.storage.statistics import read_statistics
+from run_ckpt.storage.layer_statistics import read_statistics
 from run_ckpt.storage.units import parse_nbytes
 from run_ckpt.tools.calibrate import DEFAULT_PROMPTS, hold_out
 from run_ckpt.tools.compare.trajectory import Sample, read_samples

@@ -20,8 +20,8 @@ from run_ckpt.contract.formats import PLAIN_MXFP4
 from run_ckpt.contract.manifest import Layer, read_manifest
 from run_ckpt.progress import Silent
 from run_ckpt.storage.components import open_checkpoint
+from run_ckpt.storage.layer_statistics import LayerIdentity, pack_below_diagonal, write_statistics
 from run_ckpt.storage.rows import decode_rows
-from run_ckpt.storage.statistics import LayerIdentity, pack_below_diagonal, write_statistics
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint
 from tests.converted import SCHEMES
@@ -154,7 +154,7 @@ def test_the_manifest_says_by_layer_the_method_and_both_output_errors(
 
 def test_codes_are_those_of_the_method(source: Path, stats: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out", format="mxfp4", calibration=stats)
-    from run_ckpt.storage.statistics import read_statistics
+    from run_ckpt.storage.layer_statistics import read_statistics
 
     weight = load_all(source)[f"{DOWN}.weight"].float()
     scales = decode_e8m0(quantize(weight, PLAIN_MXFP4, "even")[1])

@@ -77,7 +77,7 @@ def test_first_rule_that_matches_decides() -> None:
     assert formats(decisions) == {"blocks.0.to_q": "fp8", "blocks.0.to_k": KEEP, "blocks.1.to_k": "mxfp4"}
 
 
-def test_fate_carries_the_reason_of_its_rule() -> None:
+def test_decision_carries_the_reason_of_its_rule() -> None:
     assert decide(["a"], [Rule("a", KEEP, "it is fragile")], "fp8") == {"a": Decision(KEEP, "it is fragile")}
 
 

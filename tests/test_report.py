@@ -1,4 +1,4 @@
-"""The report: all tensors with their fates, one page without network, whatever their names; and it works."""
+"""The report: all tensors with their outcomes, one page without network, whatever their names; and it works."""
 
 import json
 import re
@@ -54,14 +54,14 @@ def test_like_modules_of_all_blocks_share_a_pattern() -> None:
     assert block_pattern("to_out.0") == "to_out.0"
 
 
-def test_every_tensor_of_the_source_has_a_row_with_its_fate(outputs: dict[str, Path]) -> None:
+def test_every_tensor_of_the_source_has_a_row_with_its_outcome(outputs: dict[str, Path]) -> None:
     results = {name: read_result(path) for name, path in outputs.items()}
     data = report_data(results)
     assert len(data["rows"]) == 90  # README: 23 of 90 tensors
-    fates = [[fate[0] for fate in row[-1]] for row in data["rows"]]
-    assert fates.count(["mxfp4", "fp8"]) == 23
-    assert fates.count(["BF16", "BF16"]) == 67
-    assert all(fate[1] or fate[0] in ("mxfp4", "fp8") for row in data["rows"] for fate in row[-1])
+    outcomes = [[outcome[0] for outcome in row[-1]] for row in data["rows"]]
+    assert outcomes.count(["mxfp4", "fp8"]) == 23
+    assert outcomes.count(["BF16", "BF16"]) == 67
+    assert all(outcome[1] or outcome[0] in ("mxfp4", "fp8") for row in data["rows"] for outcome in row[-1])
 
 
 def test_a_tensor_kept_without_a_reason_is_still_kept(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_no_name_can_end_the_data(outputs: dict[str, Path], tmp_path: Path) -> N
     page = make_report({HOSTILE: read_result(hostile(outputs["mxfp4"], tmp_path))})
     data = page_data(page)
     assert data["results"][0]["name"] == HOSTILE
-    assert any(HOSTILE in fate[1] for row in data["rows"] for fate in row[-1])
+    assert any(HOSTILE in outcome[1] for row in data["rows"] for outcome in row[-1])
     assert page.count("</script>") == make_report({"a": read_result(outputs["mxfp4"])}).count("</script>")
 
 
@@ -147,8 +147,8 @@ const sqnr = column("SQNR");
 press(sqnr); seen.rising = cells(sqnr); seen.sort = $("head").cells[sqnr].getAttribute("aria-sort");
 press(sqnr); seen.falling = cells(sqnr);
 const enter = (id, kind, value) => { $(id).value = value; $(id).dispatchEvent(new Event(kind)); };
-enter("fate", "change", "kept"); seen.kept = cells(column("why kept"));
-enter("fate", "change", "all"); enter("filter", "input", "PROJ_OUT"); seen.filtered = cells(0);
+enter("which", "change", "kept"); seen.kept = cells(column("why kept"));
+enter("which", "change", "all"); enter("filter", "input", "PROJ_OUT"); seen.filtered = cells(0);
 const grid = document.querySelector(".map"), first = grid.querySelector("[tabindex='0']");
 const key = (name) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
 first.focus(); key("ArrowRight"); key("ArrowDown");

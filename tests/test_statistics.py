@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from run_ckpt import record_statistics
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.statistics.record import Recorder
-from run_ckpt.storage.statistics import InputStatistics, read_statistics
+from run_ckpt.storage.layer_statistics import InputStatistics, read_statistics
 
 N_SAMPLES, N_TOKENS, K, HIDDEN = 8, 40, 64, 96
 

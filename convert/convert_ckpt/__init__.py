@@ -25,7 +25,7 @@ from run_ckpt.version import VERSION as __version__
 if TYPE_CHECKING:
     from convert_ckpt.api import convert, plan_conversion
     from convert_ckpt.options import Options
-    from convert_ckpt.pipeline import Preview, Summary
+    from convert_ckpt.pipeline import Preview, RunSummary
     from run_ckpt.progress import Progress
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
     "Preview",
     "Progress",
     "PublishError",
-    "Summary",
+    "RunSummary",
     "UsageError",
     "__version__",
     "convert",
@@ -51,7 +51,7 @@ _HOMES = {
     "plan_conversion": "convert_ckpt.api",
     "Options": "convert_ckpt.options",
     "Preview": "convert_ckpt.pipeline",
-    "Summary": "convert_ckpt.pipeline",
+    "RunSummary": "convert_ckpt.pipeline",
     "Progress": "run_ckpt.progress",
 }
 

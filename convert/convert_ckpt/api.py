@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_ckpt.options import Options
-from convert_ckpt.pipeline import Preview, Summary, convert_checkpoint, preview_checkpoint
+from convert_ckpt.pipeline import Preview, RunSummary, convert_checkpoint, preview_checkpoint
 from convert_ckpt.source.opened import Selection
 from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.errors import UsageError
@@ -45,7 +45,7 @@ def convert(
     overwrite: bool = False,
     base_model: str | None = None,
     progress: Progress | None = None,
-) -> Summary:
+) -> RunSummary:
     """Convert the checkpoint ``source``, write it to the folder ``output``, and return what was done.
 
     ``output`` appears complete or not at all. A call that was stopped is continued by the same call.

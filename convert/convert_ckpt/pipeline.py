@@ -42,7 +42,7 @@ class ShardListener(Protocol):
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """What a run did, all components together.
 
     ``n_converted`` of ``n_tensors`` tensors were quantized, the others copied. Sizes are those of all shards.
@@ -132,7 +132,7 @@ def convert_checkpoint(
     selection: Selection = EVERYTHING,
     listener: ShardListener | None = None,
     max_memory: int | None = None,
-) -> Summary:
+) -> RunSummary:
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped.
 
     max_memory: bytes for layers whose codes are chosen by statistics; default: half of the machine's.
@@ -238,8 +238,10 @@ def _complete_manifest(
     )
 
 
-def _summarize(output: Path, options: Options, plans: list[ComponentPlan], n_resumed: int, seconds: float) -> Summary:
-    return Summary(
+def _summarize(
+    output: Path, options: Options, plans: list[ComponentPlan], n_resumed: int, seconds: float
+) -> RunSummary:
+    return RunSummary(
         output=os.fspath(output),
         format=options.format,
         n_converted=sum(len(planned.plan.manifest.layers) for planned in plans),

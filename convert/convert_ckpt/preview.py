@@ -23,7 +23,7 @@ class _Line:
 
 
 def plan_json(plans: list[ComponentPlan]) -> list[dict[str, Any]]:
-    """Return one object per component: every tensor's fate, every output file and its size."""
+    """Return one object per component: every tensor's outcome, every output file and its size."""
     return [
         {
             "component": planned.name,

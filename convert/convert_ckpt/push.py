@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert_ckpt.pipeline import Summary
+from convert_ckpt.pipeline import RunSummary
 from run_ckpt.contract.errors import CheckpointError, PublishError
 from run_ckpt.progress import Progress
 from run_ckpt.tools.publish.push import ShardUploads, push_result
@@ -13,14 +13,14 @@ from run_ckpt.tools.publish.repository import LocalFile, Target, open_repository
 
 
 def convert_and_push(
-    convert: Callable[..., Summary],
+    convert: Callable[..., RunSummary],
     output: Path,
     target_options: dict[str, Any],
     *,
     base_model: str | None,
     at_end: bool,
     progress: Progress,
-) -> Summary:
+) -> RunSummary:
     """Convert and push. convert: convert_checkpoint() with all but its ``listener`` bound.
 
     A repo that can't be written to stops it before anything is converted. What fails later leaves

@@ -1,6 +1,6 @@
 """--calibration: what is known of the layers' inputs.
 
-Either a folder of statistics (run_ckpt.storage.statistics), or a safetensors file with ``<layer>.input_amax`` F32.
+Either a folder of statistics (storage.layer_statistics), or a safetensors file with ``<layer>.input_amax`` F32.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from run_ckpt.contract.formats import E4M3_MAX
 from run_ckpt.contract.manifest import GPTQ, Layer
 from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.header import read_header
-from run_ckpt.storage.statistics import InputStatistics, read_statistics
+from run_ckpt.storage.layer_statistics import InputStatistics, read_statistics
 
 _SUFFIX = ".input_amax"
 # Of the largest |input| that was seen. Room above costs a floating-point format next to nothing, clipping does not.

@@ -9,7 +9,7 @@ from convert_ckpt.source.component import Component
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import Header, StoredTensor
-from run_ckpt.storage.statistics import InputStatistics
+from run_ckpt.storage.layer_statistics import InputStatistics
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from convert_ckpt.run.buffers import Buffers
 from convert_ckpt.run.slab import ErrorSums, TensorWrite, decode_grid, encode_on_grid, is_finite, quantize, to_float
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.manifest import GPTQ, RTN, WEIGHT, WEIGHT_SCALE, Layer, sqnr_db
-from run_ckpt.storage.statistics import InputStatistics
+from run_ckpt.storage.layer_statistics import InputStatistics
 
 # Layers that share an input follow each other, and workers are few.
 _INPUTS_KEPT = 2

@@ -7,7 +7,7 @@ from convert_ckpt.methods.grid import ROWS_AT_ONCE
 from convert_ckpt.plan.plan import ComponentPlan, Plan, TensorPlan
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.manifest import WEIGHT
-from run_ckpt.storage.statistics import block_ranges
+from run_ckpt.storage.layer_statistics import block_ranges
 from run_ckpt.storage.units import format_nbytes
 
 _F32_NBYTES = 4

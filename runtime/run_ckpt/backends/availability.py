@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from run_ckpt.backends.backend import Device, describe_device
-from run_ckpt.backends.select import BACKENDS, choose_backend
+from run_ckpt.backends.choose import BACKENDS, choose_backend
 from run_ckpt.contract.errors import BackendError, UsageError
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.manifest_checks import read_checked_manifest

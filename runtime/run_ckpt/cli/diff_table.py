@@ -9,7 +9,7 @@ from rich.table import Table
 
 from run_ckpt.cli.names import DottedName
 from run_ckpt.storage.units import format_nbytes
-from run_ckpt.tools.diff import Difference, ResultDiff, TensorFate
+from run_ckpt.tools.diff import Difference, Outcome, ResultDiff
 
 
 def print_diff(console: Console, found: ResultDiff, names: tuple[Path, Path]) -> None:
@@ -45,16 +45,16 @@ def _cells(row: Difference) -> tuple[str, str, str]:
     return stored, size, sqnr
 
 
-def _stored(fate: TensorFate | None) -> str:
-    return fate.stored_as if fate else "absent"
+def _stored(outcome: Outcome | None) -> str:
+    return outcome.stored_as if outcome else "absent"
 
 
-def _size(fate: TensorFate | None) -> str:
-    return format_nbytes(fate.nbytes) if fate else "-"
+def _size(outcome: Outcome | None) -> str:
+    return format_nbytes(outcome.nbytes) if outcome else "-"
 
 
-def _sqnr(fate: TensorFate | None) -> str:
-    return "-" if fate is None or fate.sqnr_db is None else f"{fate.sqnr_db:.2f}"
+def _sqnr(outcome: Outcome | None) -> str:
+    return "-" if outcome is None or outcome.sqnr_db is None else f"{outcome.sqnr_db:.2f}"
 
 
 def _show(value: Any) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from run_ckpt.backends.backend import Tensors, describe_device
-from run_ckpt.backends.select import choose_backend, find_backend
+from run_ckpt.backends.choose import choose_backend, find_backend
 from run_ckpt.contract.errors import BackendError
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.loading.placeholder import WeightPlaceholder

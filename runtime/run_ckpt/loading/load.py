@@ -34,7 +34,7 @@ def load_quantized(
     model: any module with matching names, best on the meta device; its tensors are replaced. Default:
     the diffusers or transformers class that config.json names.
     dtype: what floating tensors that are not quantized become; default: as stored. Those which the class keeps in
-    float32 become that, as in from_pretrained. backend: one of run_ckpt.backends.select, default: the first that runs.
+    float32 become that, as in from_pretrained. backend: one of run_ckpt.backends.choose, default: the first that runs.
 
     Shards are read straight to a GPU, and mapped for the CPU as safetensors does: don't overwrite them
     in place while the model lives. A quantized weight is decoded by nothing but its backend.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.statistics.sums import InputSums, sums_nbytes
-from run_ckpt.storage.statistics import InputStatistics, LayerIdentity, read_statistics, write_statistics
+from run_ckpt.storage.layer_statistics import InputStatistics, LayerIdentity, read_statistics, write_statistics
 from run_ckpt.storage.units import format_nbytes
 
 # Correlations of the whole input up to this K, in blocks above: what ``auto`` means.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from run_ckpt.storage.statistics import block_ranges, pack_below_diagonal
+from run_ckpt.storage.layer_statistics import block_ranges, pack_below_diagonal
 
 _F32_NBYTES = 4
 
@@ -42,7 +42,7 @@ class InputSums:
             products.addmm_(block.T, block)
 
     def tensors(self) -> Mapping[str, np.ndarray]:
-        """Return the arrays of storage.statistics' table."""
+        """Return the arrays of storage.layer_statistics' table."""
         arrays = {
             "n_rows": np.array(self._n_rows, np.int64),
             "mean": (self._sum / sum(self._n_rows)).cpu().numpy(),

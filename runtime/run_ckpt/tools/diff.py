@@ -8,7 +8,7 @@ from run_ckpt.tools.publish.rows import ConvertedComponent, TensorRow
 
 
 @dataclass(frozen=True)
-class TensorFate:
+class Outcome:
     """What one result made of a tensor; ``sqnr_db`` is None where it is not quantized."""
 
     stored_as: str
@@ -25,8 +25,8 @@ class Difference:
 
     name: str
     count: int
-    a: TensorFate | None
-    b: TensorFate | None
+    a: Outcome | None
+    b: Outcome | None
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def diff_results(a: Sequence[ConvertedComponent], b: Sequence[ConvertedComponent
     n_same = 0
     for name in names:
         pair = (rows_a.get(name), rows_b.get(name))
-        fates = tuple(map(_fate, pair))
-        if fates[0] == fates[1]:
+        outcomes = tuple(map(_outcome, pair))
+        if outcomes[0] == outcomes[1]:
             n_same += 1
             continue
         kind = name if every_layer else next(row.kind for row in pair if row)
-        groups.setdefault((kind, *(fate and fate.stored_as for fate in fates)), []).append(pair)
+        groups.setdefault((kind, *(outcome and outcome.stored_as for outcome in outcomes)), []).append(pair)
     return ResultDiff(
         _options(a, b),
         _nbytes(a),
@@ -77,8 +77,8 @@ def _nbytes(components: Sequence[ConvertedComponent]) -> int:
     return sum(component.summary.output_nbytes for component in components)
 
 
-def _fate(row: TensorRow | None) -> TensorFate | None:
-    return TensorFate(row.stored_as, row.output_nbytes, row.sqnr_db) if row else None
+def _outcome(row: TensorRow | None) -> Outcome | None:
+    return Outcome(row.stored_as, row.output_nbytes, row.sqnr_db) if row else None
 
 
 def _difference(kind: str, pairs: list[tuple[TensorRow | None, TensorRow | None]]) -> Difference:
@@ -87,11 +87,11 @@ def _difference(kind: str, pairs: list[tuple[TensorRow | None, TensorRow | None]
     return Difference(name, len(pairs), _sum(rows_a), _sum(rows_b))
 
 
-def _sum(rows: list[TensorRow]) -> TensorFate | None:
+def _sum(rows: list[TensorRow]) -> Outcome | None:
     if not rows:
         return None
     worst = min((row.sqnr_db for row in rows if row.sqnr_db is not None), default=None)
-    return TensorFate(rows[0].stored_as, sum(row.output_nbytes for row in rows), worst)
+    return Outcome(rows[0].stored_as, sum(row.output_nbytes for row in rows), worst)
 
 
 def _options(a: Iterable[ConvertedComponent], b: Iterable[ConvertedComponent]) -> dict[str, tuple[Any, Any]]:

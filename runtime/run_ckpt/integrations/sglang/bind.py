@@ -17,7 +17,7 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from torch import Tensor, nn
 
 from run_ckpt.backends.backend import Device, describe_device
-from run_ckpt.backends.select import Choice, choose_backend
+from run_ckpt.backends.choose import Choice, choose_backend
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.integrations.sglang.config import PendingLinearMethod
