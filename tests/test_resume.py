@@ -19,6 +19,7 @@ from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.readers import ShardReaders
 from convert_ckpt.run.schedule import Slab
 from run_ckpt.contract.errors import CheckpointError, FaultsError, PartialRunError
+from run_ckpt.storage.partial import PartialFolder
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
 COMMAND = "import sys; from convert_ckpt.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
@@ -196,11 +197,11 @@ def test_two_runs_never_share_a_folder(source: Path, tmp_path: Path) -> None:
 def test_a_run_killed_between_publishing_and_cleaning_up_is_finished_by_the_same_command(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(_: Path) -> None:
+    def die(*_: object) -> None:
         raise StoppedError
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr("convert_ckpt.run.partial_output.shutil.rmtree", die)
+        patch.setattr(PartialFolder, "discard", die)
         convert(source, tmp_path / "out", format="mxfp4")
     assert (tmp_path / "out").exists()
     with pytest.raises(FaultsError, match="is not empty"):  # it would be thrown away

@@ -15,6 +15,7 @@ from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, read_manifest
 from run_ckpt.progress import Silent
 from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.partial import PartialFolder
 from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
 from run_ckpt.tools.rewrite.relayout import relayout
@@ -269,10 +270,9 @@ def test_a_failure_on_the_way_leaves_nothing(converted: dict[str, Path], tmp_pat
 
 
 def test_what_a_killed_run_left_is_thrown_away(converted: dict[str, Path], tmp_path: Path) -> None:
-    left = tmp_path / "plain.partial" / "result"
-    left.mkdir(parents=True)
-    (left / "old").write_text("")
-    (tmp_path / "plain.partial" / "run-ckpt.lock").write_text("")
+    with PartialFolder(tmp_path / "plain", "run-ckpt") as partial:
+        (partial.path / "result").mkdir()
+        (partial.path / "result" / "old").write_text("")
     folder = to_plain(converted["fp8-tensor"], tmp_path / "plain")
     assert not (folder / "old").exists()
     assert not (tmp_path / "plain.partial").exists()

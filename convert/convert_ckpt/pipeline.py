@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.make_plan import make_plan
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.preview import plan_json, plan_lines
+from convert_ckpt.run.component import ShardListener, convert_component, is_published
 from convert_ckpt.run.disk import check_disk
-from convert_ckpt.run.engine import Engine, FileRecord
-from convert_ckpt.run.fingerprint import check_unchanged, fingerprint, shard_identities
+from convert_ckpt.run.fingerprint import fingerprint
 from convert_ckpt.run.memory import check_memory, default_max_memory, memory_lines, n_workers_within
 from convert_ckpt.run.partial_output import Staging
-from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open_source
 from convert_ckpt.source.reference import Reference
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import join_names
-from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
-from run_ckpt.storage.atomic import target_faults, write_durably
+from run_ckpt.storage.atomic import target_faults
 from run_ckpt.storage.units import format_nbytes
 
 if TYPE_CHECKING:
     from run_ckpt.tools.publish.push import Pushed
-
-
-class ShardListener(Protocol):
-    """Told which shards will come, of each that is finished (from any thread), and before they get another path."""
-
-    def start(self, names: Iterable[str]) -> None: ...
-    def add(self, name: str, path: Path, nbytes: int) -> None: ...
-    def stop(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -142,28 +132,26 @@ def convert_checkpoint(
     n_resumed = 0
     max_memory = max_memory or default_max_memory()
     staging = Staging(output)
-    if restart or not staging.is_published():
+    if restart or not staging.may_be_published():
         check_output(reference, output)
     with staging:
         pinned_revision = None if restart else staging.pinned_revision(str(reference))
         with open_source(reference, selection, progress.log, staging.skeleton, pinned_revision) as opened:
             plans = plan_checkpoint(opened, options)
-            if not staging.is_published():
-                check_disk(opened, plans, staging)
-                check_memory(plans, max_memory)
-            if opened.store:
-                for line in plan_lines(opened, plans):
-                    progress.log(line)
-            else:
-                for line in memory_lines(plans):
-                    progress.log(line)
+            if staging.may_be_published() and all(is_published(staging.output, planned) for planned in plans):
+                staging.remove()
+                return _summarize(output, options, plans, 0, time.monotonic() - started)
+            check_output(reference, output)
+            check_disk(opened, plans, staging)
+            check_memory(plans, max_memory)
+            for line in plan_lines(opened, plans) if opened.store else memory_lines(plans):
+                progress.log(line)
             staging.adopt(fingerprint(opened, plans, options), restart=restart)
             if listener:
                 listener.start(join_names(planned.name, file.name) for planned in plans for file in planned.plan.files)
-            if not staging.is_published():
-                for planned in plans:
-                    n_at_once = n_workers_within(max_memory, planned.plan, n_workers)
-                    n_resumed += _convert_component(opened, planned, staging, n_at_once, progress, listener)
+            for planned in plans:
+                n_at_once = n_workers_within(max_memory, planned.plan, n_workers)
+                n_resumed += convert_component(opened, planned, staging, n_at_once, progress, listener)
             if listener:
                 listener.stop()
             staging.publish()
@@ -175,67 +163,6 @@ def check_output(reference: Reference, output: Path) -> None:
     faults = target_faults(reference if isinstance(reference, Path) else None, output)
     if faults:
         raise FaultsError("nothing was written", faults)
-
-
-def _convert_component(
-    opened: OpenedSource,
-    planned: ComponentPlan,
-    staging: Staging,
-    n_workers: int,
-    progress: Progress,
-    listener: ShardListener | None,
-) -> int:
-    """Convert one component into the staging folder; return how many files were finished before."""
-    before = shard_identities(opened, planned)
-    folder = staging.result / planned.name
-    folder.mkdir(exist_ok=True)
-    component = planned.name or "root"
-    records = {name: FileRecord(**entry) for name, entry in staging.read_records(component).items()}
-    n_resumed = len(records)
-
-    def hand_over(name: str, record: FileRecord) -> None:
-        if listener:
-            listener.add(join_names(planned.name, name), folder / name, record.file["nbytes"])
-
-    def on_file(name: str, record: FileRecord) -> None:
-        staging.write_record(component, name, asdict(record))
-        records[name] = record
-        progress.log(f"wrote {join_names(planned.name, name)} ({format_nbytes(record.file['nbytes'])})")
-        hand_over(name, record)
-
-    for name, record in records.items():
-        hand_over(name, record)
-
-    shards = planned.source.folder.shards
-    provider = opened.provide_shards(planned.name, shards, staging.fetched / component, progress)
-    engine = Engine(planned.plan, shards, folder, records.copy(), on_file, progress, provider)
-    progress.start(f"convert {planned.name}".strip(), engine.progress_nbytes)
-    engine.run(n_workers)
-    check_unchanged(before, shard_identities(opened, planned))
-    side_files = write_side_files(folder, planned.source, planned.plan)
-    sources = {
-        name: {**entry, **opened.stated_sha256(planned.name, name)}
-        for record in records.values()
-        for name, entry in record.sources.items()
-    }
-    manifest = _complete_manifest(planned.plan.manifest, records, side_files, sources)
-    write_durably(folder / MANIFEST_NAME, manifest.to_json())
-    return n_resumed
-
-
-def _complete_manifest(
-    manifest: Manifest,
-    records: Mapping[str, FileRecord],
-    side_files: dict[str, dict[str, Any]],
-    sources: dict[str, dict[str, Any]],
-) -> Manifest:
-    measured = {module: entry for record in records.values() for module, entry in record.layers.items()}
-    return replace(
-        manifest,
-        source={**manifest.source, "files": sources},
-        layers={module: replace(layer, **measured[module]) for module, layer in manifest.layers.items()},
-        files={**side_files, **{name: record.file for name, record in records.items()}},
-    )
 
 
 def _summarize(

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +48,7 @@ from convert_ckpt.source.shards import LocalShards, ShardProvider
 from run_ckpt.contract.errors import NonFiniteError
 from run_ckpt.contract.manifest import INPUT_SCALE, sqnr_db
 from run_ckpt.progress import Progress
+from run_ckpt.storage.folders import Folder
 from run_ckpt.storage.shards import Shard
 
 if TYPE_CHECKING:  # see _make_calibrated
@@ -79,7 +79,7 @@ class Engine:
         self,
         plan: Plan,
         shards: Iterable[Shard],
-        folder: Path,
+        folder: Folder,
         finished: dict[str, FileRecord],
         on_file: Callable[[str, FileRecord], None],
         progress: Progress,

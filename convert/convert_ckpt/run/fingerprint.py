@@ -7,6 +7,7 @@ from blake3 import blake3
 from convert_ckpt.options import Options
 from convert_ckpt.plan.calibration import calibration_digest
 from convert_ckpt.plan.plan import ComponentPlan
+from convert_ckpt.run.side_files import output_names
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.file_names import CONFIG_NAME
@@ -23,6 +24,7 @@ def fingerprint(opened: OpenedSource, plans: list[ComponentPlan], options: Optio
         "tool_version": VERSION,
         "options": {**options.to_json(), **contents},
         "source": {planned.name: _identity(opened, planned) for planned in plans},
+        "files": {planned.name: output_names(planned.source, planned.plan) for planned in plans},
     }
     if opened.store:
         result["remote"] = {"reference": opened.reference, "revision": opened.store.revision}
@@ -46,7 +48,9 @@ def shard_identities(opened: OpenedSource, planned: ComponentPlan) -> dict[str, 
             identities[shard.name] = {"nbytes": file.nbytes, "version": file.version, "header_blake3": header}
         else:
             stat = shard.path.stat()
-            identities[shard.name] = {"nbytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_blake3": header}
+            # ctime can't be set: it tells a file of the same size and mtime from the one that was there.
+            times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+            identities[shard.name] = {"nbytes": stat.st_size, **times, "header_blake3": header}
     return identities
 
 

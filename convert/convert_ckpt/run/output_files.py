@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from convert_ckpt.plan.plan import FilePlan, Plan
 from convert_ckpt.run.schedule import Slab, list_places
 from convert_ckpt.run.wait import Signal
+from run_ckpt.storage.folders import Folder
 from run_ckpt.storage.writer import ShardWriter
 
 # One hashes a finished file while the other waits for the disk.
@@ -27,7 +27,7 @@ class OutputFiles:
         self,
         plan: Plan,
         finished: set[str],
-        folder: Path,
+        folder: Folder,
         slabs: list[Slab],
         signal: Signal,
         on_finished: Callable[[FilePlan, dict[str, Any]], None],
@@ -74,6 +74,5 @@ class OutputFiles:
         if name not in self._writers:
             with self._signal.notify():
                 if name not in self._writers:
-                    path = self._folder / name
-                    self._writers[name] = ShardWriter(path, self._files[name].header, self._background)
+                    self._writers[name] = ShardWriter(self._folder, name, self._files[name].header, self._background)
         return self._writers[name]

@@ -1,22 +1,26 @@
-"""OUTPUT.partial: where a run builds its result, so that OUTPUT appears complete or not at all."""
+"""What a run leaves in OUTPUT.partial, so that the same command goes on from there."""
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from run_ckpt.contract.errors import PartialRunError
-from run_ckpt.storage.atomic import lock_file, partial_folder, publish_folder, write_durably
+from run_ckpt.contract.file_names import join_names
+from run_ckpt.storage.files import read_small
+from run_ckpt.storage.folders import Folder
+from run_ckpt.storage.hashing import hash_bytes
+from run_ckpt.storage.partial import PartialFolder
 
 _FINGERPRINT = "fingerprint.json"
-_LOCK = "lock"
 _RESULT = "result"
 _RECORDS = "records"
 _FETCHED = "fetched"
 _SKELETON = "skeleton"
+# In the order in which they are removed: as long as the fingerprint is there, it says what else may be.
+_NAMES = (_FETCHED, _RECORDS, _RESULT, _FINGERPRINT)
 
 
 class Staging:
@@ -26,9 +30,9 @@ class Staging:
     """
 
     def __init__(self, output: Path):
-        self.output = output.resolve()
-        self.folder = partial_folder(output)
-        self._lock_fd: int | None = None
+        self._partial = PartialFolder(output, "convert-ckpt")
+        self.output = self._partial.target
+        self.folder = self._partial.path
 
     @property
     def result(self) -> Path:
@@ -46,77 +50,113 @@ class Staging:
 
     def pinned_revision(self, reference: str) -> str | None:
         """Return the commit that an unfinished run of the same remote source began with."""
-        path = self.folder / _FINGERPRINT
-        remote = json.loads(path.read_text()).get("remote") if path.exists() else None
+        remote = (self._read_fingerprint() or {}).get("remote")
         return remote["revision"] if remote and remote["reference"] == reference else None
 
     def __enter__(self) -> "Staging":
-        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_fd = lock_file(self.folder / _LOCK)
+        self._partial.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.folder.exists() and {path.name for path in self.folder.iterdir()} <= {_LOCK, _SKELETON}:
-            self._discard()
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-
-    def _discard(self) -> None:
-        """Leave no trace of a run that was refused before it began."""
-        shutil.rmtree(self.folder)
-        with contextlib.suppress(OSError):  # somebody else uses the folder by now
-            for folder in self._made:
-                if folder != self.folder:
-                    folder.rmdir()
+    def __exit__(self, *error: object) -> None:
+        if self._partial.names() <= {_SKELETON}:
+            self._partial.discard([_SKELETON], parents=True)  # a run that was refused before it began leaves no trace
+        self._partial.__exit__(*error)
 
     def adopt(self, fingerprint: dict[str, Any], *, restart: bool) -> None:
-        """Start here or go on: raise PartialRunError if what is here belongs to another run.
+        """Start here or go on: raise PartialRunError if what is here belongs to another run, or to none.
 
-        restart: throw away what is here instead.
+        restart: throw away what is here instead, if a run of ours left it.
         """
-        path = self.folder / _FINGERPRINT
-        if restart:
-            for name in (_FINGERPRINT, _RECORDS, _RESULT, _FETCHED):
-                _remove(self.folder / name)
-        if path.exists():
-            differences = _differences(json.loads(path.read_text()), fingerprint)
-            if differences:
-                raise PartialRunError(
-                    f"{self.folder} holds an unfinished run with another source or other options:"
-                    f" {'; '.join(differences)}. Repeat that command to finish it, or add --restart to throw it away."
-                )
-        else:
-            self.result.mkdir()
-            write_durably(path, json.dumps(fingerprint, indent=1, sort_keys=True))
+        old = self._read_fingerprint()
+        foreign = list(self._foreign(old))
+        if foreign:
+            some = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+            raise PartialRunError(f"{self.folder}: holds what no run put there: {some}. Move that to another place.")
+        for name in _NAMES if restart else ():
+            self._partial.folder.remove(name)
+        if restart or old is None:
+            text = json.dumps(fingerprint, indent=1, sort_keys=True)
+            self._partial.folder.write(_FINGERPRINT, text.encode())
+        elif differences := _differences(old, fingerprint):
+            raise PartialRunError(
+                f"{self.folder} holds an unfinished run with another source or other options:"
+                f" {'; '.join(differences)}. Repeat that command to finish it, or add --restart to throw it away."
+            )
+
+    def open_result(self, component: str) -> Folder:
+        """Return the folder of the result in which a component is built."""
+        with self._partial.folder.open_folder(_RESULT, make=True) as result:
+            return result.open_folder(component, make=True)
 
     def read_records(self, component: str) -> dict[str, dict[str, Any]]:
-        """Return file name -> record of the finished files of a component."""
-        folder = self.folder / _RECORDS / component
-        return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        """Return file name -> record of the finished files of a component; damaged records are passed over."""
+        records = {}
+        for path in sorted((self.folder / _RECORDS / component).glob("*.json")):
+            try:
+                entry = json.loads(read_small(path, follow=False))
+                if entry["blake3"] == self._seal(component, path.stem, entry["record"]):
+                    records[path.stem] = entry["record"]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                continue
+        return records
 
     def write_record(self, component: str, file_name: str, record: Mapping[str, Any]) -> None:
         """Note that a file is complete and durable."""
-        folder = self.folder / _RECORDS / component
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / f"{file_name}.json", json.dumps(record, sort_keys=True))
+        text = json.dumps({"record": record, "blake3": self._seal(component, file_name, record)}, sort_keys=True)
+        with (
+            self._partial.folder.open_folder(_RECORDS, make=True) as records,
+            records.open_folder(component, make=True) as folder,
+        ):
+            folder.write(f"{file_name}.json", text.encode())
 
-    def is_published(self) -> bool:
-        """True where a run got as far as renaming the result and was stopped before cleaning up."""
-        return (self.folder / _FINGERPRINT).exists() and not self.result.exists() and self.output.exists()
+    def may_be_published(self) -> bool:
+        """True where a run may have been stopped after renaming the result and before it had cleaned up."""
+        with suppress(OSError):
+            return self.folder.is_dir() and not self.result.exists() and self.output.exists()
+        return False
 
     def publish(self) -> None:
         """Rename the result to OUTPUT and remove the rest."""
-        if not self.is_published():
-            publish_folder(self.result, self.output)
-        shutil.rmtree(self.folder)
+        self._partial.publish(_RESULT)
+        self.remove()
 
+    def remove(self) -> None:
+        """Remove OUTPUT.partial."""
+        self._partial.discard([_SKELETON, *_NAMES])
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    def _read_fingerprint(self) -> dict[str, Any] | None:
+        """Return what the unfinished run wrote of itself, None where there is none. Raises PartialRunError."""
+        try:
+            fingerprint = json.loads(read_small(self.folder / _FINGERPRINT, follow=False))
+            return {**fingerprint, "files": {**fingerprint["files"]}, "source": {**fingerprint["source"]}}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PartialRunError(
+                f"{self.folder / _FINGERPRINT}: is damaged ({error}), so that nothing here can be taken over."
+                f" Remove {self.folder}, then start again."
+            ) from error
+
+    def _seal(self, component: str, file_name: str, record: Mapping[str, Any]) -> str:
+        """Return a hash that ties a record to its file and to the run that wrote it."""
+        run = read_small(self.folder / _FINGERPRINT, follow=False).decode()
+        return hash_bytes(json.dumps([run, component, file_name, record], sort_keys=True).encode())
+
+    def _foreign(self, fingerprint: Mapping[str, Any] | None) -> Iterator[str]:
+        """Yield what is here and was not made by the run of ``fingerprint``."""
+        files: set[str] = set()
+        if fingerprint:
+            files = {_FINGERPRINT}
+            for component, names in fingerprint["files"].items():
+                folder, shards = component or "root", fingerprint["source"][component]["shards"]
+                files |= {join_names(_RESULT, component, name) for name in names}
+                files |= {f"{_RECORDS}/{folder}/{name}.json" for name in names}
+                files |= {f"{_FETCHED}/{folder}/{name}" for name in shards}
+        folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
+        for path, status in self._partial.walk():
+            expected = folders if stat.S_ISDIR(status.st_mode) else files
+            if path not in expected and path.partition("/")[0] != _SKELETON:
+                yield path
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:

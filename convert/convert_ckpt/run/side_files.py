@@ -1,6 +1,7 @@
 """The small files of the result: config.json, the index, what SOURCE holds besides, the manifest."""
 
-import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,25 @@ from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.table import DIALECTS, quantization_config
 from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
-from run_ckpt.storage.atomic import write_durably
-from run_ckpt.storage.hashing import describe_file
+from run_ckpt.storage.files import read_small
+from run_ckpt.storage.folders import Folder
+from run_ckpt.storage.hashing import describe_bytes
 from run_ckpt.storage.json_files import config_text, index_text, make_index
 
 
-def write_side_files(folder: Path, source: Component, plan: Plan) -> dict[str, dict[str, Any]]:
+def output_names(source: Component, plan: Plan) -> list[str]:
+    """Return the names of all files of the result."""
+    return sorted({MANIFEST_NAME, *(file.name for file in plan.files), *_texts(source, plan), *_copied(source, plan)})
+
+
+def write_side_files(folder: Folder, source: Component, plan: Plan) -> dict[str, dict[str, Any]]:
     """Write config.json, the index and the copies; return name -> what the manifest says of each."""
-    texts = {}
-    config = make_config(source.config, plan.manifest)
-    if config is not None:
-        texts[CONFIG_NAME] = config_text(config)
-    index_name = _index_name(source, plan)
-    if index_name:
-        stored = ((tensor.spec, file.name) for file in plan.files for tensor in file.header.tensors)
-        texts[index_name] = index_text(make_index(stored))
-    for name, text in texts.items():
-        write_durably(folder / name, text)
-    for path in source.side_files:
-        if path.name not in texts and path.name != MANIFEST_NAME:
-            shutil.copyfile(path, folder / path.name)
-            texts[path.name] = ""
-    return {name: describe_file(folder / name) for name in sorted(texts)}
+    contents = {name: make_text().encode() for name, make_text in _texts(source, plan).items()}
+    for name, path in _copied(source, plan).items():
+        contents[name] = read_small(path)
+    for name, data in contents.items():
+        folder.write(name, data)
+    return {name: describe_bytes(contents[name]) for name in sorted(contents)}
 
 
 def make_config(config: dict[str, Any] | None, manifest: Manifest) -> dict[str, Any] | None:
@@ -39,6 +37,23 @@ def make_config(config: dict[str, Any] | None, manifest: Manifest) -> dict[str, 
     if declared is None:
         return config
     return {**(config or {}), CONFIG_KEY: declared}
+
+
+def _texts(source: Component, plan: Plan) -> dict[str, Callable[[], str]]:
+    """Return what makes the text of each file that is not copied."""
+    texts: dict[str, Callable[[], str]] = {}
+    config = make_config(source.config, plan.manifest)
+    if config is not None:
+        texts[CONFIG_NAME] = partial(config_text, config)
+    if index_name := _index_name(source, plan):
+        stored = ((tensor.spec, file.name) for file in plan.files for tensor in file.header.tensors)
+        texts[index_name] = lambda: index_text(make_index(stored))
+    return texts
+
+
+def _copied(source: Component, plan: Plan) -> dict[str, Path]:
+    ours = {MANIFEST_NAME, *_texts(source, plan)}
+    return {path.name: path for path in source.side_files if path.name not in ours}
 
 
 def _index_name(source: Component, plan: Plan) -> str | None:

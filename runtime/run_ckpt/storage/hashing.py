@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
+from run_ckpt.storage.files import open_to_read
+from run_ckpt.storage.folders import Folder
+
 # Small enough for a core's own cache, large enough to hide the cost of a call.
 _READ_NBYTES = 2**20
 
@@ -22,9 +25,34 @@ def _ignore(nbytes: int) -> None:
     pass
 
 
+def describe_bytes(data: bytes) -> dict[str, Any]:
+    """Return what the manifest says of a file that holds ``data``."""
+    return {"nbytes": len(data), "blake3": hash_bytes(data)}
+
+
+def hash_bytes(data: bytes) -> str:
+    """Return the BLAKE3 of ``data``, hexadecimal."""
+    return blake3(data).hexdigest()
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """Return what the manifest says of a file: its size in bytes and BLAKE3."""
-    return {"nbytes": path.stat().st_size, "blake3": hash_path(path)}
+    return _describe(open_to_read(path))
+
+
+def describe_entry(folder: Folder, name: str) -> dict[str, Any] | None:
+    """Return what the manifest says of a file in a folder, None where there is no such file."""
+    try:
+        return _describe(folder.open_file(name))
+    except OSError:
+        return None
+
+
+def _describe(fd: int) -> dict[str, Any]:
+    try:
+        return {"nbytes": os.fstat(fd).st_size, "blake3": hash_file(fd)}
+    finally:
+        os.close(fd)
 
 
 def hash_path(path: Path, advance: Callable[[int], object] = _ignore) -> str:
@@ -43,8 +71,11 @@ def hash_file(fd: int) -> str:
 
 def add_file(digest: Digest, path: Path, advance: Callable[[int], object] = _ignore) -> None:
     """Add all bytes of a file to any digest."""
-    with open(path, "rb") as file:
-        _add(digest, file.fileno(), advance)
+    fd = open_to_read(path)
+    try:
+        _add(digest, fd, advance)
+    finally:
+        os.close(fd)
 
 
 def _add(digest: Digest, fd: int, advance: Callable[[int], object]) -> None:

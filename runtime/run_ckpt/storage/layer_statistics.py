@@ -28,7 +28,8 @@ import numpy as np
 from run_ckpt.contract.errors import CheckpointError, FaultsError, HeaderError
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.tensors import TensorSpec
-from run_ckpt.storage.atomic import sync_folder
+from run_ckpt.storage.files import open_to_read
+from run_ckpt.storage.folders import open_folder
 from run_ckpt.storage.header import Header, build_header, read_header
 from run_ckpt.storage.reader import read_fully
 
@@ -83,7 +84,7 @@ class InputStatistics:
         """Return one of the file's tensors."""
         stored = next(tensor for tensor in self.header.tensors if tensor.spec.name == name)
         data = np.empty(stored.spec.shape, _DTYPES[stored.spec.dtype])
-        fd = os.open(self.path, os.O_RDONLY)
+        fd = open_to_read(self.path)
         try:
             read_fully(fd, data.reshape(-1).view(np.uint8).data, stored.offset, self.path.name)
         finally:
@@ -140,19 +141,14 @@ def write_statistics(
     }
     specs = _specs(len(tensors["mean"]), block_size)
     header = build_header(specs.values(), metadata)
-    path = folder / (next(iter(layers)) + SUFFIX)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
+    name = next(iter(layers)) + SUFFIX
+    with open_folder(folder) as opened, opened.replace(name) as fd, open(fd, "wb", closefd=False) as file:
         file.write(header.data)
         for stored in header.tensors:
             array = np.ascontiguousarray(tensors[stored.spec.name], _DTYPES[stored.spec.dtype])
             assert array.shape == stored.spec.shape
             file.write(array.data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    sync_folder(folder)
-    return path
+    return folder / name
 
 
 def block_ranges(K: int, block_size: int) -> Iterator[tuple[int, int]]:

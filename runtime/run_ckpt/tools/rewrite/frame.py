@@ -1,7 +1,5 @@
 """A converted checkpoint written anew, shard by shard: the frame that dequantize and relayout share."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,30 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.errors import CheckpointError, FaultsError
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
-from run_ckpt.storage.atomic import (
-    lock_file,
-    partial_folder,
-    publish_folder,
-    sync_folder,
-    target_faults,
-    write_durably,
-)
+from run_ckpt.storage.atomic import target_faults
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
-from run_ckpt.storage.hashing import describe_file
+from run_ckpt.storage.files import read_small
+from run_ckpt.storage.folders import Folder
+from run_ckpt.storage.hashing import describe_bytes
 from run_ckpt.storage.header import Header, build_header
 from run_ckpt.storage.json_files import config_text, index_text, make_index
+from run_ckpt.storage.partial import PartialFolder
 from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.writer import ShardWriter
 from run_ckpt.tools.verify.files import file_faults
 
-_LOCK = "run-ckpt.lock"
 _RESULT = "result"
 
 
@@ -74,31 +67,29 @@ def rewrite(output: Path, target: Path, plan: Callable[[Checkpoint], Rewrite], p
         raise FaultsError("nothing was written: the checkpoint is damaged", faults)
     with _build_folder(target) as result:
         for name, path in components.items():
-            (result / name).mkdir(exist_ok=True)
-            with open_checkpoint(path) as checkpoint:
+            with open_checkpoint(path) as checkpoint, result.open_folder(name, make=True) as folder:
                 progress.start(f"write {name}".strip(), sum(s.header.file_nbytes for s in checkpoint.folder.shards))
-                _write_component(checkpoint, result / name, plan(checkpoint), progress)
+                _write_component(checkpoint, folder, plan(checkpoint), progress)
 
 
-def _write_component(checkpoint: Checkpoint, folder: Path, steps: Rewrite, progress: Progress) -> None:
+def _write_component(checkpoint: Checkpoint, folder: Folder, steps: Rewrite, progress: Progress) -> None:
     headers = {shard.name: _new_header(shard, steps) for shard in checkpoint.folder.shards}
     files = {}
     with ThreadPoolExecutor(2, thread_name_prefix="flush") as background:
         for shard in checkpoint.folder.shards:
             name = steps.rename(shard.name)
-            writer = ShardWriter(folder / name, headers[shard.name], background)
+            writer = ShardWriter(folder, name, headers[shard.name], background)
             _write_tensors(checkpoint, shard, steps, writer, progress)
             files[name] = writer.finish()
-    for name, text in _texts(checkpoint, headers, steps).items():
-        write_durably(folder / name, text)
-        files[name] = describe_file(folder / name)
+    contents = {name: text.encode() for name, text in _texts(checkpoint, headers, steps).items()}
     for name in sorted(checkpoint.manifest.files):
-        if name not in files and name != CONFIG_NAME and not name.endswith((SUFFIX, INDEX_SUFFIX)):
-            shutil.copyfile(checkpoint.path / name, folder / name)
-            files[name] = describe_file(folder / name)
+        if name not in {*files, *contents, CONFIG_NAME} and not name.endswith((SUFFIX, INDEX_SUFFIX)):
+            contents[name] = read_small(checkpoint.path / name)
+    for name, data in contents.items():
+        folder.write(name, data)
+        files[name] = describe_bytes(data)
     if steps.manifest:
-        write_durably(folder / MANIFEST_NAME, steps.manifest(files))
-    sync_folder(folder)
+        folder.write(MANIFEST_NAME, steps.manifest(files).encode())
 
 
 def _new_header(shard: Shard, steps: Rewrite) -> Header:
@@ -136,26 +127,17 @@ def _texts(checkpoint: Checkpoint, headers: Mapping[str, Header], steps: Rewrite
 
 
 @contextmanager
-def _build_folder(target: Path) -> Iterator[Path]:
+def _build_folder(target: Path) -> Iterator[Folder]:
     """Yield a folder that becomes ``target`` at the end, and is removed where the work fails.
 
     It lies in ``target``.partial. What a killed run of ours left there is thrown away; anything
     else there (an unfinished convert-ckpt run) is refused.
     """
-    partial = partial_folder(target)
-    if partial.exists() and not (partial / _LOCK).exists() and any(partial.iterdir()):
-        raise CheckpointError(
-            f"{partial}: is in the way and not ours; an unfinished convert-ckpt run, perhaps."
-            " Finish that run, remove the folder, or choose another DIR."
-        )
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(partial / _LOCK)
-    result = partial / _RESULT
-    try:
-        shutil.rmtree(result, ignore_errors=True)
-        result.mkdir()
-        yield result
-        publish_folder(result, target.resolve())
-    finally:
-        shutil.rmtree(partial)
-        os.close(lock)
+    with PartialFolder(target, "run-ckpt") as partial:
+        try:
+            partial.folder.remove(_RESULT)
+            with partial.folder.open_folder(_RESULT, make=True) as result:
+                yield result
+            partial.publish(_RESULT)
+        finally:
+            partial.discard([_RESULT], parents=True)

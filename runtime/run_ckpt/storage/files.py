@@ -1,0 +1,53 @@
+"""Files that others may have prepared: regular ones only, so that no pipe is waited for, and small ones only whole."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+# A file of text that is read whole: the index of 300,000 tensors takes 30 MB.
+MAX_TEXT_NBYTES = 100_000_000
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
+
+
+def open_to_read(path: str | Path, *, follow: bool = True, dir_fd: int | None = None) -> int:
+    """Return a descriptor that reads a regular file.
+
+    follow: go where a link leads. dir_fd: the folder that a relative ``path`` is in.
+    Raises OSError where it can't be opened or is something else: a folder, a pipe, a device.
+    """
+    _check_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow), path)  # opening a device may do something
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    fd = os.open(path, flags, dir_fd=dir_fd)
+    try:
+        _check_regular(os.fstat(fd), path)  # it may be another one by now
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_small(
+    path: str | Path, max_nbytes: int = MAX_TEXT_NBYTES, *, follow: bool = True, dir_fd: int | None = None
+) -> bytes:
+    """Return what a regular file holds. Raises OSError as open_to_read, and for one of more than ``max_nbytes``."""
+    fd = open_to_read(path, follow=follow, dir_fd=dir_fd)
+    with open(fd, "rb") as file:
+        nbytes = os.fstat(fd).st_size
+        if nbytes <= max_nbytes:
+            data = file.read(max_nbytes + 1)
+            nbytes = len(data)
+    if nbytes > max_nbytes:
+        raise OSError(errno.EFBIG, f"holds {nbytes:,} bytes, more than the {max_nbytes:,} of any such file", str(path))
+    return data
+
+
+def read_text(path: str | Path, max_nbytes: int = MAX_TEXT_NBYTES) -> str:
+    """Return the text of a small file. Raises OSError as read_small, and UnicodeDecodeError."""
+    return read_small(path, max_nbytes).decode()
+
+
+def _check_regular(status: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
+        raise OSError(errno.EINVAL, f"is {kind}, not a file", str(path))
