@@ -102,7 +102,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: not a readable TOML file ({error}).") from error
+        raise UsageError(f"{path}: not a readable TOML file ({error}). Correct it.") from error
 
 
 @cache

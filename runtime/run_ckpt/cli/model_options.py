@@ -12,6 +12,20 @@ if TYPE_CHECKING:  # it imports torch
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+
+def _check_device(_context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
+    if name is not None:
+        import torch
+
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:  # torch lists all the devices that it has heard of
+            have = "cpu and cuda" if torch.cuda.is_available() else "cpu"
+            raise click.BadParameter(f"{name!r} is no device of this machine, which has {have}.") from error
+    return name
+
+
+device_option = click.option("--device", callback=_check_device, help="[default: cuda if there is one, else cpu]")
 _PIPELINE_OPTIONS = (
     click.option("--negative-prompt", help="What to avoid."),
     click.option("--steps", "num_inference_steps", type=click.IntRange(1), help="Denoising steps."),
@@ -22,7 +36,7 @@ _PIPELINE_OPTIONS = (
 )
 _PIPELINE_ARGUMENTS = ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "num_frames")
 _PLACEMENT_OPTIONS = (
-    click.option("--device", help="[default: cuda if there is one, else cpu]"),
+    device_option,
     click.option(
         "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of what is not quantized."
     ),

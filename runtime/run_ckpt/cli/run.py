@@ -9,6 +9,7 @@ import click
 from run_ckpt.cli.model_options import (
     DTYPES,
     default_device,
+    device_option,
     pipeline_arguments,
     pipeline_options,
     placement,
@@ -74,7 +75,7 @@ def generate(
 
 @click.command()
 @click.argument("output", type=_FOLDER)
-@click.option("--device", help="[default: cuda if there is one, else cpu]")
+@device_option
 @click.option("--backend", help="Measure this one.  [default: the first that can run]")
 @click.option(
     "--rows", default=_SMALL_M, show_default=True, callback=_parse_rows, help="The values of M, tokens in a batch."

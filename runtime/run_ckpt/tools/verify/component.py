@@ -119,7 +119,7 @@ def _compare_source(
 ) -> list[Measured]:
     """Append every difference from the source to ``faults``; return what was measured."""
     manifest, reader = checkpoint.manifest, checkpoint.reader
-    source_folder = _collect(faults, lambda: read_folder(source_path))
+    source_folder = _collect(faults, lambda: read_folder(source_path), f"source {source_path.name}: ")
     if source_folder is None:
         return []
     progress.start(_label("hash source", name), sum(entry["nbytes"] for entry in manifest.source["files"].values()))
@@ -139,14 +139,14 @@ def _compare_source(
     return measured
 
 
-def _collect(faults: list[str], read: Callable[[], Read]) -> Read | None:
-    """Return what ``read`` returns, or None with its faults appended."""
+def _collect(faults: list[str], read: Callable[[], Read], where: str = "") -> Read | None:
+    """Return what ``read`` returns, or None with its faults, which are of ``where``, appended."""
     try:
         return read()
     except FaultsError as error:
-        faults += error.faults
+        faults += [f"{where}{fault}" for fault in error.faults]
     except CheckpointError as error:
-        faults.append(str(error))
+        faults.append(f"{where}{error}")
     return None
 
 

@@ -1,0 +1,287 @@
+"""A table of mistakes: what is typed, the exit code, and what the message says. To add one: a row, and its THINGS.
+
+Each runs in this process, in a folder that holds tests/mistakes.py's THINGS. The message is compared as far as it is
+given, white space aside.
+"""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+
+from convert_ckpt.cli import cli as convert_ckpt
+from run_ckpt.cli.command import run_command
+from run_ckpt.cli.main import run_ckpt
+from tests.mistakes import make_things
+
+COMMANDS: dict[str, click.Command] = {"convert-ckpt": convert_ckpt, "run-ckpt": run_ckpt}
+MOST_LINES = 3
+
+
+class Mistake(NamedTuple):
+    """A command line, its exit code, and (a part of) what it prints to standard error."""
+
+    command: str
+    code: int
+    message: str
+
+
+COMMAND_LINE = [
+    Mistake("convert-ckpt", 2, "Missing argument 'SOURCE'."),
+    Mistake("convert-ckpt good OUT", 2, "Missing option '--format'. Choose from: mxfp4, mxfp8, fp8"),
+    Mistake("convert-ckpt good --format fp8", 2, "Missing argument 'OUTPUT' (only --dry-run goes without)."),
+    Mistake("convert-ckpt good OUT --fromat fp8", 2, "No such option '--fromat'. Did you mean '--format'?"),
+    Mistake("convert-ckpt good OUT --format int4", 2, "'--format': 'int4' is not one of 'mxfp4', 'mxfp8', 'fp8'."),
+    Mistake("convert-ckpt good OUT --format mxfp4 --layout flat", 2, "'--layout': 'flat' is not one of"),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --granularity row", 2, "'row' is not one of 'tensor', 'channel', 'block'."
+    ),
+    Mistake("convert-ckpt good OUT --format mxfp4 --scale-rule best", 2, "'best' is not one of 'even', 'floor',"),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --dialect gguf", 2, "'--dialect': 'gguf' is not one of 'mxfp4', 'fp8',"
+    ),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --preset sdxl", 2, "'--preset': 'sdxl' is not one of 'dense-llm', 'flux1',"
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --workers 0", 2, "'--workers': 0 is not in the range 1<=x<=64."),
+    Mistake("convert-ckpt good OUT --format fp8 --max-memory lots", 2, "'lots' is no size. Write 4GB, say."),
+    Mistake("convert-ckpt good OUT --format fp8 --method gptq", 2, "--method gptq: needs --calibration DIR,"),
+    Mistake("convert-ckpt good OUT --format fp8 --static", 2, "--static: needs --calibration DIR,"),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --calibration nowhere", 2, "'--calibration': Path 'nowhere' does not exist."
+    ),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --calibration empty",
+        2,
+        "it holds no .safetensors file. Give the folder that run-ckpt calibrate wrote.",
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --calibration file", 2, "file: 4 bytes is too short for a safetensors"),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --calibration other/model.safetensors",
+        2,
+        "expected one F32 value named <layer>.input_amax, found BF16 [512, 256].",
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --private", 2, "--private goes with --push-to-hub OWNER/NAME."),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --push-to-hub digits", 2, "digits: not the name of a repo. Give owner/name."
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --push-to-hub me/x-4bit", 2, "contains -4bit"),
+    Mistake(
+        "convert-ckpt good OUT --format mxfp4 --dialect quark",
+        2,
+        "--dialect quark: can't say --format mxfp4 --layout aiter. Choose one of mxfp4.",
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --keep-source", 2, "--keep-source: good is here and always stays."),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --component transformer",
+        2,
+        "--component transformer: not in SOURCE. Its components: none: SOURCE is a single component.",
+    ),
+    Mistake(
+        "convert-ckpt pipeline OUT --format fp8 --component vae",
+        2,
+        "--component vae: not in SOURCE. Its components: transformer, transformer_2.",
+    ),
+]
+
+RULES = [
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --ignore 'decoder.*'", 2, "decoder.*: matches no linear layer of good."
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --ignore '*'", 1, "nothing to convert: all 4 linear layers are kept."),
+    Mistake("convert-ckpt good OUT --format fp8 --recipe nowhere.toml", 2, "File 'nowhere.toml' does not exist."),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --recipe recipe-broken.toml",
+        2,
+        "recipe-broken.toml: not a readable TOML file",
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --recipe recipe-key.toml", 2, "unknown keys ['presett']. Known keys:"),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --recipe recipe-preset.toml", 2, "--preset fluxx: unknown. Known presets:"
+    ),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --recipe recipe-format.toml",
+        2,
+        'rule 1: needs match = "PATTERN" and format =',
+    ),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --recipe recipe-unmatched.toml",
+        2,
+        "decoder.*: matches no linear layer of good.",
+    ),
+    Mistake(
+        "convert-ckpt good OUT --format mxfp4 --layout plain --recipe recipe-splits.toml",
+        2,
+        "are fused at load and need one format, but the recipe gives fp8, mxfp4. Name them all in one rule.",
+    ),
+]
+
+SOURCE = [
+    Mistake("convert-ckpt nowhere OUT --format fp8", 1, "nowhere: no such file or folder. Give a checkpoint folder"),
+    Mistake(
+        "convert-ckpt empty OUT --format fp8",
+        1,
+        "it holds no .safetensors file. Give the folder that holds config.json",
+    ),
+    Mistake(
+        "convert-ckpt model.txt OUT --format fp8", 1, "model.txt: not a .safetensors file. Give a checkpoint folder"
+    ),
+    Mistake("convert-ckpt truncated OUT --format fp8", 1, "but the file has 262,300. Fetch or write this file again."),
+    Mistake(
+        "convert-ckpt shard-missing OUT --format fp8", 1, "model-00002-of-00002.safetensors: missing. Fetch this shard."
+    ),
+    Mistake(
+        "convert-ckpt unlisted-shard-missing OUT --format fp8", 1, "model: shards [2] of 2 are missing. Fetch them."
+    ),
+    Mistake("convert-ckpt index-broken OUT --format fp8", 1, "model.safetensors.index.json: not a usable index"),
+    Mistake(
+        "convert-ckpt index-outside OUT --format fp8",
+        1,
+        "names '../secret.safetensors', which is not a file of this folder.",
+    ),
+    Mistake(
+        "convert-ckpt index-wrong OUT --format fp8", 1, "the index says model-00002-of-00002.safetensors, but it is in"
+    ),
+    Mistake("convert-ckpt twice OUT --format fp8", 1, "Remove the copy that does not belong."),
+    Mistake(
+        "convert-ckpt web-page OUT --format fp8", 1, "This is no safetensors file, or a damaged one; fetch it again."
+    ),
+    Mistake("convert-ckpt config-broken OUT --format fp8", 1, "config.json: not readable"),
+    Mistake("convert-ckpt config-quantized OUT --format fp8", 1, "config.json: already quantized (quant_method awq)."),
+    Mistake("convert-ckpt fp8-weights OUT --format fp8", 1, "already quantized. Convert the original checkpoint."),
+    Mistake("convert-ckpt int4-weights OUT --format fp8", 1, "o_proj.qweight: already quantized. Convert the original"),
+    Mistake("convert-ckpt result OUT --format fp8", 1, "config.json: already quantized (quant_method mxfp4)."),
+    Mistake(
+        "convert-ckpt no-linear OUT --format fp8", 1, "nothing to convert: it holds no 2-D weight of a linear layer."
+    ),
+    Mistake(
+        "convert-ckpt small OUT --format mxfp4", 1, "1 for: N = 128 is under 256. Write a --recipe that says otherwise."
+    ),
+    Mistake("convert-ckpt narrow OUT --format mxfp4", 1, "K = 320 is not a multiple of 256 (see --allow-unaligned-k)."),
+    Mistake("convert-ckpt hf://flux OUT --format fp8", 2, "hf://flux: names no model of the Hub."),
+    Mistake("convert-ckpt ftpp://host/flux OUT --format fp8", 2, "ftpp://: Protocol not known: ftpp."),
+]
+
+OUTPUT = [
+    Mistake("convert-ckpt good good --format fp8", 1, "good: is the source. Choose another folder."),
+    Mistake(
+        "convert-ckpt good good/fp8 --format fp8", 1, "good/fp8: lies in the source. Choose a folder outside of it."
+    ),
+    Mistake("convert-ckpt good . --format fp8", 1, ".: holds the source. Choose another folder."),
+    Mistake("convert-ckpt good full --format fp8", 1, "full: is not empty. Choose another folder, or remove this one."),
+    Mistake("convert-ckpt good file --format fp8", 1, "file: is a file. Choose a folder."),
+]
+
+RESULTS = [
+    Mistake("run-ckpt quantize good", 2, "No such command 'quantize'. Did you mean 'dequantize'?"),
+    Mistake("run-ckpt inspect", 2, "Missing argument 'OUTPUT'."),
+    Mistake("run-ckpt inspect nowhere", 1, "nowhere: no such file or folder. Give a checkpoint folder"),
+    Mistake(
+        "run-ckpt inspect good", 1, "good: no quantization_manifest.json. This is no finished result of convert-ckpt;"
+    ),
+    Mistake("run-ckpt inspect result-edited", 1, "was changed after it was written. Fetch it again, or convert again."),
+    Mistake("run-ckpt inspect result-contradicts", 1, "dialect 'klingon' is unknown; known are mxfp4, fp8,"),
+    Mistake("run-ckpt inspect result-of-the-future", 1, "schema version 99; this version reads"),
+    Mistake(
+        "run-ckpt inspect result --device tpu", 2, "or a GPU's architecture such as gfx950, gfx942, sm90 or sm120."
+    ),
+    Mistake("run-ckpt verify nowhere", 1, "nowhere: no such file or folder."),
+    Mistake("run-ckpt verify good", 1, "fault: good: no quantization_manifest.json."),
+    Mistake("run-ckpt verify result-flipped", 1, "its bytes have changed. Fetch it again, or convert again."),
+    Mistake("run-ckpt verify result-file-missing", 1, "fault: config.json: missing, but the manifest lists it."),
+    Mistake("run-ckpt verify result-with-extra", 1, "fault: notes.txt: not listed in the manifest. Remove it."),
+    Mistake("run-ckpt verify result --source nowhere", 1, "nowhere: no such file or folder."),
+    Mistake("run-ckpt verify result --source empty", 1, "fault: source empty: it holds no .safetensors file."),
+    Mistake("run-ckpt diff result", 2, "Missing argument 'B'."),
+    Mistake("run-ckpt diff result good", 1, "good: no quantization_manifest.json."),
+    Mistake("run-ckpt dequantize result full", 1, "full: is not empty. Choose another folder, or remove this one."),
+    Mistake("run-ckpt dequantize result result", 1, "result: is the source. Choose another folder."),
+    Mistake("run-ckpt dequantize result-flipped OUT", 1, "nothing was written: the checkpoint is damaged"),
+    Mistake("run-ckpt dequantize result OUT --dtype int8", 2, "'--dtype': 'int8' is not one of 'bfloat16', 'source'."),
+    Mistake("run-ckpt relayout result OUT", 2, "Missing option '--layout'."),
+    Mistake("run-ckpt relayout result OUT --layout aiter", 2, "result: is in layout aiter, dialect mxfp4 already."),
+    Mistake("run-ckpt relayout result-fp8 OUT --layout plain", 2, "FP8 has one layout only; there is nothing to do."),
+    Mistake("run-ckpt card good", 1, "good: no quantization_manifest.json."),
+    Mistake("run-ckpt report good", 1, "good: no quantization_manifest.json."),
+    Mistake("run-ckpt push result digits", 2, "digits: not the name of a repo. Give owner/name."),
+]
+
+RUNNING = [
+    Mistake("run-ckpt bench result --rows few", 2, "'few' is no list of numbers such as 1,16,256,4096."),
+    Mistake("run-ckpt bench result --rows 0", 2, "'--rows': each M must be at least 1."),
+    Mistake("run-ckpt bench result --backend magic", 2, "no backend 'magic'. Choose one of aiter, scaled_mm,"),
+    Mistake("run-ckpt bench result --device tpu", 2, "'tpu' is no device of this machine, which has"),
+    Mistake(
+        "run-ckpt compare --model-path good --transformer-path result", 2, "give either --prompts FILE, for a pipeline,"
+    ),
+    Mistake(
+        "run-ckpt compare --model-path good --transformer-path result --prompts nowhere.txt",
+        2,
+        "'--prompts': File 'nowhere.txt' does not exist.",
+    ),
+    Mistake(
+        "run-ckpt compare --model-path good --transformer-path result --prompts prompts.txt --fail-under beauty=3",
+        2,
+        "--fail-under beauty=3: 'beauty' is none of snr, snr_summed, cosine, psnr,",
+    ),
+    Mistake(
+        "run-ckpt compare --model-path good --transformer-path result --prompts prompts.txt --fail-under psnr",
+        2,
+        "--fail-under psnr: '' is no number. Write psnr=0.5, say.",
+    ),
+    Mistake(
+        "run-ckpt calibrate --model-path good --output OUT --prompts prompts.txt --text prompts.txt",
+        2,
+        "give either --prompts FILE, for a pipeline, or --text FILE, for a language model.",
+    ),
+    Mistake(
+        "run-ckpt calibrate --model-path good --output OUT --text prompts.txt --memory lots", 2, "'lots' is no size."
+    ),
+    Mistake(
+        "run-ckpt generate --model-path good --transformer-path result --prompt cat --output cat.txt",
+        2,
+        "--output cat.txt: the name must end in one of .png, .jpg,",
+    ),
+]
+
+TABLE = [*COMMAND_LINE, *RULES, *SOURCE, *OUTPUT, *RESULTS, *RUNNING]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder with all THINGS, as the working directory."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    make_things(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("mistake", TABLE, ids=lambda mistake: mistake.command)
+def test_a_mistake_is_a_message_with_a_way_out(
+    mistake: Mistake, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *args = shlex.split(mistake.command)
+    before = listing(workplace)
+    with pytest.raises(SystemExit) as stop:
+        run_command(COMMANDS[name], name, args)
+    printed = capsys.readouterr().err
+    assert stop.value.code == mistake.code, printed
+    assert " ".join(mistake.message.split()) in " ".join(printed.split())
+    # What click puts before its message, and a list of choices, are for wrong usage alone.
+    own = [
+        line for line in printed.splitlines() if line.startswith(("error: ", "fault: ", "  - ")) or "Error: " in line
+    ]
+    assert 1 <= len(own) <= MOST_LINES
+    assert listing(workplace) == before
+
+
+def test_the_table_has_a_row_for_each_class_of_mistakes() -> None:
+    assert len({mistake.command for mistake in TABLE}) == len(TABLE) >= 60
