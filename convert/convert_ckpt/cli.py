@@ -57,7 +57,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 @click.option(
     "--calibration",
     type=click.Path(exists=True, path_type=Path),
-    help="Statistics of the layers' inputs, as run-ckpt calibrate records them; or ranges: <layer>.input_amax.",
+    help="Statistics of run-ckpt calibrate; or ranges: ModelOpt's backbone.pt, or <layer>.input_amax in safetensors.",
 )
 @click.option(
     "--method", type=click.Choice(METHODS), help="How codes are chosen.  [default: gptq if there are statistics]"

@@ -43,7 +43,9 @@ class Options:
     """Patterns of modules to keep as they are; * stands for any characters."""
 
     calibration: Path | None = None
-    """Folder of statistics (run-ckpt calibrate), or a file with the range of each input, <layer>.input_amax."""
+    """Folder of statistics (run-ckpt calibrate), or a file with the largest value of each input.
+
+    That is ModelOpt's backbone.pt, or safetensors with an <layer>.input_amax for each layer."""
 
     method: str | None = None
     """How codes are chosen: "rtn", the nearest, or "gptq". None: gptq where the statistics have correlations."""

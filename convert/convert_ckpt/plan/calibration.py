@@ -1,24 +1,27 @@
 """--calibration: what is known of the layers' inputs.
 
-Either a folder of statistics (storage.layer_statistics), or a safetensors file with ``<layer>.input_amax`` F32.
+Either a folder of statistics (storage.layer_statistics), or a file of ranges: safetensors with ``<layer>.input_amax``
+F32, or ModelOpt's backbone.pt (storage.modelopt).
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from convert_ckpt.options import Options
+from convert_ckpt.plan.context import PlanContext
+from convert_ckpt.plan.sglang_names import sglang_prefixes
 from convert_ckpt.source.component import Component
-from run_ckpt.contract.errors import CheckpointError, UsageError
+from run_ckpt.contract.errors import CheckpointError, MissingPackageError, UsageError
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.formats import E4M3_MAX
 from run_ckpt.contract.manifest import GPTQ, Layer
 from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.header import read_header
 from run_ckpt.storage.layer_statistics import InputStatistics, read_statistics
+from run_ckpt.storage.modelopt import AMAX, MODELOPT_SUFFIXES, read_modelopt_ranges
 
 _SUFFIX = ".input_amax"
 # Of the largest |input| that was seen. Room above costs a floating-point format next to nothing, clipping does not.
@@ -57,16 +60,20 @@ class Calibration:
         }
 
 
-def read_calibration(source: Component, options: Options) -> Calibration:
+def read_calibration(context: PlanContext) -> Calibration:
     """Return what --calibration holds for a component; nothing where it was not given. Raises UsageError."""
+    options = context.options
     path = options.calibration
     if path is None:
         return Calibration()
     try:
         if not options.has_statistics:
-            return Calibration(path.name, _read_ranges(path), static=True)
-        folder = _component_folder(path, source.name)
+            read = _modelopt_ranges if path.suffix in MODELOPT_SUFFIXES else _read_ranges
+            return Calibration(path.name, read(path, context), static=True)
+        folder = _component_folder(path, context.source.name)
         statistics = read_statistics(folder)
+    except MissingPackageError:
+        raise
     except (OSError, CheckpointError) as error:
         raise UsageError(f"--calibration {path}: {error}") from error
     ranges = {module: _HEADROOM * found.amax for module, found in statistics.items()}
@@ -122,9 +129,10 @@ def _component_folder(folder: Path, component: str) -> Path:
 def _range_faults(calibration: Calibration, module: str) -> Iterator[str]:
     amax = calibration.ranges.get(module)
     if amax is None:
-        yield f"{module}: {calibration.name} holds no {module}{_SUFFIX}. Calibrate it or --ignore it."
+        suffix = AMAX if Path(calibration.name).suffix in MODELOPT_SUFFIXES else _SUFFIX
+        yield f"{module}: {calibration.name} holds no {module}{suffix}. Calibrate it or --ignore it."
     elif not (np.isfinite(amax) and amax > 0):
-        yield f"{module}: {calibration.name} says input_amax {amax}, not a positive number."
+        yield f"{module}: {calibration.name} says that its largest input is {amax}, not a positive number."
 
 
 def _statistics_faults(
@@ -142,7 +150,28 @@ def _statistics_faults(
         yield f"{layer.module}: its input was always zero. Use more samples, or --ignore it."
 
 
-def _read_ranges(path: Path) -> dict[str, float]:
+def _modelopt_ranges(path: Path, context: PlanContext) -> dict[str, float]:
+    """Return module -> largest input. The file names layers as the checkpoint does, or as the model's own code does.
+
+    The latter's names are SGLang's, in which layers may be fused (double_blocks.0.img_attn_qkv of HunyuanVideo); all
+    but the outermost module, and each container numbered from 0.
+    """
+    found = read_modelopt_ranges(path)
+    ranges = {}
+    preset = replace(context.preset, index_follows={})
+    for module, prefix in sglang_prefixes(context.linears, preset, context.linears).items():
+        names = (module, prefix or module, (prefix or "").partition(".")[2])
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            continue
+        K = context.linears[module].shape[1]
+        if found[name].K not in (K, None):
+            raise UsageError(f"{name}: its weight has K = {found[name].K}, {module} has {K}. Calibrate this model.")
+        ranges[module] = found[name].amax
+    return ranges
+
+
+def _read_ranges(path: Path, _context: PlanContext) -> dict[str, float]:
     header = read_header(path)
     ranges = {}
     with open(path, "rb") as file:

@@ -51,7 +51,7 @@ def make_plan(source: Component, options: Options) -> Plan:
     decisions, groups = _decide(context, rules)
     dialect = find_dialect(context, decisions)
     layers = _make_layers(context, decisions, groups, dialect)
-    calibration = read_calibration(source, options)
+    calibration = read_calibration(context)
     unusable = calibration_faults(calibration, source, layers)
     faults = dialect_faults(context, decisions, layers, dialect) + unusable
     if calibration.static:
