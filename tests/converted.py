@@ -19,6 +19,8 @@ SCHEMES: dict[str, dict[str, str]] = {
     "mxfp4-aiter": {"format": "mxfp4", "layout": "aiter"},
     "mxfp4-plain": {"format": "mxfp4", "layout": "plain"},
     "mxfp4-compressed-tensors": {"format": "mxfp4", "layout": "plain", "dialect": "compressed-tensors"},
+    "nvfp4": {"format": "nvfp4"},
+    "nvfp4-compressed-tensors": {"format": "nvfp4", "dialect": "compressed-tensors"},
     "mxfp8": {"format": "mxfp8"},
     "mxfp8-compressed-tensors": {"format": "mxfp8", "dialect": "compressed-tensors"},
     "fp8-tensor": {"format": "fp8", "granularity": "tensor"},

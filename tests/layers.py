@@ -5,22 +5,24 @@ from torch import Tensor
 
 from run_ckpt.backends.backend import Tensors
 from run_ckpt.backends.reference import from_plain
-from run_ckpt.contract.codec import quantize
-from run_ckpt.contract.dialects.dialect import usual_scale_shape
+from run_ckpt.contract.codec import nvfp4_tensor_scale, quantize
+from run_ckpt.contract.dialects.dialect import usual_scale_shape, usual_suffixes
 from run_ckpt.contract.formats import (
     AITER_MXFP4,
     BLOCK_FP8,
     CHANNEL_FP8,
     PLAIN_MXFP4,
     PLAIN_MXFP8,
+    PLAIN_NVFP4,
     TENSOR_FP8,
 )
-from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.contract.manifest import INPUT_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 
 MODULE = "blocks.0.proj"
 SCHEMES = {
     "mxfp4-aiter": AITER_MXFP4,
     "mxfp4-plain": PLAIN_MXFP4,
+    "nvfp4": PLAIN_NVFP4,
     "mxfp8": PLAIN_MXFP8,
     "fp8-tensor": TENSOR_FP8,
     "fp8-channel": CHANNEL_FP8,
@@ -30,7 +32,7 @@ SCHEMES = {
 
 def describe_layer(scheme: str, N: int, K: int, *, is_static: bool = False) -> Layer:
     """Return the Layer of an [N, K] weight, without its tensors."""
-    roles = [WEIGHT, WEIGHT_SCALE] + [INPUT_SCALE] * is_static
+    roles = [*usual_suffixes(SCHEMES[scheme], "diffusers")] + [INPUT_SCALE] * is_static
     return Layer(
         module=MODULE,
         scheme=SCHEMES[scheme],
@@ -50,6 +52,8 @@ def make_layer(scheme: str, weight: Tensor, input_scale: float | None = None) ->
     codes, scales = quantize(weight, layer.scheme, layer.scale_rule)
     tensors = from_plain(layer, {WEIGHT: codes, WEIGHT_SCALE: scales})
     tensors[WEIGHT_SCALE] = tensors[WEIGHT_SCALE].reshape(layer.scale_shape)
+    if layer.format.is_two_level:
+        tensors[TENSOR_SCALE] = nvfp4_tensor_scale(weight.abs().amax())
     if input_scale is not None:
         tensors[INPUT_SCALE] = torch.tensor([input_scale])
     return layer, tensors

@@ -124,7 +124,7 @@ def test_a_plan_says_what_a_conversion_then_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "int4"}, "--format int4: unknown. Choose one of mxfp4, mxfp8, fp8"),
+        ({"format": "int4"}, "--format int4: unknown. Choose one of mxfp4, nvfp4, mxfp8, fp8"),
         ({"format": "fp8", "revision": "main"}, "--revision goes with --push-to-hub"),
         ({"format": "fp8", "workers": 0}, "--workers 0: at least one"),
         ({"format": "fp8", "recipe": "none.toml"}, "none.toml"),

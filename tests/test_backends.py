@@ -9,6 +9,7 @@ from run_ckpt.backends.backend import Backend, Device, describe_device
 from run_ckpt.backends.choose import BACKEND_NAMES, choose_backend
 from run_ckpt.backends.packages import why_no_aiter, why_no_petit
 from run_ckpt.backends.reference import DEQUANTIZE, REFERENCE, decode_weight, from_plain, to_plain
+from run_ckpt.contract.codec import tensor_scale
 from run_ckpt.contract.errors import BackendError, UsageError
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE
 from tests.bits import assert_bits_equal
@@ -26,7 +27,7 @@ MACHINES = {
     "sm100": Device("cuda", "sm100"),
     "cpu": Device("cpu"),
 }
-# Machine, with AMD's packages or without -> backend of MXFP4, of FP8 by tensor or channel, of FP8 by block and MXFP8.
+# Machine, with AMD's packages or without -> backend of MXFP4, of FP8 by tensor or channel, of all others.
 CHOICES = {
     ("gfx950", True): ("aiter", "aiter", "triton"),
     ("gfx950", False): ("triton", "scaled_mm", "triton"),
@@ -40,7 +41,7 @@ CHOICES = {
     ("sm100", False): ("triton", "scaled_mm", "triton"),
     ("cpu", False): ("reference", "reference", "reference"),
 }
-COLUMN = {"mxfp4-aiter": 0, "mxfp4-plain": 0, "fp8-tensor": 1, "fp8-channel": 1, "fp8-block": 2, "mxfp8": 2}
+COLUMN = {"mxfp4-aiter": 0, "mxfp4-plain": 0, "fp8-tensor": 1, "fp8-channel": 1, "fp8-block": 2, "mxfp8": 2, "nvfp4": 2}
 
 
 def test_backends_stand_in_order_of_preference() -> None:
@@ -157,7 +158,9 @@ def test_plain_order_is_undone_exactly(scheme: str, N: int, K: int) -> None:
 def test_product_is_that_of_the_decoded_weight(scheme: str, backend: Backend, dtype: torch.dtype) -> None:
     layer, tensors = make_layer(scheme, random_weight(160, 320))
     rounded = torch.bfloat16 if backend is DEQUANTIZE else dtype
-    weight = decode_weight(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme, rounded).to(dtype)
+    weight = decode_weight(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme, rounded, tensor_scale(tensors)).to(
+        dtype
+    )
     x = torch.randn(3, 320, generator=torch.Generator().manual_seed(0)).to(dtype)
     bias = torch.randn(160, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert_bits_equal(backend.matmul(layer, x, backend.prepare(layer, tensors), bias), F.linear(x, weight, bias))

@@ -40,11 +40,18 @@ def load_llama(folder: Path, **options: object) -> torch.nn.Module:
     "options",
     [
         {"format": "mxfp4", "layout": "plain", "dialect": "compressed-tensors"},
+        {"format": "nvfp4"},
         {"format": "mxfp8"},
         {"format": "fp8"},
         {"format": "fp8", "granularity": "channel"},
     ],
-    ids=["mxfp4-pack-quantized", "mxfp8-quantized", "float-quantized-tensor", "float-quantized-channel"],
+    ids=[
+        "mxfp4-pack-quantized",
+        "nvfp4-pack-quantized",
+        "mxfp8-quantized",
+        "float-quantized-tensor",
+        "float-quantized-channel",
+    ],
 )
 def test_compressed_tensors_decodes_our_weights_exactly(llama: Path, tmp_path: Path, options: dict[str, str]) -> None:
     pytest.importorskip("compressed_tensors")

@@ -137,6 +137,52 @@ def test_z_image_gets_the_fused_scales_that_sglang_looks_for(tmp_path: Path, gra
         assert f"layers.0.attention.to_qkv.{scale}" not in output
 
 
+def test_z_image_in_nvfp4_gets_both_levels_of_fused_scales(tmp_path: Path) -> None:
+    names = ["attention.to_q", "attention.to_k", "attention.to_v", "feed_forward.w1", "feed_forward.w3"]
+    weights = {f"layers.0.{name}.weight": random_weight(256, 256, seed=i) for i, name in enumerate(names)}
+    source = save_checkpoint(tmp_path / "in", [weights], Z_IMAGE_CONFIG)
+    convert(source, tmp_path / "out", format="nvfp4")
+    output = load_all(tmp_path / "out")
+    for fused, members in {"attention.to_qkv": names[:3], "feed_forward.w13": names[3:]}.items():
+        for scale in ("weight_scale", "weight_scale_2"):
+            parts = [output[f"layers.0.{name}.{scale}"] for name in members]
+            assert_bits_equal(output[f"layers.0.{fused}.{scale}"].view(torch.uint8), torch.cat(parts).view(torch.uint8))
+        amax = max(weights[f"layers.0.{name}.weight"].float().abs().max() for name in members)
+        assert output[f"layers.0.{fused}.weight_scale_2"].tolist() == [(amax / 2688).item()] * len(members)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_nvfp4_says_what_sglang_reads_and_nothing_that_it_makes_up(tmp_path: Path, swap: bool) -> None:
+    source = save_checkpoint(
+        tmp_path / "in", [{"layers.0.attention.to_out.0.weight": random_weight(64, 64)}], Z_IMAGE_CONFIG
+    )
+    convert(source, tmp_path / "out", format="nvfp4", swap_weight_nibbles=swap)
+    declared = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    del declared["convert_ckpt"]
+    assert declared == {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "quant_type": "NVFP4",
+        "group_size": 16,
+        "ignore": [],
+        "swap_weight_nibbles": swap,
+        "dynamic_input_scale": True,
+    }
+
+
+def test_nibbles_that_no_consumer_swaps_are_refused(llm: Path, tmp_path: Path) -> None:
+    for options in ({"format": "fp8"}, {"format": "nvfp4"}):
+        with pytest.raises(UsageError, match="--swap-weight-nibbles: is for NVFP4"):
+            convert(llm, tmp_path / "out", swap_weight_nibbles=True, **options)
+
+
+def test_nvfp4_language_models_are_not_written_for_readers_that_want_an_input_scale(llm: Path, tmp_path: Path) -> None:
+    with pytest.raises(FaultsError, match=r"dialect modelopt: .*input_scale.*--dialect compressed-tensors"):
+        convert(llm, tmp_path / "out", format="nvfp4", dialect="modelopt")
+    convert(llm, tmp_path / "out", format="nvfp4")
+    assert read_manifest(tmp_path / "out").dialect == "compressed-tensors"
+
+
 def test_calibration_gives_static_modelopt_fp8_with_one_input_scale_per_group(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "in", [block("model.layers.0")], LLM_CONFIG)
     modules = [name.removesuffix(".weight") for name in load_all(source)]

@@ -12,23 +12,25 @@ import torch
 from torch import Tensor
 
 from convert_ckpt.run.buffers import Buffers
-from convert_ckpt.run.slab import ErrorSums, fp8_scales, largest_magnitude, quantize, weight_bits
+from convert_ckpt.run.slab import ErrorSums, largest_magnitude, quantize, tensor_scale, weight_bits
 from run_ckpt.contract import codec
-from run_ckpt.contract.dialects.dialect import usual_scale_shape
+from run_ckpt.contract.dialects.dialect import usual_scale_shape, usual_suffixes
 from run_ckpt.contract.formats import (
     AITER_MXFP4,
     BLOCK_FP8,
     CHANNEL_FP8,
     E2M1_MIDPOINTS,
+    E2M1_VALUES,
     MXFP8,
     PLAIN_MXFP4,
     PLAIN_MXFP8,
+    PLAIN_NVFP4,
     SCALE_RULES,
     TENSOR_FP8,
     Scheme,
 )
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.storage.rows import STORED_DTYPES
 from tests.bits import assert_bits_equal
 from tests.codec import dequantize_fp8, dequantize_mxfp4, dequantize_mxfp8, expand_fp8_scale, quantize_mxfp4
@@ -46,6 +48,7 @@ class Converted:
 
     weight: Tensor
     scale: Tensor
+    second: Tensor | None
     errors: ErrorSums
     largest_bits: int
 
@@ -139,7 +142,7 @@ ORDINARY: dict[str, Callable[[], Tensor]] = {
 }
 
 
-def make_layer(weight: Tensor, scheme: Scheme, scale_rule: str = "even") -> Layer:
+def make_layer(weight: Tensor, scheme: Scheme, scale_rule: str = "even", roles: tuple[str, ...] | None = None) -> Layer:
     N, K = weight.shape
     return Layer(
         module="layer",
@@ -149,7 +152,7 @@ def make_layer(weight: Tensor, scheme: Scheme, scale_rule: str = "even") -> Laye
         source_tensor="layer.weight",
         source_dtype=DTYPE_NAMES[weight.dtype],
         scale_rule=scale_rule,
-        tensors={WEIGHT: "layer.weight", WEIGHT_SCALE: "layer.weight_scale"},
+        tensors={role: f"layer.{role}" for role in roles or usual_suffixes(scheme, "diffusers")},
         scale_shape=usual_scale_shape(N, K, scheme),
     )
 
@@ -159,22 +162,27 @@ def kernel_bits(weight: Tensor) -> np.ndarray:
     return weight_bits(raw, DTYPE_NAMES[weight.dtype], weight.shape[1])
 
 
-def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_rows: int | None = None) -> Converted:
+def convert(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    scale_rule: str = "even",
+    slab_rows: int | None = None,
+    roles: tuple[str, ...] | None = None,
+) -> Converted:
     """Quantize slabs of ``slab_rows`` rows and lay what they write into files that were zero, as the engine does."""
-    layer = make_layer(weight, scheme, scale_rule)
+    layer = make_layer(weight, scheme, scale_rule, roles)
     specs = layer.specs()
     files = {role: np.zeros(spec.nbytes, np.uint8) for role, spec in specs.items()}
     bits = kernel_bits(weight)
-    tensor_scale = None
-    if scheme == TENSOR_FP8:
-        tensor_scale = fp8_scales(np.array([largest_magnitude(bits)], np.uint32))
+    scale = tensor_scale(largest_magnitude(bits), layer) if scheme.has_tensor_scale else None
     buffers = Buffers()
     all_errors, largest_bits = [], 0
     step = slab_rows or layer.N
     for row in range(0, layer.N, step):
         buffers.get(WEIGHT, step * layer.K)[:] = UNWRITTEN
         slab = bits[row : row + step]
-        writes, errors, largest = quantize(slab, layer, row, buffers, tensor_scale)
+        writes, errors, largest = quantize(slab, layer, row, buffers, scale)
         for write in writes:
             data = write.data.reshape(-1).view(np.uint8)
             files[write.role][write.offset : write.offset + data.size] = data
@@ -185,6 +193,7 @@ def convert(weight: Tensor, scheme: Scheme, *, scale_rule: str = "even", slab_ro
     return Converted(
         tensors[WEIGHT].reshape(specs[WEIGHT].shape),
         tensors[WEIGHT_SCALE].reshape(specs[WEIGHT_SCALE].shape),
+        codec.tensor_scale(tensors),
         ErrorSums(
             sum(errors.squared_error for errors in all_errors),
             sum(errors.squared_signal for errors in all_errors),
@@ -375,6 +384,91 @@ def test_mxfp8_errors_are_those_of_float64(source: str, scale_rule: str) -> None
     assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
     assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
     assert errors.largest == expected.largest
+
+
+# Of ModelOpt, and of compressed-tensors, which stores the inverse of the tensor's scale.
+NVFP4_ROLES = {
+    "scale": (WEIGHT, WEIGHT_SCALE, TENSOR_SCALE),
+    "inverse": (WEIGHT, WEIGHT_SCALE, INVERSE_TENSOR_SCALE),
+}
+
+
+@cache
+def nvfp4_ties() -> Tensor:
+    """bfloat16 [256, 512]: blocks whose two scales multiply to a power of two, so that E2M1's ties are met exactly."""
+    rng = np.random.default_rng(6)
+    units = np.ldexp(1.0, rng.integers(-6, 7, (256, 32, 1)))
+    lanes = rng.choice([*E2M1_MIDPOINTS, *E2M1_VALUES], (256, 32, 16)) * rng.choice([-1, 1], (256, 32, 16))
+    lanes[..., 5] = 6.0
+    weight = torch.from_numpy((lanes * units).reshape(256, 512))
+    weight[0, 0] = 2688.0
+    return weight.bfloat16()
+
+
+NVFP4_INPUTS = {**INPUTS, **ORDINARY, "ties": nvfp4_ties}
+
+
+@pytest.mark.parametrize("roles", NVFP4_ROLES.values(), ids=NVFP4_ROLES)
+@pytest.mark.parametrize("source", NVFP4_INPUTS)
+def test_nvfp4_bytes_are_those_of_the_reference(source: str, roles: tuple[str, ...]) -> None:
+    weight = NVFP4_INPUTS[source]()
+    converted = convert(weight, PLAIN_NVFP4, roles=roles)
+    amax = weight.float().abs().amax()
+    inverse = {INVERSE_TENSOR_SCALE: torch.full((1,), 2688.0) / amax}
+    second = codec.tensor_scale(inverse) if INVERSE_TENSOR_SCALE in roles else codec.nvfp4_tensor_scale(amax)
+    assert converted.second is not None
+    assert second is not None
+    assert_bits_equal(converted.second, second)
+    packed, scale = codec.quantize(weight, PLAIN_NVFP4, "amax_over_6", second)
+    assert_bits_equal(converted.scale.view(torch.uint8), scale.view(torch.uint8))
+    assert_bits_equal(converted.weight, packed)
+
+
+def test_nvfp4_meets_ties_on_this_data_and_rounds_them_to_even() -> None:
+    weight = nvfp4_ties()
+    packed, scale = codec.quantize(weight, PLAIN_NVFP4, "amax_over_6")
+    units = weight.double() / scale.double().repeat_interleave(16, dim=1)
+    ties = torch.isin(units.abs(), torch.tensor(E2M1_MIDPOINTS, dtype=torch.float64))
+    assert ties.sum() > 10_000
+    # The even code is a whole multiple of the wider step: 0, 1, 2, 4.
+    decoded = codec.dequantize(packed, scale, PLAIN_NVFP4, torch.ones(1)).double()
+    rounded = (decoded / scale.double().repeat_interleave(16, dim=1)).abs()[ties]
+    assert set(rounded.tolist()) == {0.0, 1.0, 2.0, 4.0}
+
+
+@pytest.mark.parametrize("slab_rows", [1, 16, 100])
+@pytest.mark.parametrize("K", [16, 48, 320, 1040])
+def test_nvfp4_takes_every_multiple_of_16_as_k_in_any_slabs(K: int, slab_rows: int) -> None:
+    weight = normal(112, K)
+    converted = convert(weight, PLAIN_NVFP4, slab_rows=slab_rows)
+    packed, scale = codec.quantize(weight, PLAIN_NVFP4, "amax_over_6")
+    assert_bits_equal(converted.scale.view(torch.uint8), scale.view(torch.uint8))
+    assert_bits_equal(converted.weight, packed)
+
+
+@pytest.mark.parametrize("source", [name for name in ORDINARY if name != "bf16-small"] + ["ties", "every-f16"])
+def test_nvfp4_errors_are_those_of_float64(source: str) -> None:
+    weight = NVFP4_INPUTS[source]()
+    errors = convert(weight, PLAIN_NVFP4, slab_rows=32).errors
+    packed, scale = codec.quantize(weight, PLAIN_NVFP4, "amax_over_6")
+    second = codec.nvfp4_tensor_scale(weight.abs().amax())
+    expected = expected_errors(weight, codec.dequantize(packed, scale, PLAIN_NVFP4, second))
+    # As for MXFP4; where a difference is rounded to float32, the largest one is too.
+    assert errors.squared_error == pytest.approx(expected.squared_error, rel=1e-6)
+    assert errors.squared_signal == pytest.approx(expected.squared_signal, rel=1e-6)
+    assert errors.largest == pytest.approx(expected.largest, rel=2**-23)
+
+
+@pytest.mark.parametrize("roles", NVFP4_ROLES.values(), ids=NVFP4_ROLES)
+@pytest.mark.parametrize("value", [0.0, -0.0, 2.0**-130], ids=str)
+def test_nvfp4_of_what_float32_can_not_scale_has_scales_of_1_or_the_smallest(
+    value: float, roles: tuple[str, ...]
+) -> None:
+    converted = convert(torch.full((32, 64), value), PLAIN_NVFP4, roles=roles)
+    assert converted.second is not None
+    assert converted.second.tolist() == [1.0]
+    assert converted.scale.float().unique().tolist() == [1.0 if value == 0 else 2.0**-9]
+    assert converted.weight.unique().tolist() == [0x88 if str(value) == "-0.0" else 0]
 
 
 @pytest.mark.parametrize("scale_rule", SCALE_RULES)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from run_ckpt.backends.backend import Device
+from run_ckpt.contract.codec import dequantize
 from run_ckpt.contract.errors import BackendError, FaultsError, UsageError
-from run_ckpt.contract.formats import MXFP4, MXFP8
-from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.contract.formats import MXFP4, MXFP8, NVFP4, PLAIN_NVFP4
+from run_ckpt.contract.manifest import TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.replace import replace_linears
 from tests.bits import assert_bits_equal
@@ -32,6 +33,8 @@ def decode(scheme: str) -> Tensor:
     if SCHEMES[scheme].format == MXFP4:
         return dequantize_mxfp4(*quantize_mxfp4(weight, "even"))
     tensors = make_layer(scheme, weight)[1]
+    if SCHEMES[scheme].format == NVFP4:
+        return dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], PLAIN_NVFP4, tensors[TENSOR_SCALE])
     if SCHEMES[scheme].format == MXFP8:
         return dequantize_mxfp8(tensors[WEIGHT], tensors[WEIGHT_SCALE])
     return dequantize_fp8(tensors[WEIGHT], tensors[WEIGHT_SCALE])

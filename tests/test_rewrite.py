@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from run_ckpt.contract import codec
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
-from run_ckpt.contract.formats import AITER_MXFP4, FP8, MXFP8
+from run_ckpt.contract.formats import AITER_MXFP4, FP8, MXFP8, NVFP4, PLAIN_NVFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, read_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, WEIGHT_SCALE, Layer, read_manifest
 from run_ckpt.progress import Silent
 from run_ckpt.storage.components import Checkpoint
 from run_ckpt.storage.partial import PartialFolder
@@ -290,11 +291,18 @@ def decode_with_codec(layer: Layer, stored: dict[str, torch.Tensor]) -> torch.Te
     weight, scale = stored[layer.tensors["weight"]], stored[layer.tensors["weight_scale"]]
     if layer.format == FP8:
         return dequantize_fp8(weight, scale)
+    if layer.format == NVFP4:
+        return dequantize_nvfp4(layer, stored)
     if layer.format == MXFP8:
         return dequantize_mxfp8(weight, scale)
     if layer.scheme == AITER_MXFP4:
         weight, scale = AITER_WEIGHT.unshuffle(weight), AITER_SCALE.unshuffle(scale)[: layer.N, : layer.K // 32]
     return dequantize_mxfp4(weight, scale)
+
+
+def dequantize_nvfp4(layer: Layer, stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    tensors = {role: stored[name] for role, name in layer.tensors.items()}
+    return codec.dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], PLAIN_NVFP4, codec.tensor_scale(tensors))
 
 
 def convert_pipeline(folder: Path) -> Path:

@@ -28,9 +28,16 @@ TARGETS: dict[str, int] = {
     "gfx1100": 64 * 1024,
     "gfx1201": 64 * 1024,
 }
-COMMON_TARGETS = [("sm80", "block"), ("sm90", "mxfp4"), ("sm100", "mxfp8"), ("gfx90a", "block"), ("gfx942", "mxfp4")]
+COMMON_TARGETS = [
+    ("sm80", "block"),
+    ("sm90", "mxfp4"),
+    ("sm90", "mxfp8"),
+    ("sm100", "nvfp4"),
+    ("gfx90a", "block"),
+    ("gfx942", "mxfp4"),
+]
 POINTERS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-SCALES = ["mxfp4", "mxfp8", "tensor", "channel", "block"]
+SCALES = ["mxfp4", "nvfp4", "mxfp8", "tensor", "channel", "block"]
 
 
 def run_cases(**environment: str) -> None:
@@ -97,7 +104,8 @@ def compile_multiply(target: str, scales: str, dtype: str, tile_index: int) -> i
     pointers = {
         "x_ptr": dtype,
         "weight_ptr": "u8",
-        "scale_ptr": "u8" if scales.startswith("mx") else "fp32",
+        "scale_ptr": "u8" if "fp" in scales else "fp32",
+        "second_ptr": "fp32",
         "bias_ptr": dtype,
         "out_ptr": dtype,
     }
@@ -111,7 +119,12 @@ def compile_dequantize(target: str, scales: str, dtype: str) -> int:
     from run_ckpt.backends.triton.matmul import dequantize_kernel
 
     constants = {"SCALES": scales, "DTYPE": getattr(tl, POINTERS[dtype]), "BLOCK_N": 32, "BLOCK_K": 128}
-    pointers = {"weight_ptr": "u8", "scale_ptr": "u8" if scales.startswith("mx") else "fp32", "out_ptr": dtype}
+    pointers = {
+        "weight_ptr": "u8",
+        "scale_ptr": "u8" if "fp" in scales else "fp32",
+        "second_ptr": "fp32",
+        "out_ptr": dtype,
+    }
     return compile_kernel(dequantize_kernel, target, pointers, ("N", "K"), constants, {})
 
 

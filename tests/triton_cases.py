@@ -10,6 +10,9 @@ from torch import Tensor
 from run_ckpt.backends.reference import decode_weight
 from run_ckpt.backends.triton.backend import TRITON
 from run_ckpt.backends.triton.matmul import FUSED_MAX_M, dequantize
+from run_ckpt.contract import codec
+from run_ckpt.contract.codec import tensor_scale
+from run_ckpt.contract.formats import PLAIN_NVFP4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
@@ -41,7 +44,7 @@ def integers(*shape: int, largest: int, seed: int) -> Tensor:
 def test_every_byte_decodes_at_every_scale_as_torch_decodes_it(dtype: torch.dtype) -> None:
     packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
     codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
-    decoded = dequantize(packed.to(DEVICE), codes.to(DEVICE), "mxfp4", 512, dtype)
+    decoded = dequantize(packed.to(DEVICE), codes.to(DEVICE), None, "mxfp4", 512, dtype)
     assert_same_values(decoded, dequantize_mxfp4(packed, codes).to(dtype))
 
 
@@ -49,8 +52,17 @@ def test_every_byte_decodes_at_every_scale_as_torch_decodes_it(dtype: torch.dtyp
 def test_every_e4m3_code_decodes_at_every_e8m0_scale_as_torch_decodes_it(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1).view(torch.float8_e4m3fn)
     scale_codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 8)
-    decoded = dequantize(codes.to(DEVICE), scale_codes.to(DEVICE), "mxfp8", 256, dtype)
+    decoded = dequantize(codes.to(DEVICE), scale_codes.to(DEVICE), None, "mxfp8", 256, dtype)
     assert_same_values(decoded, dequantize_mxfp8(codes, scale_codes).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_e2m1_byte_decodes_at_every_e4m3_scale_as_torch_decodes_it(dtype: torch.dtype) -> None:
+    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 32).view(torch.float8_e4m3fn)
+    second = torch.tensor([0.123])
+    decoded = dequantize(packed.to(DEVICE), scale.to(DEVICE), second.to(DEVICE), "nvfp4", 512, dtype)
+    assert_same_values(decoded, codec.dequantize(packed, scale, PLAIN_NVFP4, second).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,7 +71,7 @@ def test_every_fp8_code_decodes_as_torch_decodes_it(scale_shape: tuple[int, ...]
     # K is no multiple of anything, and the last block of 128 is cut in both directions.
     codes = torch.arange(259).remainder(256).to(torch.uint8).repeat(130, 1).view(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape, generator=torch.Generator().manual_seed(len(scale_shape)))
-    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), fp8_scheme(scale, 130).granularity, 259, dtype)
+    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), None, fp8_scheme(scale, 130).granularity, 259, dtype)
     assert_same_values(decoded, dequantize_fp8(codes, scale).to(dtype))
 
 
@@ -83,14 +95,14 @@ def test_ties_round_to_even_as_torch_rounds_them() -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(64, 1).view(torch.float8_e4m3fn)
     # 1 + odd / 256 is half way between two bfloat16, and so is its product with a power of two.
     scale = 1 + (2 * torch.arange(64.0) + 1) / 256
-    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), "channel", 256, torch.bfloat16)
+    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), None, "channel", 256, torch.bfloat16)
     assert_same_values(decoded, dequantize_fp8(codes, scale).bfloat16())
 
 
 def test_as_many_block_scales_as_rows_are_still_block_scales() -> None:
     codes = integers(16, 2048, largest=4, seed=1).to(torch.float8_e4m3fn)
     scale = torch.arange(1, 17, dtype=torch.float32).reshape(1, 16)
-    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), "block", 2048, torch.float32)
+    decoded = dequantize(codes.to(DEVICE), scale.to(DEVICE), None, "block", 2048, torch.float32)
     assert_bits_equal(decoded.cpu(), dequantize_fp8(codes, scale))
 
 
@@ -101,7 +113,7 @@ def test_product_is_that_of_the_reference_up_to_the_order_of_the_sum(scheme: str
     x = torch.randn(M, 320, generator=torch.Generator().manual_seed(0)).to(dtype)
     bias = torch.randn(64, generator=torch.Generator().manual_seed(1)).to(dtype)
     operands = TRITON.prepare(layer, {role: tensor.to(DEVICE) for role, tensor in tensors.items()})
-    weight = decode_weight(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme, dtype).double()
+    weight = decode_weight(tensors[WEIGHT], tensors[WEIGHT_SCALE], layer.scheme, dtype, tensor_scale(tensors)).double()
     expected = x.double() @ weight.T + bias.double()
     y = TRITON.matmul(layer, x.to(DEVICE), operands, bias.to(DEVICE)).cpu()
     assert y.dtype == dtype

@@ -32,6 +32,7 @@ def convert(
     method: str | None = None,
     static: bool = False,
     allow_unaligned_k: bool = False,
+    swap_weight_nibbles: bool = False,
     component: str | Sequence[str] = (),
     keep_source: bool = False,
     restart: bool = False,
@@ -53,7 +54,7 @@ def convert(
     source: a folder with config.json and safetensors shards, a pipeline folder, one .safetensors file,
     owner/name[@revision] on the Hugging Face Hub, or a URL that fsspec opens. It is only read.
 
-    format to allow_unaligned_k decide the bytes: the fields of Options say what each does.
+    format to swap_weight_nibbles decide the bytes: the fields of Options say what each does.
     component: transformers of a pipeline to convert, by name or pattern. Default: all of them.
     keep_source: keep what is fetched, in the Hub's own cache. Default: a shard is removed once it is converted.
     restart: throw away what a stopped run left in OUTPUT.partial.
@@ -87,6 +88,7 @@ def convert(
         method=method,
         static=static,
         allow_unaligned_k=allow_unaligned_k,
+        swap_weight_nibbles=swap_weight_nibbles,
     )
     progress = progress or Silent()
     run = partial(

@@ -22,6 +22,7 @@ Examples:
   convert-ckpt FLUX.1-dev/transformer OUT --format mxfp4
   convert-ckpt FLUX.1-dev OUT --format mxfp4 --dry-run
   convert-ckpt Z-Image-Turbo/transformer OUT --format fp8
+  convert-ckpt FLUX.2-dev/transformer OUT --format nvfp4
   convert-ckpt Qwen3-8B OUT --format mxfp4 --layout plain --ignore "*.down_proj"
   convert-ckpt black-forest-labs/FLUX.2-dev@main OUT --format mxfp4
   convert-ckpt hf://Qwen/Qwen-Image OUT --format fp8 --component transformer
@@ -64,6 +65,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 )
 @click.option("--static", is_flag=True, help="FP8 with static activation scales, by --calibration.")
 @click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
+@click.option("--swap-weight-nibbles", is_flag=True, help="NVFP4: let SGLang swap the codes of a byte at load.")
 @click.option("--component", multiple=True, metavar="NAME", help="Take this transformer* of a pipeline. Repeatable.")
 @click.option("--keep-source", is_flag=True, help="Keep what is fetched, in the Hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -84,7 +86,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 @completion_option
 @click.version_option(VERSION, prog_name="convert-ckpt")
 def cli(**arguments: Any) -> None:
-    """Convert the checkpoint SOURCE to MXFP4, MXFP8 or FP8 and write it to the folder OUTPUT.
+    """Convert the checkpoint SOURCE to MXFP4, NVFP4, MXFP8 or FP8 and write it to the folder OUTPUT.
 
     SOURCE is a folder with config.json and safetensors shards, a pipeline folder (each transformer* in
     it is converted), or one .safetensors file. It is never changed. OUTPUT appears complete or not at all.

@@ -17,7 +17,7 @@ class Options:
     """Everything that decides the bytes of the result, the source aside. Raises UsageError for unknown values."""
 
     format: str
-    """Format of the linear layers' weights, "mxfp4", "mxfp8" or "fp8"; a recipe may give layers their own."""
+    """Format of the linear layers' weights, "mxfp4", "nvfp4", "mxfp8" or "fp8"; a recipe may give layers their own."""
 
     layout: str = "aiter"
     """Byte order of MXFP4 weights and scales: "aiter", shuffled for AITER's kernels, or "plain", row-major."""
@@ -55,6 +55,9 @@ class Options:
 
     allow_unaligned_k: bool = False
     """Quantize to shuffled MXFP4 also where K is a multiple of 64 but not of 256, for which AITER tunes no kernel."""
+
+    swap_weight_nibbles: bool = False
+    """Let SGLang swap the two codes of each NVFP4 byte at load (dialect modelopt; the bytes stay the same)."""
 
     def __post_init__(self) -> None:
         _check_choice("--format", self.format, FORMATS)

@@ -4,7 +4,7 @@
     jit       Kernel: what was written, compiled at its first call
     rounding  steps that every format needs: magnitudes, rounding to a small float, errors
     layouts   where a storage order puts an element
-    mx        fp8     rows of a weight to codes and scales
+    mx        fp8     nvfp4   rows of a weight to codes and scales
     feedback  the inner loop of convert_ckpt/methods/gptq.py
 
 To add the kernel of a format: write its reference in torch first (run_ckpt/contract/codec.py), as tests compare every

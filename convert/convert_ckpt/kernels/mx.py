@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 
-from convert_ckpt.kernels.ir import F32, F64, I8, I16, I32, Array, FunctionBuilder, Vector, larger, smaller
+from convert_ckpt.kernels.ir import F32, F64, I8, I32, Array, FunctionBuilder, Vector, larger, smaller
 from convert_ckpt.kernels.jit import Kernel
 from convert_ckpt.kernels.layouts import storage_index
 from convert_ckpt.kernels.rounding import (
@@ -20,6 +20,7 @@ from convert_ckpt.kernels.rounding import (
     element_of,
     in_order,
     magnitudes,
+    pack_nibbles,
     round_to,
     to_float_bits,
     to_floats,
@@ -101,7 +102,7 @@ def _quantize_kernel(element: ir.IntType, target: ElementFormat, rule: str, layo
                     halves.append(in_order(codes, element) | sign)
                     row_errors.add(x, values * scale)
                 first = b * (BLOCK // target.per_byte)
-                for i, packed in enumerate([_pack(halves[0].join(halves[1]))] if width == 4 else halves):
+                for i, packed in enumerate([pack_nibbles(halves[0].join(halves[1]))] if width == 4 else halves):
                     place = storage_index(layout.weight, n, first + i * STEP, K // target.per_byte)
                     weight_out.store(place, packed.narrow(I8))
             slab_errors.add(row_errors)
@@ -149,11 +150,3 @@ def _encode(x: Vector, target: ElementFormat, scales: Array, scale_code: Vector)
     # 1 / 2^(c - 127), exact, is 2^(d - 127) for d = 254 - c.
     inverse = scales.load(scale_code.like(2 * E8M0_BIAS) - scale_code)
     return round_to(x * inverse.splat(x.lanes), target.name)
-
-
-def _pack(codes: Vector) -> Vector:
-    """Low nibble: the code of even lanes; high nibble: of odd lanes. Returns half as many, the low byte."""
-    narrow = codes if codes.element == I16 else codes.narrow(I16)
-    pairs = narrow.reinterpret(I32, codes.lanes // 2)
-    # The odd code lies 16 bits above the even one, and 4 are wanted.
-    return pairs | (pairs >> 12)

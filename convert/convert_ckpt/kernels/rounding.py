@@ -83,6 +83,14 @@ def round_to(quotient: Vector, element: str) -> tuple[Vector, Vector]:
     return codes, shifted - shifter
 
 
+def pack_nibbles(codes: Vector) -> Vector:
+    """4-bit codes, 16 or 32 bits wide, as half as many bytes, the low ones of 32 bits: low nibble the even lane's."""
+    narrow = codes if codes.element == I16 else codes.narrow(I16)
+    pairs = narrow.reinterpret(I32, codes.lanes // 2)
+    # The odd code lies 16 bits above the even one, and 4 are wanted.
+    return pairs | (pairs >> 12)
+
+
 def row_maximum(build: FunctionBuilder, row: Array, K: Vector) -> Vector:
     """The largest magnitude of the first K elements of ``row``, as float32 bits."""
     largest = build.variable(build.constant(row.element, 0, STEP))

@@ -10,7 +10,8 @@ from convert_ckpt.plan.sglang_names import overmatched, sglang_prefixes
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.dialects.table import DIALECTS, choose_dialect
-from run_ckpt.contract.formats import BLOCK_FP8
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, Scheme
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 
@@ -39,7 +40,10 @@ def find_dialect(context: PlanContext, decisions: Mapping[str, Decision]) -> Dia
     options = context.options
     formats = sorted({decision.format for decision in decisions.values()} - {KEEP}) or [options.format]
     schemes = [options.scheme(weight_format) for weight_format in formats]
-    return choose_dialect(schemes, context.naming, asked=options.dialect, static=options.has_static_scales)
+    dialect = choose_dialect(schemes, context.naming, asked=options.dialect, static=options.has_static_scales)
+    if options.swap_weight_nibbles and not (dialect.sglang_matching and PLAIN_NVFP4 in schemes):
+        raise UsageError("--swap-weight-nibbles: is for NVFP4 in a dialect that SGLang's diffusion runtime reads.")
+    return dialect
 
 
 def dialect_faults(
@@ -53,18 +57,23 @@ def dialect_faults(
     faults = []
     if dialect.sglang_matching and not context.preset.sglang_ignores:
         faults += [_unignorable(context, decisions, module) for module, prefix in kept.items() if prefix is not None]
-    if _has_block_scales(layers) and context.naming == "diffusers":
+    safe = _safe_instead(layers) if dialect.sglang_matching else None
+    if safe and context.naming == "diffusers":
         plain = [module for module, prefix in quantized.items() if prefix is None]
         faults += [
-            f"{module}: SGLang builds it as a plain linear and would take its FP8 codes without their block scales."
-            " Keep it with --ignore, or use --granularity tensor."
+            f"{module}: SGLang builds it as a plain linear and would take its codes without their block scales."
+            f" Keep it with --ignore, or use {safe}."
             for module in plain
         ]
         faults += [
-            f"{sentence}, and without the block scales. Quantize what is ignored, or use --granularity tensor."
-            for sentence in overmatched(kept, quantized, any_part=True)
+            f"{sentence}, and without the block scales. Quantize what is ignored, or use {safe}."
+            for sentence in overmatched(kept, quantized, any_part=dialect.sglang_matching == "part")
         ]
-    return faults
+    schemes = {layer.scheme for layer in layers.values()}
+    unsound = [
+        why for (scheme, naming), why in dialect.unsound.items() if scheme in schemes and naming == context.naming
+    ]
+    return faults + [f"dialect {dialect.name}: {why}" for why in unsound]
 
 
 def dialect_warnings(context: PlanContext, manifest: Manifest) -> list[str]:
@@ -74,16 +83,23 @@ def dialect_warnings(context: PlanContext, manifest: Manifest) -> list[str]:
         return []
     quantized = context.prefixes(manifest.layers)
     warnings = overmatched(manifest.unquantized_linears, quantized, any_part=matching == "part")
-    if _has_block_scales(manifest.layers) and context.preset.name == GENERIC and context.naming == "diffusers":
+    safe = _safe_instead(manifest.layers)
+    if safe and context.preset.name == GENERIC and context.naming == "diffusers":
         warnings.append(
-            "no preset knows this class: where SGLang builds a linear of it as a plain one, it takes the FP8 codes"
-            " without their block scales; scripts/check_sglang.py tells, --granularity tensor is safe"
+            "no preset knows this class: where SGLang builds a linear of it as a plain one, it takes the codes"
+            f" without their block scales; scripts/check_sglang.py tells, {safe} is safe"
         )
     return warnings
 
 
-def _has_block_scales(layers: Mapping[str, Layer]) -> bool:
-    return any(layer.scheme == BLOCK_FP8 for layer in layers.values())
+def _safe_instead(layers: Mapping[str, Layer]) -> str | None:
+    """Return what to use where SGLang would drop scales in a linear that it does not quantize; None if it does not."""
+    options = {BLOCK_FP8: "--granularity tensor", PLAIN_NVFP4: "--format fp8"}
+    return next((option for scheme, option in options.items() if _has(layers, scheme)), None)
+
+
+def _has(layers: Mapping[str, Layer], scheme: Scheme) -> bool:
+    return any(layer.scheme == scheme for layer in layers.values())
 
 
 def _unignorable(context: PlanContext, decisions: Mapping[str, Decision], module: str) -> str:

@@ -28,8 +28,8 @@ from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import FaultsError, UsageError
-from run_ckpt.contract.formats import BLOCK_FP8, TENSOR_FP8
-from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT_SCALE, FusedScale, KeptTensor, Layer, Manifest
+from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.module_names import split_name
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
@@ -199,10 +199,10 @@ def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -
     for group in groups:
         members = [layers[name] for name in group.members]
         scheme = members[0].scheme
-        is_repeated = scheme == TENSOR_FP8 or (scheme == BLOCK_FP8 and group.pattern.block_scale)
+        is_repeated = scheme in (TENSOR_FP8, PLAIN_NVFP4) or (scheme == BLOCK_FP8 and group.pattern.block_scale)
         if not group.pattern.scale_name or not is_repeated:
             continue
-        for role in members[0].tensors.keys() & {WEIGHT_SCALE, INPUT_SCALE}:
+        for role in members[0].tensors.keys() - {WEIGHT}:
             specs = [layer.specs()[role] for layer in members]
             suffix = specs[0].name.removeprefix(members[0].module)
             shape = (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:])

@@ -77,9 +77,9 @@ class CalibratedQuantizer:
         _check_identity(bits, layer, statistics)
         known = self._input(statistics)
         scales = next(write.data for write in writes if write.role == WEIGHT_SCALE)
-        grid = decode_grid(bits, layer, scales)
+        grid = decode_grid(bits, layer, scales, tensor_scale)
         codes = np.empty_like(next(write.data for write in writes if write.role == WEIGHT))
-        total = _round_all(bits, layer, grid, known, scales, codes)
+        total = _round_all(bits, layer, grid, known, (scales, tensor_scale), codes)
         measured = {
             "output_sqnr_db": {
                 RTN: sqnr_db(total.signal, total.nearest_error),
@@ -121,9 +121,14 @@ def _read_input(statistics: InputStatistics) -> _Input:
 
 
 def _round_all(
-    bits: np.ndarray, layer: Layer, grid: Grid, known: _Input, scales: np.ndarray, codes: np.ndarray
+    bits: np.ndarray,
+    layer: Layer,
+    grid: Grid,
+    known: _Input,
+    scales: tuple[np.ndarray, np.ndarray | None],
+    codes: np.ndarray,
 ) -> Rounded:
-    """Fill ``codes``; return the sums over all rows."""
+    """Fill ``codes``; return the sums over all rows. scales: as written, and that of the whole tensor."""
     sums, largest_error = np.zeros(4), 0.0
     flat = codes.reshape(-1)
     for start in range(0, layer.N, ROWS_AT_ONCE):
@@ -131,7 +136,7 @@ def _round_all(
         part = Grid(grid.element, np.ascontiguousarray(grid.scales[:, rows]), grid.scale_rows)
         done = round_rows(to_float(bits[rows]), part, known.factors, known.held_out)
         place = slice(rows.start * flat.size // layer.N, rows.stop * flat.size // layer.N)
-        encode_on_grid(done.decoded, layer, start, scales, flat[place])
+        encode_on_grid(done.decoded, layer, start, *scales, flat[place])
         sums += [done.signal, done.output_error, done.nearest_error, done.squared_error]
         largest_error = max(largest_error, done.largest_error)
     signal, output_error, nearest_error, squared_error = sums.tolist()

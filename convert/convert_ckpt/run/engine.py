@@ -37,10 +37,10 @@ from convert_ckpt.run.schedule import Slab, list_slabs, scale_group, still_finis
 from convert_ckpt.run.slab import (
     ErrorSums,
     TensorWrite,
-    fp8_scales,
     is_finite,
     largest_magnitude,
     quantize,
+    tensor_scale,
     weight_bits,
 )
 from convert_ckpt.run.wait import Signal
@@ -205,7 +205,8 @@ class Engine:
         group = scale_group(slab.tensor)
         assert group is not None
         self._signal.wait_until(lambda: self._unscanned[group] == 0)
-        return fp8_scales(np.array([self._amax[group]], np.uint32))
+        assert slab.tensor.layer is not None
+        return tensor_scale(self._amax[group], slab.tensor.layer)
 
     def _check_finite(self, tensor: TensorPlan, largest: int) -> None:
         if not is_finite(largest):

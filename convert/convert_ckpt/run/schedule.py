@@ -22,7 +22,7 @@ Action = Literal["copy", "quantize", "scan", "encode"]
 class Slab:
     """``nbytes`` bytes of a source tensor from byte ``start``; rows from ``row`` on if it is a weight.
 
-    copy and quantize read and write; a per-tensor FP8 weight is read twice, to scan its amax and to
+    copy and quantize read and write; a weight with a scale of its own is read twice, to scan its amax and to
     encode it. ``hash_order`` numbers the slabs that together are all bytes of a source shard; it is None for
     a second reading. ``outputs`` are the files it writes to: none if only the scan is needed, two where
     another file repeats its scale. A layer with statistics is quantized or encoded as one slab.
@@ -78,7 +78,7 @@ def still_finished(plan: Plan, finished: set[str]) -> set[str]:
 
 
 def scale_group(tensor: TensorPlan) -> str | None:
-    """Return the name under which a per-tensor FP8 weight shares its scale, None for all others."""
+    """Return the name under which a weight shares the scale of the whole tensor, None where there is none."""
     layer = tensor.layer
     if layer is None or not layer.scheme.has_tensor_scale:
         return None

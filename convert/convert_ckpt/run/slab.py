@@ -6,9 +6,9 @@ import numpy as np
 
 from convert_ckpt.methods.grid import Grid
 from convert_ckpt.run.buffers import Buffers
-from run_ckpt.contract.formats import E4M3_MAX, E8M0, MX_BLOCK_SIZE
+from run_ckpt.contract.formats import E4M3_MAX, E8M0, F32_TINY, MX_BLOCK_SIZE, NVFP4_LARGEST
 from run_ckpt.contract.layouts import PLAIN
-from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 
 # float32 bits of infinity: magnitudes from here on are not finite.
 _INFINITY_BITS = 0x7F800000
@@ -67,13 +67,30 @@ def fp8_scales(amax_bits: np.ndarray) -> np.ndarray:
     return scales
 
 
+def tensor_scale(amax_bits: int, layer: Layer) -> np.ndarray:
+    """Return float32 [1]: the scale of a layer's whole weight as it is on disk, given the largest magnitude's bits.
+
+    Twin of contract.codec.fp8_scale and nvfp4_tensor_scale.
+    """
+    amax = np.array([amax_bits], np.uint32)
+    if not layer.format.is_two_level:
+        return fp8_scales(amax)
+    largest = np.float32(NVFP4_LARGEST)
+    scale = amax.view(np.float32) / largest
+    is_usable = scale >= np.float32(F32_TINY)
+    if INVERSE_TENSOR_SCALE in layer.tensors:
+        scale = np.divide(largest, amax.view(np.float32), out=np.ones(1, np.float32), where=is_usable)
+    return np.where(is_usable, scale, np.float32(1))
+
+
 def quantize(
     bits: np.ndarray, layer: Layer, row: int, buffers: Buffers, tensor_scale: np.ndarray | None
 ) -> tuple[list[TensorWrite], ErrorSums, int]:
     """Return writes, errors and the largest magnitude (float32 bits) of rows ``row``.. of a layer.
 
-    bits: of the rows, see weight_bits. The writes' data lie in ``buffers``. tensor_scale: float32 [1] where the scale
-    follows from the whole weight, whose amax was taken before (the largest magnitude is then returned as 0), else None.
+    bits: of the rows, see weight_bits. The writes' data lie in ``buffers``. tensor_scale: see tensor_scale(), where a
+    scale follows from the whole weight, whose amax was taken before (the largest magnitude is then returned as 0), else
+    None.
     """
     return _QUANTIZERS[layer.format.name](bits, layer, row, buffers, tensor_scale)
 
@@ -119,22 +136,55 @@ def _quantize_fp8(
     return writes, ErrorSums(*errors.tolist()), largest
 
 
-def decode_grid(bits: np.ndarray, layer: Layer, scales: np.ndarray) -> Grid:
+def _quantize_nvfp4(
+    bits: np.ndarray, layer: Layer, row: int, buffers: Buffers, tensor_scale: np.ndarray | None
+) -> tuple[list[TensorWrite], ErrorSums, int]:
+    from convert_ckpt.kernels.nvfp4 import quantize_slab
+
+    assert tensor_scale is not None
+    n_rows, K = bits.shape
+    n_scales = layer.scale_shape[1]
+    weight, scale = buffers.get(WEIGHT, n_rows * K // 2), buffers.get(WEIGHT_SCALE, n_rows * n_scales)
+    errors = quantize_slab(bits, _multiplier(layer, tensor_scale), weight_out=weight, scale_out=scale)
+    writes = [TensorWrite(WEIGHT, row * K // 2, weight), TensorWrite(WEIGHT_SCALE, row * n_scales, scale)]
+    if row == 0:
+        role = next(role for role in (TENSOR_SCALE, INVERSE_TENSOR_SCALE) if role in layer.tensors)
+        writes.append(TensorWrite(role, 0, tensor_scale))
+    return writes, ErrorSums(*errors.tolist()), 0
+
+
+def _multiplier(layer: Layer, tensor_scale: np.ndarray) -> np.ndarray:
+    """Return what the scales of blocks are multiplied by; twin of contract.codec.tensor_scale."""
+    return np.float32(1) / tensor_scale if INVERSE_TENSOR_SCALE in layer.tensors else tensor_scale
+
+
+def decode_grid(bits: np.ndarray, layer: Layer, scales: np.ndarray, tensor_scale: np.ndarray | None) -> Grid:
     """Return the values that the codes of a whole weight stand for under the scales that quantize() chose."""
     N, K = bits.shape
     rows, cols = layer.scheme.block
     if layer.format.scale == E8M0:
         scales = _plain_mx_scales(bits, layer)
+    elif layer.format.is_two_level and tensor_scale is not None:
+        from convert_ckpt.kernels.nvfp4 import SCALES
+
+        scales = SCALES[scales.reshape(layer.scale_shape)] * _multiplier(layer, tensor_scale)
     repeated = np.repeat(scales, rows or N, axis=0)[:N]
     return Grid(layer.format.element.name, np.ascontiguousarray(repeated.T), np.arange(K) // (cols or K))
 
 
-def encode_on_grid(decoded: np.ndarray, layer: Layer, row: int, scales: np.ndarray, out: np.ndarray) -> None:
+def encode_on_grid(
+    decoded: np.ndarray,
+    layer: Layer,
+    row: int,
+    scales: np.ndarray,
+    tensor_scale: np.ndarray | None,
+    out: np.ndarray,
+) -> None:
     """Write the codes of rows ``row``.. to ``out`` uint8, given values of the grid, float32 [n, K].
 
     scales: of the whole weight, as quantize() writes them.
     """
-    _ENCODERS[layer.format.name](decoded.view(np.int32), layer, row, scales, out)
+    _ENCODERS[layer.format.name](decoded.view(np.int32), layer, row, scales, tensor_scale, out)
 
 
 def _plain_mx_scales(bits: np.ndarray, layer: Layer) -> np.ndarray:
@@ -147,7 +197,9 @@ def _plain_mx_scales(bits: np.ndarray, layer: Layer) -> np.ndarray:
     return SCALES[codes]
 
 
-def _encode_mx(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, out: np.ndarray) -> None:
+def _encode_mx(
+    bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, tensor_scale: np.ndarray | None, out: np.ndarray
+) -> None:
     from convert_ckpt.kernels.mx import GIVEN, quantize_slab
 
     pitch = layer.scale_shape[1]
@@ -155,7 +207,20 @@ def _encode_mx(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, out
     quantize_slab(bits, GIVEN, layer.scheme, weight_out=out, scale_out=part, scale_pitch=pitch)
 
 
-def _encode_fp8(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, out: np.ndarray) -> None:
+def _encode_nvfp4(
+    bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, tensor_scale: np.ndarray | None, out: np.ndarray
+) -> None:
+    from convert_ckpt.kernels.nvfp4 import quantize_slab
+
+    assert tensor_scale is not None
+    n_scales = layer.scale_shape[1]
+    part = scales[row * n_scales : (row + len(bits)) * n_scales]
+    quantize_slab(bits, _multiplier(layer, tensor_scale), weight_out=out, scale_out=part, given=True)
+
+
+def _encode_fp8(
+    bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, tensor_scale: np.ndarray | None, out: np.ndarray
+) -> None:
     from convert_ckpt.kernels.fp8 import encode_slab
 
     n_rows, K = bits.shape
@@ -165,5 +230,5 @@ def _encode_fp8(bits: np.ndarray, layer: Layer, row: int, scales: np.ndarray, ou
 
 
 # Format -> the wrapper of its kernel.
-_QUANTIZERS = {"mxfp4": _quantize_mx, "mxfp8": _quantize_mx, "fp8": _quantize_fp8}
-_ENCODERS = {"mxfp4": _encode_mx, "mxfp8": _encode_mx, "fp8": _encode_fp8}
+_QUANTIZERS = {"mxfp4": _quantize_mx, "mxfp8": _quantize_mx, "nvfp4": _quantize_nvfp4, "fp8": _quantize_fp8}
+_ENCODERS = {"mxfp4": _encode_mx, "mxfp8": _encode_mx, "nvfp4": _encode_nvfp4, "fp8": _encode_fp8}

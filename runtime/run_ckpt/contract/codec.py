@@ -17,16 +17,31 @@ from run_ckpt.contract.elements import (
     scale_to_units,
     unpack_nibbles,
 )
-from run_ckpt.contract.formats import E4M3_MAX, MX_BLOCK_SIZE, ElementFormat, Scheme
+from run_ckpt.contract.formats import (
+    E2M1,
+    E4M3_MAX,
+    E4M3_SMALLEST,
+    F32_TINY,
+    MX_BLOCK_SIZE,
+    NVFP4_BLOCK_SIZE,
+    NVFP4_LARGEST,
+    ElementFormat,
+    Scheme,
+)
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE
 from run_ckpt.contract.scale_rules import choose_scale_codes
 
 
-def quantize(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor, Tensor]:
+def quantize(
+    weight: Tensor, scheme: Scheme, scale_rule: str, tensor_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the codes and the scale grid of a weight [N, K], row-major without padding, each in its dtype on disk.
 
     weight: float32, bfloat16 or float16, finite. scale_rule: one of the format's.
+    tensor_scale: float32 [1] in a format of two levels, see nvfp4_tensor_scale; default: by the weight's own amax.
     """
+    if scheme.format.is_two_level:
+        return quantize_nvfp4(weight, nvfp4_tensor_scale(weight.abs().amax()) if tensor_scale is None else tensor_scale)
     return _QUANTIZERS[scheme.format.name](weight, scheme, scale_rule)
 
 
@@ -43,6 +58,28 @@ def quantize_mx(weight: Tensor, scheme: Scheme, scale_rule: str) -> tuple[Tensor
     scale_codes = choose_scale_codes(blocks, scale_rule, element)
     units = scale_to_units(blocks, scale_codes).reshape(rows, cols)
     return _ELEMENT_ENCODERS[element.name](units), scale_codes
+
+
+def quantize_nvfp4(weight: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return packed E2M1 codes uint8 [N, K/2] and scales float8_e4m3fn [N, K/16], row-major.
+
+    The scale of a block is amax / (6 * tensor_scale), 1 where that is zero, at least 2^-9, the smallest there is;
+    the product of both scales, in float32, divides the weight.
+    weight: float32, bfloat16 or float16 [N, K], finite, K a multiple of 16. tensor_scale: float32 [1], positive.
+    Source: ModelOpt 0.47, torch/quantization/qtensor/nvfp4_tensor.py, but for -0, which keeps its sign here.
+    """
+    blocks = weight.float().reshape(len(weight), -1, NVFP4_BLOCK_SIZE)
+    quotient = blocks.abs().amax(-1) / (E2M1.largest * tensor_scale)
+    quotient = torch.where(quotient > 0, quotient, torch.ones_like(quotient))
+    scales = quotient.clamp(E4M3_SMALLEST, E4M3_MAX).to(torch.float8_e4m3fn)
+    units = blocks / (scales.float() * tensor_scale).unsqueeze(-1)
+    return pack_nibbles(encode_e2m1(units.double()).reshape(weight.shape)), scales
+
+
+def nvfp4_tensor_scale(amax: Tensor) -> Tensor:
+    """Return float32 [1]: amax / (6 * 448), or 1 where that is below the normal numbers of float32."""
+    scale = amax.float().reshape(1) / NVFP4_LARGEST
+    return torch.where(scale >= F32_TINY, scale, torch.ones_like(scale))
 
 
 def quantize_fp8(weight: Tensor, scale: Tensor) -> Tensor:

@@ -28,7 +28,14 @@ MX_BLOCK_SIZE = 32
 # OCP 8-bit floating point (OFP8), E4M3: largest finite value; codes 0x7F and 0xFF are NaN.
 E4M3_MAX = 448.0
 E4M3_NAN_MAGNITUDE = 0x7F
+# The smallest E4M3 above zero.
+E4M3_SMALLEST = 2.0**-9
 FP8_BLOCK_SIZE = 128
+NVFP4_BLOCK_SIZE = 16
+# The largest E2M1 times the largest E4M3 scale: by it amax is divided to give the scale of the whole tensor.
+NVFP4_LARGEST = E2M1_VALUES[-1] * E4M3_MAX
+# The smallest normal float32.
+F32_TINY = 2.0**-126
 
 # Every format of ours rounds to nearest, ties to even.
 TIE_RULE = "half_even"
@@ -176,6 +183,7 @@ E2M1 = ElementFormat(
 E4M3 = ElementFormat("e4m3fn", "F8_E4M3", per_byte=1, largest=E4M3_MAX, nan_magnitude=E4M3_NAN_MAGNITUDE)
 E8M0 = ScaleFormat("e8m0", "U8", readable=("U8",), facts={"scale_bias": E8M0_BIAS})
 F32 = ScaleFormat("f32", "F32", readable=("F32", "BF16", "F16"))
+E4M3_SCALE = ScaleFormat("e4m3fn", "F8_E4M3", readable=("F8_E4M3",), facts={"tensor_scale_format": "f32"})
 
 MXFP4 = QuantFormat(
     name="mxfp4",
@@ -210,6 +218,23 @@ MXFP8 = QuantFormat(
     summary="float8_e4m3fn, an E8M0 scale",
     machines="NVIDIA Blackwell (compute capability 10.0 and newer) and AMD MI350 series (gfx950); others by Triton.",
 )
+NVFP4 = QuantFormat(
+    name="nvfp4",
+    label="NVFP4",
+    element=E2M1,
+    scale=E4M3_SCALE,
+    blocks={GROUP: (1, NVFP4_BLOCK_SIZE)},
+    layouts=(PLAIN,),
+    scale_rules=("amax_over_6",),
+    K_granule=NVFP4_BLOCK_SIZE,
+    min_N=1,
+    # Blackwell's kernels take both in 32s, or SGLang pads each weight at load.
+    N_multiple=32,
+    K_multiple=32,
+    summary="E2M1 weights, an F32 scale for each layer, an E4M3 one",
+    machines="NVIDIA Blackwell (compute capability 10.0 and newer); others by Triton.",
+    is_two_level=True,
+)
 FP8 = QuantFormat(
     name="fp8",
     label="FP8",
@@ -230,13 +255,14 @@ FP8 = QuantFormat(
     ),
 )
 
-FORMATS: dict[str, QuantFormat] = {quant_format.name: quant_format for quant_format in (MXFP4, MXFP8, FP8)}
+FORMATS: dict[str, QuantFormat] = {quant_format.name: quant_format for quant_format in (MXFP4, NVFP4, MXFP8, FP8)}
 SCALE_RULES = MXFP4.scale_rules
 GRANULARITIES = tuple(FP8.blocks)
 
 AITER_MXFP4 = Scheme(MXFP4, AITER, GROUP)
 PLAIN_MXFP4 = Scheme(MXFP4, PLAIN, GROUP)
 PLAIN_MXFP8 = Scheme(MXFP8, PLAIN, GROUP)
+PLAIN_NVFP4 = Scheme(NVFP4, PLAIN, GROUP)
 TENSOR_FP8 = Scheme(FP8, PLAIN, "tensor")
 CHANNEL_FP8 = Scheme(FP8, PLAIN, "channel")
 BLOCK_FP8 = Scheme(FP8, PLAIN, "block")

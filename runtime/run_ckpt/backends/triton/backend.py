@@ -6,12 +6,13 @@ from run_ckpt.backends.backend import Backend, Device, Tensors
 from run_ckpt.backends.operators import define_operator
 from run_ckpt.backends.packages import why_no_triton
 from run_ckpt.backends.reference import from_plain, to_plain
-from run_ckpt.contract.formats import FP8, GROUP, MXFP4, MXFP8
+from run_ckpt.contract.codec import tensor_scale
+from run_ckpt.contract.formats import FP8, GROUP, MXFP4, MXFP8, NVFP4
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer
 
 # The first NVIDIA GPUs with matrix units for BF16.
 _MIN_SM = 80
-_FORMATS = (MXFP4, MXFP8, FP8)
+_FORMATS = (MXFP4, NVFP4, MXFP8, FP8)
 
 
 def _unsupported(layer: Layer, device: Device) -> str | None:
@@ -27,21 +28,25 @@ def _unsupported(layer: Layer, device: Device) -> str | None:
 def _multiply(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -> Tensor:
     # As the kernels call it: by what shares a scale where a format leaves that open.
     scales = layer.format.name if layer.scheme.granularity == GROUP else layer.scheme.granularity
-    return _linear(x, operands[WEIGHT], operands[WEIGHT_SCALE], scales, bias)
+    return _linear(x, operands[WEIGHT], operands[WEIGHT_SCALE], tensor_scale(operands), scales, bias)
 
 
-def _multiply_decoding(x: Tensor, weight: Tensor, scale: Tensor, scales: str, bias: Tensor | None) -> Tensor:
+def _multiply_decoding(
+    x: Tensor, weight: Tensor, scale: Tensor, second: Tensor | None, scales: str, bias: Tensor | None
+) -> Tensor:
     from run_ckpt.backends.triton.matmul import multiply
 
-    return multiply(x, weight, scale, scales, bias)
+    return multiply(x, weight, scale, second, scales, bias)
 
 
-def _empty_product(x: Tensor, weight: Tensor, scale: Tensor, scales: str, bias: Tensor | None) -> Tensor:
+def _empty_product(
+    x: Tensor, weight: Tensor, scale: Tensor, second: Tensor | None, scales: str, bias: Tensor | None
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 _linear = define_operator(
-    "triton_linear(Tensor x, Tensor weight, Tensor scale, str scales, Tensor? bias) -> Tensor",
+    "triton_linear(Tensor x, Tensor weight, Tensor scale, Tensor? second, str scales, Tensor? bias) -> Tensor",
     _multiply_decoding,
     _empty_product,
 )

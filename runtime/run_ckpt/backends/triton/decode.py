@@ -8,6 +8,7 @@ import triton.language as tl
 def decode_tile(
     weight_ptr,
     scale_ptr,
+    second_ptr,
     n,
     first_k,
     N,
@@ -21,10 +22,14 @@ def decode_tile(
 
     n: int64 [BLOCK_N]. BLOCK_K: a multiple of 32 that divides 128, first_k a multiple of it.
     SCALES: "mxfp4" (uint8 weight [N, K/2], scale [N, K/32]), "mxfp8" (weight as uint8 [N, K], scale as there),
-    "tensor", "channel" or "block" (FP8: weight as uint8 [N, K], scale float32).
+    "nvfp4" (uint8 weight [N, K/2], scale as uint8 [N, K/16], second float32 [1]), "tensor", "channel" or "block"
+    (FP8: weight as uint8 [N, K], scale float32).
     """
     if SCALES == "mxfp4" or SCALES == "mxfp8":
-        tile = _decode_mx(weight_ptr, scale_ptr, n, first_k // 32, N, K // 32, SCALES, BLOCK_N, BLOCK_K // 32)
+        tile = _decode_blocks(weight_ptr, scale_ptr, None, n, first_k // 32, N, K // 32, SCALES, BLOCK_N, BLOCK_K, 32)
+    elif SCALES == "nvfp4":
+        second = tl.load(second_ptr)
+        tile = _decode_blocks(weight_ptr, scale_ptr, second, n, first_k // 16, N, K // 16, SCALES, BLOCK_N, BLOCK_K, 16)
     else:
         tile = _decode_fp8(weight_ptr, scale_ptr, n, first_k, N, K, SCALES, BLOCK_K)
     # An MXFP4 value has two significant bits and a power of two that bfloat16 holds too.
@@ -47,30 +52,36 @@ def round_to(x, DTYPE: tl.constexpr, IS_BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def _decode_mx(
+def _decode_blocks(
     weight_ptr,
     scale_ptr,
+    second,
     n,
     first_block,
     N,
     n_blocks,
     SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    N_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
-    block = first_block + tl.arange(0, N_BLOCKS)
+    block = first_block + tl.arange(0, BLOCK_K // SIZE)
     is_inside = (n < N)[:, None] & (block < n_blocks)[None, :]
     place = n[:, None] * n_blocks + block[None, :]
-    scale = _decode_e8m0(tl.load(scale_ptr + place, mask=is_inside, other=0))[:, :, None]
-    NBYTES: tl.constexpr = 16 if SCALES == "mxfp4" else 32
+    scale_codes = tl.load(scale_ptr + place, mask=is_inside, other=0)
+    if SCALES == "nvfp4":
+        scale = (_decode_e4m3(scale_codes.to(tl.int32)) * second)[:, :, None]
+    else:
+        scale = _decode_e8m0(scale_codes)[:, :, None]
+    NBYTES: tl.constexpr = SIZE if SCALES == "mxfp8" else SIZE // 2
     byte = place[:, :, None] * NBYTES + tl.arange(0, NBYTES)[None, None, :]
     codes = tl.load(weight_ptr + byte, mask=is_inside[:, :, None], other=0).to(tl.int32)
-    if SCALES == "mxfp4":
-        # [BLOCK_N, N_BLOCKS, 16, 2]: the low nibble is the even k
+    if SCALES != "mxfp8":
+        # [BLOCK_N, blocks, NBYTES, 2]: the low nibble is the even k
         values = tl.join(_decode_e2m1(codes & 0xF) * scale, _decode_e2m1(codes >> 4) * scale)
     else:
         values = _decode_e4m3(codes) * scale
-    return values.reshape(BLOCK_N, N_BLOCKS * 32)
+    return values.reshape(BLOCK_N, BLOCK_K)
 
 
 @triton.jit

@@ -38,16 +38,18 @@ _DECODE_TILE = (32, 128)
 _TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def multiply(x: Tensor, weight: Tensor, scale: Tensor, scales: str, bias: Tensor | None) -> Tensor:
+def multiply(
+    x: Tensor, weight: Tensor, scale: Tensor, second: Tensor | None, scales: str, bias: Tensor | None
+) -> Tensor:
     """Return x @ W.T + bias, summed in float32, as [M, N] in x's dtype; W: codec.dequantize, rounded to x's dtype.
 
     x: bfloat16, float16 or float32 [M, K], contiguous. weight, scale: as reference.to_plain gives them.
-    scales: what they are, see decode.decode_tile.
+    scales: what they are, see decode.decode_tile. second: the scale of the whole tensor, see codec.tensor_scale.
     """
     M, K = x.shape
     N = len(weight)
     if M > FUSED_MAX_M:
-        decoded = dequantize(weight, scale, scales, K, x.dtype)
+        decoded = dequantize(weight, scale, second, scales, K, x.dtype)
         return F.linear(x, decoded, None if bias is None else bias.to(x.dtype))
     out = x.new_empty(M, N)
     if not M:
@@ -58,7 +60,8 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, scales: str, bias: Tensor
         multiply_kernel[(triton.cdiv(N, tiles.N), triton.cdiv(M, tiles.M))](
             x,
             weight.view(torch.uint8),
-            scale,
+            _as_bytes(scale),
+            second,
             bias,
             out,
             M,
@@ -77,14 +80,15 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, scales: str, bias: Tensor
     return out
 
 
-def dequantize(weight: Tensor, scale: Tensor, scales: str, K: int, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor, second: Tensor | None, scales: str, K: int, dtype: torch.dtype) -> Tensor:
     """Return codec.dequantize, rounded to dtype, bit for bit, as [N, K]."""
     N, (block_n, block_k) = len(weight), _DECODE_TILE
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
     with torch.cuda.device_of(weight):
         dequantize_kernel[(triton.cdiv(N, block_n), triton.cdiv(K, block_k))](
             weight.view(torch.uint8),
-            scale,
+            _as_bytes(scale),
+            second,
             out,
             N,
             K,
@@ -96,11 +100,17 @@ def dequantize(weight: Tensor, scale: Tensor, scales: str, K: int, dtype: torch.
     return out
 
 
+def _as_bytes(scale: Tensor) -> Tensor:
+    """Codes as bytes, whose float8 types Triton does not know on every GPU; float32 scales as they are."""
+    return scale if scale.dtype == torch.float32 else scale.view(torch.uint8)
+
+
 @triton.jit
 def multiply_kernel(
     x_ptr,
     weight_ptr,
     scale_ptr,
+    second_ptr,
     bias_ptr,
     out_ptr,
     M,
@@ -120,7 +130,7 @@ def multiply_kernel(
     for first_k in range(0, K, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        weight = decode_tile(weight_ptr, scale_ptr, n, first_k, N, K, SCALES, DTYPE, BLOCK_N, BLOCK_K)
+        weight = decode_tile(weight_ptr, scale_ptr, second_ptr, n, first_k, N, K, SCALES, DTYPE, BLOCK_N, BLOCK_K)
         total = tl.dot(x.to(DOT_DTYPE), tl.trans(weight.to(DOT_DTYPE)), total, input_precision="ieee")
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -133,6 +143,7 @@ def multiply_kernel(
 def dequantize_kernel(
     weight_ptr,
     scale_ptr,
+    second_ptr,
     out_ptr,
     N,
     K,
@@ -144,5 +155,5 @@ def dequantize_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_k = tl.program_id(1) * BLOCK_K
     k = first_k + tl.arange(0, BLOCK_K)
-    tile = decode_tile(weight_ptr, scale_ptr, n, first_k, N, K, SCALES, DTYPE, BLOCK_N, BLOCK_K)
+    tile = decode_tile(weight_ptr, scale_ptr, second_ptr, n, first_k, N, K, SCALES, DTYPE, BLOCK_N, BLOCK_K)
     tl.store(out_ptr + n[:, None] * K + k[None, :], tile, mask=(n < N)[:, None] & (k < K)[None, :])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from run_ckpt.contract.formats import Scheme
@@ -38,6 +38,7 @@ class Dialect:
     ``metadata`` returns the ``__metadata__`` of every shard.
     ``static``: the schemes whose activations are quantized by an input_scale.
     ``is_mixed``: layers may differ in format.
+    ``unsound`` says why a scheme that it can say would be loaded silently wrong, and what to use, by naming.
     ``file_name``: all tensors go into one file of this name; None where the shards stay those of the source.
     ``sglang_matching``: how SGLang's own reader matches its ignore list with a module: "name", or "part" for any
     run of dotted parts; None where it has no reader for this dialect of diffusion models.
@@ -52,6 +53,7 @@ class Dialect:
     metadata: Callable[[Manifest], dict[str, str]] = lambda manifest: PT_METADATA
     static: tuple[Scheme, ...] = ()
     is_mixed: bool = False
+    unsound: Mapping[tuple[Scheme, str], str] = field(default_factory=dict)
     file_name: str | None = None
     sglang_matching: str | None = None
 

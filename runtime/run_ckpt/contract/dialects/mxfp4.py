@@ -1,9 +1,17 @@
-"""Our own dialect: every layout of MXFP4, beside MXFP8 and FP8; read by our plug-in for SGLang and our loader."""
+"""Our own dialect: every layout of MXFP4, beside the other formats; read by our plug-in for SGLang and our loader."""
 
 from typing import Any
 
 from run_ckpt.contract.dialects.dialect import Dialect, sglang_ignore_list
-from run_ckpt.contract.formats import AITER_MXFP4, MX_BLOCK_SIZE, MXFP4, PLAIN_MXFP4, PLAIN_MXFP8, TENSOR_FP8
+from run_ckpt.contract.formats import (
+    AITER_MXFP4,
+    MX_BLOCK_SIZE,
+    MXFP4,
+    PLAIN_MXFP4,
+    PLAIN_MXFP8,
+    PLAIN_NVFP4,
+    TENSOR_FP8,
+)
 from run_ckpt.contract.manifest import Manifest
 
 
@@ -15,7 +23,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
         "is_checkpoint_mxfp4_serialized": True,
         "layout": layout.name,
         **layout.facts,
-        "block_size": MX_BLOCK_SIZE,
+        "block_size": leading.scheme.block[1] or MX_BLOCK_SIZE,
         "scale_rule": leading.scale_rule,
         "ignored_layers": sglang_ignore_list(manifest),
     }
@@ -23,7 +31,13 @@ def _config(manifest: Manifest) -> dict[str, Any]:
 
 DIALECT = Dialect(
     "mxfp4",
-    {AITER_MXFP4: ("diffusers", "transformers"), PLAIN_MXFP4: (), PLAIN_MXFP8: ("diffusers",), TENSOR_FP8: ()},
+    {
+        AITER_MXFP4: ("diffusers", "transformers"),
+        PLAIN_MXFP4: (),
+        PLAIN_MXFP8: ("diffusers",),
+        PLAIN_NVFP4: (),
+        TENSOR_FP8: (),
+    },
     _config,
     is_mixed=True,
 )

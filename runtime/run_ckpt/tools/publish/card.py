@@ -181,6 +181,7 @@ def _convert_command(components: Sequence[ConvertedComponent]) -> str:
         words += [f"--{option}", recipe[option]] if recipe[option] else []
     words += ["--static"] if recipe["static"] else []
     words += ["--allow-unaligned-k"] if recipe["allow_unaligned_k"] else []
+    words += ["--swap-weight-nibbles"] if recipe.get("swap_weight_nibbles") else []
     return shlex.join(words)
 
 

@@ -33,7 +33,7 @@ def _plan(checkpoint: Checkpoint, *, layout: Layout, asked: str | None) -> Rewri
     old = checkpoint.manifest
     moved = [layer for layer in old.layers.values() if len(layer.format.layouts) > 1]
     if not moved:
-        raise UsageError(f"{checkpoint.path}: has no MXFP4 layer. FP8 has one layout only; there is nothing to do.")
+        raise UsageError(f"{checkpoint.path}: has no MXFP4 layer. Other formats have one layout; nothing to do.")
     new = _new_manifest(old, layout, asked)
     if new == old:
         raise UsageError(f"{checkpoint.path}: is in layout {layout}, dialect {old.dialect} already.")
