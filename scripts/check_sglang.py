@@ -6,7 +6,7 @@ process_weights_after_loading, decodes what the model then holds, and compares i
 linears are compared as SGLang fuses them. Prints one line per linear and a verdict; exit 1 on a defect.
 
     scripts/setup_sglang.sh DIR
-    DIR/bin/python scripts/check_sglang.py CONVERTED... BF16 [--persona h100|mi300x|mi355x] [--tp 1 2 4]
+    DIR/bin/python scripts/check_sglang.py CONVERTED... BF16 [--persona h100|b200|mi300x|mi355x] [--tp 1 2 4]
 
 MXFP4 comes in by the plug-in, which SGLang finds by its entry point. What its linears hold is decoded and
 multiplied by the reference backend. ``--tp N`` loads every rank of N, one after the other, and joins their
@@ -29,15 +29,17 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from sglang_on_cpu import PERSONAS, Loaded, SGLang, Tensors
 
-from run_ckpt.contract.codec import dequantize
-from run_ckpt.contract.formats import AITER_MXFP4, MX_BLOCK_SIZE, MXFP4
+from run_ckpt.contract.codec import dequantize, tensor_scale
+from run_ckpt.contract.formats import AITER_MXFP4, E2M1, MX_BLOCK_SIZE, PLAIN_NVFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, read_manifest
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer, read_manifest
 
 # Rounding to e4m3 with one scale per tensor or block costs 0.026 of a matrix of normal numbers, to e2m1
-# with one scale for 32 values 0.112.
+# with one scale for 32 values 0.112, for 16 values 0.095.
 MAX_QUANTIZATION_ERROR = 0.032
-MAX_MXFP4_ERROR = 0.13
+MAX_E2M1_ERROR = 0.13
+# What SGLang holds beside the codes and scales of an NVFP4 linear. The input_scale is 1.0 where the file has none.
+OF_NVFP4 = ("weight_scale_2", "weight_scale_interleaved", "alpha", "input_scale_inv")
 # What loading may add to that: MI300X requantizes fused linears through FP16.
 MAX_LOADING_ERROR = 1e-3
 
@@ -123,14 +125,17 @@ def compare(ranks: list[Loaded], folder: Path, source: Tensors) -> Report:
     held = loaded.to_runtime(converted)
     wanted = loaded.to_runtime(source)
     stored = loaded.to_runtime(decode_stored(folder, converted))
-    _compare_keys(report, loaded, held, wanted)
+    declared = json.loads((folder / "config.json").read_text())["quantization_config"]
+    # SGLang then measures each input, and uses no input_scale.
+    unused = INPUT_SCALE if declared.get("dynamic_input_scale") else None
+    _compare_keys(report, loaded, held, wanted, unused)
     by_plugin = _compare_plugin(report, ranks, wanted, stored)
     if len(ranks) > 1:
         return report
     seen = {f"{name}.weight" for name in by_plugin}
     for module_name, module in loaded.model.named_modules():
         for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
-            if name.rpartition(".")[2] in ("weight_scale", "weight_scale_inv"):
+            if name.rpartition(".")[2] in OF_NVFP4 or name.endswith((".weight_scale", ".weight_scale_inv")):
                 continue
             if module_name in by_plugin and not name.endswith(".bias"):
                 continue
@@ -141,7 +146,9 @@ def compare(ranks: list[Loaded], folder: Path, source: Tensors) -> Report:
             if name not in wanted:
                 report.defects.append(f"{name}: the source has no such weight")
             elif parameter.dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
-                _compare_fp8(report, name, module, wanted[name], stored[name])
+                _compare_quantized(report, name, module, decode_fp8(module), wanted[name], stored[name])
+            elif parameter.dtype == torch.uint8:
+                _compare_quantized(report, name, module, decode_nvfp4(module), wanted[name], stored[name])
             else:
                 is_linear = parameter.ndim == 2 and name.endswith(".weight")
                 is_fp8_on_disk = held[name].dtype == torch.float8_e4m3fn
@@ -156,18 +163,18 @@ def decode_stored(folder: Path, converted: Tensors) -> Tensors:
     manifest = read_manifest(folder)
     decoded = {name: converted[name] for name in manifest.kept}
     for layer in manifest.layers.values():
-        decoded[layer.source_tensor] = decode_layer(
-            layer, converted[layer.tensors[WEIGHT]], converted[layer.tensors[WEIGHT_SCALE]]
-        )
+        tensors = {role: converted[name] for role, name in layer.tensors.items()}
+        decoded[layer.source_tensor] = decode_layer(layer, tensors)
     return decoded
 
 
-def decode_layer(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the float32 [N, K] of a layer, by the contract alone."""
+def decode_layer(layer: Layer, tensors: Tensors) -> torch.Tensor:
+    """Return the float32 [N, K] of a layer, given its tensors by role, by the contract alone."""
+    weight, scale = tensors[WEIGHT], tensors[WEIGHT_SCALE]
     if layer.scheme == AITER_MXFP4:
         weight = AITER_WEIGHT.unshuffle(weight)
         scale = AITER_SCALE.unshuffle(scale)[: layer.N, : layer.K // MX_BLOCK_SIZE]
-    return dequantize(weight, scale, layer.scheme)
+    return dequantize(weight, scale, layer.scheme, tensor_scale(tensors))
 
 
 def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored: Tensors) -> list[str]:
@@ -194,7 +201,7 @@ def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored
         )
         if not torch.equal(value, stored[key]):
             report.defects.append(f"{key}: is not what the converted file says")
-        if error > (MAX_MXFP4_ERROR if layer.format == MXFP4 else MAX_QUANTIZATION_ERROR):
+        if error > (MAX_E2M1_ERROR if layer.format.element == E2M1 else MAX_QUANTIZATION_ERROR):
             report.defects.append(f"{key}: off by {error:.4g} from the source")
         if len(ranks) == 1:
             _compare_product(report, key, linears[0], value)
@@ -204,8 +211,7 @@ def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored
 def _decode_part(linear: torch.nn.Module) -> torch.Tensor:
     """Return the float32 of what a rank holds, its operands put back into the order on disk first."""
     method = linear.quant_method
-    tensors = method.backend.restore(method.layer, method.operands(linear))
-    return decode_layer(method.layer, tensors[WEIGHT], tensors[WEIGHT_SCALE])
+    return decode_layer(method.layer, method.backend.restore(method.layer, method.operands(linear)))
 
 
 def join_ranks(linears: list[torch.nn.Module], parts: list[torch.Tensor]) -> torch.Tensor:
@@ -244,16 +250,33 @@ def decode(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return weight.float() * scale
 
 
+def decode_fp8(module: torch.nn.Module) -> torch.Tensor:
+    """Return the float32 [N, K] of a linear that SGLang holds in FP8."""
+    if hasattr(module, "weight_scale_inv"):
+        return decode(module.weight, module.weight_scale_inv)
+    return decode(module.weight.t(), module.weight_scale)  # SGLang transposes per-tensor weights
+
+
+def decode_nvfp4(module: torch.nn.Module) -> torch.Tensor:
+    """Return the float32 [N, K] of a linear that SGLang holds in NVFP4, its own padding and order of scales undone."""
+    from sglang.multimodal_gen.runtime.layers.quantization.modelopt_quant import _swizzled_nvfp4_scales_to_linear
+
+    N, K = module.output_size_per_partition, module.input_size_per_partition
+    scales = _swizzled_nvfp4_scales_to_linear(module.weight_scale_interleaved)[:N, : K // 16]
+    return dequantize(module.weight[:N, : K // 2], scales, PLAIN_NVFP4, module.weight_scale_2.max().reshape(1))
+
+
 def relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
     wanted = wanted.float()
     return float((value.float() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-def _compare_keys(report: Report, loaded: Loaded, held: Tensors, wanted: Tensors) -> None:
+def _compare_keys(report: Report, loaded: Loaded, held: Tensors, wanted: Tensors, unused: str | None) -> None:
     report.notes += [f"unexpected key, ignored by SGLang: {name}" for name in sorted(held.keys() - loaded.expected)]
     for name in sorted(loaded.expected - held.keys()):
         # A buffer that no checkpoint holds (rope tables) is no defect, a scale that SGLang makes up is.
-        if "scale" in name.rpartition(".")[2] and name not in wanted:
+        leaf = name.rpartition(".")[2]
+        if "scale" in leaf and leaf != unused and name not in wanted:
             report.defects.append(f"{name}: missing, SGLang filled in 1.0")
         elif name in wanted:
             report.defects.append(f"{name}: missing in the converted folder")
@@ -261,17 +284,14 @@ def _compare_keys(report: Report, loaded: Loaded, held: Tensors, wanted: Tensors
             report.notes.append(f"missing key, also in the source: {name}")
 
 
-def _compare_fp8(
-    report: Report, name: str, module: torch.nn.Module, wanted: torch.Tensor, stored: torch.Tensor
+def _compare_quantized(
+    report: Report, name: str, module: torch.nn.Module, value: torch.Tensor, wanted: torch.Tensor, stored: torch.Tensor
 ) -> None:
-    if hasattr(module, "weight_scale_inv"):
-        value = decode(module.weight, module.weight_scale_inv)
-    else:
-        value = decode(module.weight.t(), module.weight_scale)  # SGLang transposes per-tensor weights
     error, added = relative_error(value, wanted), relative_error(value, stored)
     report.worst = max(report.worst, error)
     report.lines.append(f"{name}  {module.weight.dtype}  error {error:.4f}  added by loading {added:.1e}")
-    if not (error <= MAX_QUANTIZATION_ERROR and added <= MAX_LOADING_ERROR):
+    limit = MAX_E2M1_ERROR if module.weight.dtype == torch.uint8 else MAX_QUANTIZATION_ERROR
+    if not (error <= limit and added <= MAX_LOADING_ERROR):
         report.defects.append(f"{name}: off by {error:.4g} from the source, {added:.4g} from the converted file")
 
 

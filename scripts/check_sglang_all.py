@@ -91,6 +91,7 @@ SESSIONS = (
             "mxfp4-plain": Variant({"format": "mxfp4", "layout": "plain", "dialect": "mxfp4"}),
             "mxfp4-mixed": Variant({"format": "mxfp4"}, write_mixed_recipe),
             "quark": Variant({"format": "mxfp4", "layout": "plain"}),
+            "nvfp4-plugin": Variant({"format": "nvfp4", "dialect": "mxfp4"}),
         },
     ),
     Session("mi355x", plugins=True, ranks=(1,), variants={"fp8-beside-plugin": FP8}),
@@ -104,6 +105,7 @@ SESSIONS = (
             "fp8-static": Variant({"format": "fp8"}, write_calibration),
         },
     ),
+    Session("b200", plugins=False, ranks=(1,), variants={"nvfp4": Variant({"format": "nvfp4"})}),
 )
 
 FORWARD_VARIANTS = {"mxfp4", "mxfp4-mixed"}
@@ -163,7 +165,9 @@ def check_forward(python: Path, name: str, source: Path, variant: str) -> int:
 
 def run(python: Path, name: str, script: str, arguments: list[str], n_expected: int) -> int:
     """Run a script in SGLang's Python, print its verdicts; return how many of the expected are not RIGHT."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # The plug-in of this checkout, whichever is installed there.
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "convert", "runtime"))
+    environment = {**os.environ, "PYTHONPATH": paths}
     command = [str(python), str(ROOT / "scripts" / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     verdicts = [line for line in done.stdout.splitlines() if line.startswith(VERDICTS)]

@@ -1,8 +1,8 @@
 """Unmodified SGLang 0.5.23 on a CPU, as far as a transformer ready for its first request.
 
 The GPU is an EMULATION. A Persona replaces the answers to "which GPU is this" where loading asks for them,
-and the one FP8 cast that SGLang does in a GPU kernel. Ranks are emulated too: SGLang's tensor parallel group
-is told its size and rank. ServerArgs, TransformerLoader, model construction, name mapping, loading and
+the one FP8 cast that SGLang does in a GPU kernel, and Tensor.cuda(). Ranks are emulated too: SGLang's tensor
+parallel group is told its size and rank. ServerArgs, TransformerLoader, model construction, name mapping, loading and
 process_weights_after_loading are SGLang's own, and so is the way in which it finds plug-ins. Two packages
 that do not load on a CPU are filled in: torchvision's operators, torchaudio.
 """
@@ -48,6 +48,7 @@ class Persona:
 
 PERSONAS = {
     "h100": Persona(is_cuda=True, is_rocm=False, has_cutlass_fp8=True, is_fnuz=False, capability=(9, 0)),
+    "b200": Persona(is_cuda=True, is_rocm=False, has_cutlass_fp8=True, is_fnuz=False, capability=(10, 0)),
     "mi300x": Persona(is_cuda=False, is_rocm=True, has_cutlass_fp8=False, is_fnuz=True, capability=(9, 4)),
     "mi355x": Persona(is_cuda=False, is_rocm=True, has_cutlass_fp8=False, is_fnuz=False, capability=(9, 5)),
 }
@@ -177,6 +178,8 @@ def _emulate(persona: Persona) -> None:
         return torch.clamp(tensor.float() / scale, -fp8_max, fp8_max).to(fp8_dtype), scale
 
     utils.scaled_fp8_quant = scaled_fp8_quant
+    # The scales of NVFP4 are sent to the GPU as they are put in order.
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
 
 
 def _fill_in_torchvision() -> None:
