@@ -35,7 +35,9 @@ def open_url(url: str, retry: Retry) -> "UrlStore":
         package = f'"convert-ckpt[{_EXTRAS[scheme]}]"' if scheme in _EXTRAS else "the package that the message names"
         raise UsageError(f"{scheme}://: {error}. Install it with pip install {package}.") from error
     except ValueError as error:
-        raise UsageError(f"{scheme}://: {error}. Give a folder, owner/name of the Hub, s3://, gs:// or az://.") from error
+        raise UsageError(
+            f"{scheme}://: {error}. Give a folder, owner/name of the Hub, s3://, gs:// or az://."
+        ) from error
     path = path.rstrip("/")
 
     def list_files() -> tuple[dict[str, RemoteFile], bool]:
