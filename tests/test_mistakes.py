@@ -195,6 +195,7 @@ RESULTS = [
     Mistake("run-ckpt verify result-with-extra", 1, "fault: notes.txt: not listed in the manifest. Remove it."),
     Mistake("run-ckpt verify result --source nowhere", 1, "nowhere: no such file or folder."),
     Mistake("run-ckpt verify result --source empty", 1, "fault: source empty: it holds no .safetensors file."),
+    Mistake("run-ckpt explain result decoder", 2, "decoder: no such layer or tensor."),
     Mistake("run-ckpt diff result", 2, "Missing argument 'B'."),
     Mistake("run-ckpt diff result good", 1, "good: no quantization_manifest.json."),
     Mistake("run-ckpt dequantize result full", 1, "full: is not empty. Choose another folder, or remove this one."),

@@ -20,10 +20,12 @@ from convert_ckpt.plan.recipe import (
     unmatched_rules,
 )
 from convert_ckpt.plan.sglang_names import overmatched, sglang_prefixes
-from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear, reason_to_keep
+from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
+from run_ckpt.contract.decided_by import IGNORE, PRESET, RECIPE, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
 from run_ckpt.contract.module_names import split_name
+from run_ckpt.contract.shape_limits import reason_to_keep
 from run_ckpt.contract.tensors import TensorSpec
 
 QKV = FusedPattern(("*.to_q", "*.to_k", "*.to_v"))
@@ -78,11 +80,13 @@ def test_first_rule_that_matches_decides() -> None:
 
 
 def test_decision_carries_the_reason_of_its_rule() -> None:
-    assert decide(["a"], [Rule("a", KEEP, "it is fragile")], "fp8") == {"a": Decision(KEEP, "it is fragile")}
+    assert decide(["a"], [Rule("a", KEEP, "it is fragile")], "fp8") == {
+        "a": Decision(KEEP, "it is fragile", DecidedBy(PRESET, "a"))
+    }
 
 
 def test_ignore_rule_keeps_and_says_the_option() -> None:
-    assert ignore_rules(["*.a"]) == [Rule("*.a", KEEP, "--ignore *.a", by_user=True)]
+    assert ignore_rules(["*.a"]) == [Rule("*.a", KEEP, "--ignore *.a", IGNORE)]
 
 
 def test_pattern_of_the_user_that_matches_nothing_is_found() -> None:
@@ -155,8 +159,8 @@ def test_recipe_file_gives_base_preset_and_rules_in_order(tmp_path: Path) -> Non
     base, rules = read_recipe(write_recipe(tmp_path, text))
     assert base == "flux1"
     assert rules == [
-        Rule("*.to_q", "fp8", "queries are fragile", by_user=True),
-        Rule("*.to_k", KEEP, "recipe recipe.toml: *.to_k", by_user=True),
+        Rule("*.to_q", "fp8", "queries are fragile", RECIPE),
+        Rule("*.to_k", KEEP, "recipe recipe.toml: *.to_k", RECIPE),
     ]
 
 

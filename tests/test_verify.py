@@ -356,7 +356,7 @@ MANIFEST_EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown schema version": (lambda m: m.update(schema_version=99), "schema version 99"),
     "schema version of SHA-256": (
         lambda m: m.update(schema_version=1),
-        "schema version 1; this version reads 2. Convert the source again with this version, or use the version",
+        "schema version 1; this version reads 3. Convert the source again with this version, or use the version",
     ),
     "unknown dialect": (lambda m: m["recipe"].update(dialect="klingon"), "dialect 'klingon' is unknown"),
     "other dialect": (lambda m: m["recipe"].update(dialect="quark"), "can't say --format mxfp4 --layout aiter"),

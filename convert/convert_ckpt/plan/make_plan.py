@@ -23,14 +23,16 @@ from convert_ckpt.plan.recipe import (
     read_recipe,
     unmatched_rules,
 )
-from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear, reason_to_keep
+from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
 from convert_ckpt.source.component import Component
+from run_ckpt.contract.decided_by import BY_KIND, RECIPE, SHAPE, UNKNOWN_CLASS, DecidedBy
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.module_names import split_name
+from run_ckpt.contract.shape_limits import reason_to_keep
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
 from run_ckpt.version import VERSION
@@ -102,15 +104,17 @@ def _decide(context: PlanContext, rules: list[Rule]) -> tuple[dict[str, Decision
 def _guarded(context: PlanContext, module: str, decision: Decision) -> Decision:
     if decision.format == KEEP:
         return decision
-    if context.preset.name == GENERIC and split_name(module)[1] is None:
-        return Decision(KEEP, "outside the numbered blocks, and no preset knows this class")
-    reason = reason_to_keep(
+    is_asked_for = decision.decided_by.by == RECIPE
+    if context.preset.name == GENERIC and split_name(module)[1] is None and not is_asked_for:
+        reason = "outside the numbered blocks, and no preset knows this class"
+        return Decision(KEEP, reason, DecidedBy(UNKNOWN_CLASS))
+    unfit = reason_to_keep(
         context.linears[module],
         context.options.scheme(decision.format),
         context.naming,
         allow_unaligned_k=context.options.allow_unaligned_k,
     )
-    return Decision(KEEP, reason) if reason else decision
+    return Decision(KEEP, unfit, DecidedBy(SHAPE)) if unfit else decision
 
 
 def _make_layers(
@@ -135,6 +139,7 @@ def _make_layers(
             tensors=dialect.tensor_names(module, scheme, context.naming),
             scale_shape=dialect.scale_shape(N, K, scheme),
             fused_group=group_of.get(module),
+            decided_by=decision.decided_by,
         )
     return layers
 
@@ -149,10 +154,10 @@ def _make_tensors(
     tensors = []
     for shard, stored in source.folder.tensors():
         module = linear_module(stored.spec)
-        reason = decisions[module].reason if module else reason_not_linear(stored.spec)
+        decision = decisions[module] if module else Decision(KEEP, reason_not_linear(stored.spec), BY_KIND)
         layer = layers.get(module) if module else None
         statistics = calibration.hessians.get(layer.module) if layer else None
-        tensors.append(TensorPlan(shard.name, stored, layer, reason, statistics))
+        tensors.append(TensorPlan(shard.name, stored, layer, decision.reason, decision.decided_by, statistics))
     return tuple(tensors)
 
 
@@ -183,7 +188,7 @@ def _make_manifest(
         source={"name": context.source.name, "revision": context.source.revision, **_card(context.source)},
         recipe=recipe,
         layers=layers,
-        kept={name: KeptTensor(tensor.spec, tensor.reason) for name, tensor in kept.items()},
+        kept={name: KeptTensor(tensor.spec, tensor.reason, tensor.decided_by) for name, tensor in kept.items()},
         fused_scales=_fused_scales(layers, groups),
         unquantized_linears=context.prefixes(unquantized),
     )

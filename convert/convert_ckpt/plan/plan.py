@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from convert_ckpt.source.component import Component
+from run_ckpt.contract.decided_by import DecidedBy
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import Header, StoredTensor
@@ -23,6 +24,7 @@ class TensorPlan:
     stored: StoredTensor
     layer: Layer | None
     reason: str
+    decided_by: DecidedBy
     statistics: InputStatistics | None = None
 
     @property

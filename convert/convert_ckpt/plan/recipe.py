@@ -1,10 +1,11 @@
 """Which module gets which format, and why: first matching rule wins, fused groups stay whole."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from convert_ckpt.plan.preset import FusedPattern, Preset, fill_pattern, pattern_regex, read_toml
+from run_ckpt.contract.decided_by import BY_FORMAT, FUSED, IGNORE, PRESET, RECIPE, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS
 from run_ckpt.contract.tensors import TensorSpec
@@ -16,12 +17,16 @@ _RULE_KEYS = {"match", "format", "reason"}
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules matched by ``pattern`` get ``format``: a weight format or "keep"."""
+    """Modules matched by ``pattern`` get ``format``: a weight format or "keep". ``by``: whose rule, see DECIDERS."""
 
     pattern: str
     format: str
     reason: str
-    by_user: bool = False
+    by: str = PRESET
+
+    @property
+    def by_user(self) -> bool:
+        return self.by != PRESET
 
     def matches(self, module: str) -> bool:
         return pattern_regex(self.pattern).fullmatch(module) is not None
@@ -33,6 +38,7 @@ class Decision:
 
     format: str
     reason: str
+    decided_by: DecidedBy = BY_FORMAT
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,12 @@ def _read_rule(path: Path, number: int, entry: object) -> Rule:
     reason = entry.get("reason", f"recipe {path.name}: {match}")
     if not isinstance(reason, str):
         raise UsageError(f"{path}: {where}reason is not a text.")
-    return Rule(match, str(weight_format), reason, by_user=True)
+    return Rule(match, str(weight_format), reason, RECIPE)
 
 
 def ignore_rules(patterns: Iterable[str]) -> list[Rule]:
     """Return one keep rule for each --ignore pattern."""
-    return [Rule(pattern, KEEP, f"--ignore {pattern}", by_user=True) for pattern in patterns]
+    return [Rule(pattern, KEEP, f"--ignore {pattern}", IGNORE) for pattern in patterns]
 
 
 def preset_rules(preset: Preset) -> list[Rule]:
@@ -91,7 +97,7 @@ def decide(modules: Iterable[str], rules: list[Rule], default_format: str) -> di
     decisions = {}
     for module in modules:
         rule = next((rule for rule in rules if rule.matches(module)), None)
-        decisions[module] = Decision(rule.format, rule.reason) if rule else default
+        decisions[module] = Decision(rule.format, rule.reason, DecidedBy(rule.by, rule.pattern)) if rule else default
     return decisions
 
 
@@ -131,7 +137,7 @@ def close_over_groups(decisions: dict[str, Decision], groups: Iterable[FusedGrou
         formats = {closed[name].format for name in group.members} - {KEEP}
         if kept:
             for name in set(group.members) - set(kept):
-                closed[name] = replace(closed[name], format=KEEP, reason=f"fused with {kept[0]}, which is kept")
+                closed[name] = Decision(KEEP, f"fused with {kept[0]}, which is kept", DecidedBy(FUSED, kept[0]))
         elif len(formats) > 1:
             raise UsageError(
                 f"{', '.join(group.members)} are fused at load and need one format, but the recipe gives"

@@ -1,4 +1,4 @@
-"""The command of `run-ckpt` that sets two results side by side: diff."""
+"""The commands of `run-ckpt` that say why a result is as it is: explain, and diff for two of them."""
 
 import json
 from pathlib import Path
@@ -33,3 +33,32 @@ def diff(a: Path, b: Path, every_layer: bool, as_json: bool) -> None:
     from run_ckpt.cli.tables import make_console
 
     print_diff(make_console(), found, (a, b))
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.argument("layer")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(output: Path, layer: str, as_json: bool) -> None:
+    """Say what became of LAYER in OUTPUT, who decided it, and what would change it.
+
+    LAYER is a layer or tensor as run-ckpt inspect names it, * standing for the number of a block.
+    Reads the manifest alone.
+
+    \b
+    Examples:
+      run-ckpt explain flux-mxfp4 proj_out
+      run-ckpt explain flux-mxfp4 "transformer_blocks.*.attn.to_q"
+    """
+    from run_ckpt.tools.explain import explain as find
+    from run_ckpt.tools.publish.rows import read_result
+
+    found = find(read_result(output), layer)
+    if as_json:
+        click.echo(json.dumps([explanation.to_json() for explanation in found], indent=1))
+        return
+    from run_ckpt.cli.explain_table import print_explanation
+    from run_ckpt.cli.tables import make_console
+
+    for explanation in found:
+        print_explanation(make_console(), explanation)

@@ -8,7 +8,7 @@ from run_ckpt.cli.calibrate import calibrate
 from run_ckpt.cli.check import inspect_output, verify
 from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.cli.compare import compare
-from run_ckpt.cli.explain import diff
+from run_ckpt.cli.explain import diff, explain
 from run_ckpt.cli.publish import card, push, report
 from run_ckpt.cli.rewrite import dequantize, relayout
 from run_ckpt.cli.run import bench, generate
@@ -32,6 +32,7 @@ def run_ckpt() -> None:
     Examples:
       run-ckpt inspect flux-mxfp4
       run-ckpt verify flux-mxfp4 --source flux
+      run-ckpt explain flux-mxfp4 proj_out
       run-ckpt diff flux-mxfp4 flux-fp8
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
@@ -47,6 +48,7 @@ def run_ckpt() -> None:
 for _command in (
     inspect_output,
     verify,
+    explain,
     diff,
     dequantize,
     relayout,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from run_ckpt.contract.layouts import AITER, LAYOUTS, PLAIN, Layout
+from run_ckpt.contract.tensors import DTYPE_BITS
 
 # OCP Microscaling Formats (MX) v1.0, 5.3.3: sign, 2 exponent bits (bias 1), 1 mantissa bit.
 # The value of code 0..7; bit 3 of a code is the sign.
@@ -111,14 +112,16 @@ class QuantFormat:
         names = {"element_format": self.element.name, "scale_format": self.scale.name, "tie_rule": TIE_RULE}
         return {**names, **self.element.facts, **self.scale.facts, **block}
 
-    def scale_rule(self, asked: str) -> str:
+    def scale_rule(self, asked: str | None) -> str:
         """Return the rule that was asked for where the format has a choice, else its own."""
-        return asked if asked in self.scale_rules else self.scale_rules[0]
+        return asked if asked and asked in self.scale_rules else self.scale_rules[0]
 
-    def scheme(self, layout: str, granularity: str) -> Scheme:
+    def scheme(self, layout: str | None = None, granularity: str | None = None) -> Scheme:
         """Return how a layer is stored under these options, each as far as the format has a choice there."""
         known = next((known for known in self.layouts if known.name == layout), self.layouts[0])
-        return Scheme(self, known, granularity if granularity in self.blocks else next(iter(self.blocks)))
+        return Scheme(
+            self, known, granularity if granularity and granularity in self.blocks else next(iter(self.blocks))
+        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,15 @@ class Scheme:
         """Return [block rows, block columns] of an [N, K] weight: the shape of its scales without padding."""
         rows, cols = self.block
         return -(-N // (rows or N)), -(-K // (cols or K))
+
+    def nbytes(self, N: int, K: int) -> int:
+        """Return the bytes of an [N, K] weight and its scales, those of blocks padded as the layout wants."""
+        scales = math.prod(self.layout.scale.padded_shape(*self.scale_grid(N, K)))
+        n_tensor_scales = int(self.format.is_two_level)
+        return (
+            N * K // self.format.element.per_byte
+            + (scales * DTYPE_BITS[self.format.scale.dtype] + 32 * n_tensor_scales) // 8
+        )
 
     def scale_rows(self, start: int, stop: int) -> slice:
         """Return which rows of the grid belong to rows start..stop of the weight; start is that of a block."""

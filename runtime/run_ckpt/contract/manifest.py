@@ -8,11 +8,12 @@ from typing import Any
 
 from blake3 import blake3
 
+from run_ckpt.contract.decided_by import BY_FORMAT, BY_KIND, DecidedBy
 from run_ckpt.contract.errors import ManifestError
 from run_ckpt.contract.formats import QuantFormat, Scheme, read_scheme
 from run_ckpt.contract.tensors import TensorSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "quantization_manifest.json"
 _SEAL = "blake3_of_the_rest"
 _END = "\n}"
@@ -36,8 +37,9 @@ class Layer:
 
     ``tensors`` maps a role (weight, weight_scale, weight_scale_2, ...) to the tensor that plays it.
     ``scale_shape`` is the weight scale's shape on disk, which consumers spell differently.
-    ``sqnr_db`` is that of the decoded weight, see sqnr_db(). ``method`` says how its codes were chosen where statistics
-    of its input were given, ``output_sqnr_db`` maps each method to the SQNR of the layer's output on held out samples.
+    ``decided_by`` says why it has this format. ``sqnr_db`` is that of the decoded weight, see sqnr_db().
+    ``method`` says how its codes were chosen where statistics of its input were given, ``output_sqnr_db`` maps each
+    method to the SQNR of the layer's output on held out samples.
     """
 
     module: str
@@ -50,6 +52,7 @@ class Layer:
     tensors: dict[str, str]
     scale_shape: tuple[int, ...]
     fused_group: str | None = None
+    decided_by: DecidedBy = BY_FORMAT
     sqnr_db: float | None = None
     max_abs_error: float | None = None
     method: str | None = None
@@ -75,7 +78,8 @@ class Layer:
         layout = self.scheme.layout
         stored = {"format": self.format.name, "layout": layout.name, "granularity": self.scheme.granularity}
         facts = {**self.format.facts, **layout.facts, "target_arch": layout.target_arch}
-        return {**fields, "scale_shape": list(self.scale_shape), **stored, **facts}
+        derived = {"scale_shape": list(self.scale_shape), "decided_by": vars(self.decided_by)}
+        return {**fields, **derived, **stored, **facts}
 
 
 def sqnr_db(squared_signal: float, squared_error: float) -> float | None:
@@ -105,6 +109,7 @@ class KeptTensor:
 
     spec: TensorSpec
     reason: str
+    decided_by: DecidedBy = BY_KIND
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,10 @@ class Manifest:
             "source": self.source,
             "recipe": self.recipe,
             "layers": {name: layer.to_json() for name, layer in self.layers.items()},
-            "kept": {name: _spec_json(kept.spec, reason=kept.reason) for name, kept in self.kept.items()},
+            "kept": {
+                name: _spec_json(kept.spec, reason=kept.reason, decided_by=vars(kept.decided_by))
+                for name, kept in self.kept.items()
+            },
             "fused_scales": {
                 name: _spec_json(fused.spec, role=fused.role, members=fused.members)
                 for name, fused in self.fused_scales.items()
@@ -209,7 +217,10 @@ def _from_json(document: dict[str, Any]) -> Manifest:
         source=document["source"],
         recipe=document["recipe"],
         layers={name: _layer_from_json(entry) for name, entry in document["layers"].items()},
-        kept={name: KeptTensor(_spec(name, entry), entry["reason"]) for name, entry in document["kept"].items()},
+        kept={
+            name: KeptTensor(_spec(name, entry), entry["reason"], DecidedBy(**entry["decided_by"]))
+            for name, entry in document["kept"].items()
+        },
         fused_scales={
             name: FusedScale(_spec(name, entry), entry["role"], tuple(entry["members"]))
             for name, entry in document["fused_scales"].items()
@@ -223,7 +234,12 @@ def _layer_from_json(entry: dict[str, Any]) -> Layer:
     scheme = read_scheme(entry["format"], entry["layout"], entry["granularity"])
     absent = {"scheme", *(name for name in _OPTIONAL if name not in entry)}
     fields = {name: entry[name] for name in Layer.__dataclass_fields__.keys() - absent}
-    layer = Layer(**{**fields, "scheme": scheme, "scale_shape": tuple(entry["scale_shape"])})
+    parsed = {
+        "scheme": scheme,
+        "scale_shape": tuple(entry["scale_shape"]),
+        "decided_by": DecidedBy(**entry["decided_by"]),
+    }
+    layer = Layer(**{**fields, **parsed})
     expected = layer.to_json()
     if expected != entry:
         wrong = sorted(key for key in expected.keys() | entry.keys() if expected.get(key) != entry.get(key))

@@ -16,9 +16,9 @@ from run_ckpt.contract.manifest import (
     Manifest,
     read_manifest,
 )
+from run_ckpt.contract.shape_limits import QUANTIZABLE_DTYPES
 from run_ckpt.contract.tensors import TensorSpec
 
-SOURCE_DTYPES = ("BF16", "F16", "F32")
 _RECIPE_KEYS = ("format", "dialect", "naming", "granularity", "scale_rule")
 _ADVICE = "The manifest was edited or damaged: fetch it again, or convert again."
 
@@ -91,8 +91,8 @@ def _layer_faults(name: str, layer: Layer, recipe: Mapping[str, Any]) -> Iterato
     if not _is_size(layer.N) or not _is_size(layer.K):
         yield f"N = {layer.N!r}, K = {layer.K!r} are no sizes"
         return
-    if layer.source_dtype not in SOURCE_DTYPES:
-        yield f"source_dtype {layer.source_dtype!r} is none of {', '.join(SOURCE_DTYPES)}"
+    if layer.source_dtype not in QUANTIZABLE_DTYPES:
+        yield f"source_dtype {layer.source_dtype!r} is none of {', '.join(QUANTIZABLE_DTYPES)}"
     scheme, dialect = layer.scheme, DIALECTS[recipe["dialect"]]
     if scheme not in dialect.schemes:
         yield f"the {dialect.name} dialect can't say {scheme}"

@@ -1,0 +1,99 @@
+"""Why tensors stay as they are, what that costs, and which option would change it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from run_ckpt.contract.decided_by import FUSED, IGNORE, NOT_LINEAR, PRESET, RECIPE, SHAPE, UNKNOWN_CLASS
+from run_ckpt.contract.formats import FORMATS, Scheme
+from run_ckpt.contract.manifest import KeptTensor, Manifest
+from run_ckpt.contract.shape_limits import reason_to_keep
+from run_ckpt.contract.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What would quantize a tensor that is kept, in the words of the command, and the bytes which that would save."""
+
+    what: str
+    saved_nbytes: int
+
+
+@dataclass(frozen=True)
+class KeptGroup:
+    """Tensors that are kept for one reason. ``remedy`` is "" where nothing would change it."""
+
+    reason: str
+    is_linear: bool
+    n_tensors: int
+    nbytes: int
+    remedy: str
+    saved_nbytes: int
+
+
+def kept_groups(manifest: Manifest) -> list[KeptGroup]:
+    """Return a group for each reason, those that keep most bytes first; tensors of no linear layer come last."""
+    groups: dict[tuple[str, bool, str], list[tuple[KeptTensor, Remedy | None]]] = {}
+    for kept in manifest.kept.values():
+        is_linear = kept.decided_by.by != NOT_LINEAR
+        remedy = next(remedies(kept, manifest.recipe), None)
+        key = (kept.reason if is_linear else "no weights of linear layers", is_linear, remedy.what if remedy else "")
+        groups.setdefault(key, []).append((kept, remedy))
+    found = [
+        KeptGroup(
+            *key[:2],
+            n_tensors=len(members),
+            nbytes=sum(kept.spec.nbytes for kept, _ in members),
+            remedy=key[2],
+            saved_nbytes=sum(remedy.saved_nbytes for _, remedy in members if remedy),
+        )
+        for key, members in groups.items()
+    ]
+    return sorted(found, key=lambda group: (not group.is_linear, -group.nbytes))
+
+
+def remedies(kept: KeptTensor, recipe: Mapping[str, Any]) -> Iterator[Remedy]:
+    """Yield what would quantize a tensor that is kept, the smallest change first.
+
+    recipe: the manifest's, which says what was asked for.
+    """
+    rule = kept.decided_by.rule
+    if kept.decided_by.by == SHAPE:
+        for option, scheme in _ways_to_take(kept.spec, recipe):
+            yield Remedy(option, _saved_nbytes(kept.spec, scheme))
+        return
+    words = {
+        IGNORE: f"--ignore {rule} left out",
+        RECIPE: f"another rule than {rule} in the recipe",
+        PRESET: "a rule in a --recipe",
+        UNKNOWN_CLASS: "a rule in a --recipe",
+        FUSED: f"quantizing {rule} too",
+    }
+    scheme = _asked_scheme(recipe)
+    if kept.decided_by.by in words and not _reason_to_keep(kept.spec, scheme, recipe):
+        yield Remedy(words[kept.decided_by.by], _saved_nbytes(kept.spec, scheme))
+
+
+def _ways_to_take(spec: TensorSpec, recipe: Mapping[str, Any]) -> Iterator[tuple[str, Scheme]]:
+    """Yield (option, scheme) of every other way to store a weight [N, K] that takes its shape."""
+    asked = _asked_scheme(recipe)
+    ways = [("--allow-unaligned-k", asked)] if not recipe["allow_unaligned_k"] else []
+    ways += [(f"--layout {layout}", replace(asked, layout=layout)) for layout in asked.format.layouts]
+    ways += [(f"--granularity {name}", replace(asked, granularity=name)) for name in asked.format.blocks]
+    ways += [(str(scheme), scheme) for scheme in (other.scheme() for other in FORMATS.values())]
+    for option, scheme in ways:
+        aligned = recipe["allow_unaligned_k"] or option == "--allow-unaligned-k"
+        if not _reason_to_keep(spec, scheme, {**recipe, "allow_unaligned_k": aligned}):
+            yield option, scheme
+
+
+def _reason_to_keep(spec: TensorSpec, scheme: Scheme, recipe: Mapping[str, Any]) -> str | None:
+    return reason_to_keep(spec, scheme, recipe["naming"], allow_unaligned_k=recipe["allow_unaligned_k"])
+
+
+def _asked_scheme(recipe: Mapping[str, Any]) -> Scheme:
+    return FORMATS[recipe["format"]].scheme(recipe["layout"], recipe["granularity"])
+
+
+def _saved_nbytes(spec: TensorSpec, scheme: Scheme) -> int:
+    return spec.nbytes - scheme.nbytes(*spec.shape)
