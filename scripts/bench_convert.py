@@ -133,6 +133,7 @@ def convert(source: Path, output: Path, weight_format: str) -> Run:
         str(output),
         "--format",
         weight_format,
+        "--preset=generic",
         "--quiet",
     ]
     started = time.perf_counter()

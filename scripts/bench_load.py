@@ -89,6 +89,7 @@ def convert(source: Path, output: Path, weight_format: str) -> None:
         str(output),
         "--format",
         weight_format,
+        "--preset=generic",
         "--quiet",
     ]
     subprocess.run(command, cwd=ROOT, check=True)

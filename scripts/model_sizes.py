@@ -93,7 +93,11 @@ def write_skeleton(build: Callable[[], torch.nn.Module], folder: Path) -> None:
     with open(folder / "model.safetensors", "wb") as file:
         file.write(header.data)
         file.truncate(header.file_nbytes)
-    config = {"_class_name": type(model).__name__, **model.config} if is_diffusers(model) else model.config.to_dict()
+    class_name = type(model).__name__
+    if is_diffusers(model):
+        config = {"_class_name": class_name, **model.config}
+    else:
+        config = {**model.config.to_dict(), "architectures": [class_name]}
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -1,6 +1,7 @@
 """Small checkpoints for tests: tensors -> folder, as diffusers and transformers lay them out."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import RunSummary, convert_checkpoint
+from convert_ckpt.plan.preset import GENERIC, find_preset
 from run_ckpt.progress import Silent
 
 FLUX_DIGITS = Path(__file__).parents[1] / "examples" / "flux-digits"
@@ -42,10 +44,16 @@ def random_weight(N: int, K: int, dtype: torch.dtype = torch.bfloat16, seed: int
 
 
 def convert(source: Path, output: Path, n_workers: int = 2, restart: bool = False, **options: object) -> RunSummary:
-    """Convert with the options of the command."""
+    """Convert with the options of the command; classes that tests make up take the generic preset."""
+    options.setdefault("preset", None if _knows_class(source) else GENERIC)
     return convert_checkpoint(
         source, output, Options(**options), n_workers=n_workers, restart=restart, progress=Silent()
     )
+
+
+def _knows_class(source: Path) -> bool:
+    words = {word for path in source.rglob("config.json") for word in re.findall(r'"(\w+)"', path.read_text())}
+    return any(find_preset(word).name != GENERIC for word in words)
 
 
 def load_all(folder: Path) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ def test_a_header_longer_than_the_first_request_is_read_to_its_end(hub: HubServe
     norms = {f"norms.{i}.{'long' * 20}.weight": torch.ones(2) for i in range(1000)}
     source = save_checkpoint(tmp_path / "in", [weights | norms], {"_class_name": "Unknown"})
     hub.add_repo("me/model", read_files(source))
-    convert_remote("me/model", tmp_path / "out", format="mxfp4")
+    convert_remote("me/model", tmp_path / "out", format="mxfp4", preset="generic")
     convert(source, tmp_path / "local", format="mxfp4")
     assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
 
@@ -298,10 +298,10 @@ def test_components_of_a_pipeline_are_selected_and_a_single_file_beside_them_is_
     (pipeline / "README.md").write_text("---\nlicense: mit\n---\n")
     (pipeline / "all-in-one.safetensors").write_bytes((pipeline / "vae" / "model.safetensors").read_bytes())
     hub.add_repo("me/pipeline", read_files(pipeline))
-    convert_remote("me/pipeline", tmp_path / "both", format="mxfp4")
+    convert_remote("me/pipeline", tmp_path / "both", format="mxfp4", preset="generic")
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"transformer", "transformer_2"}
     hub.forget()
-    convert_remote("me/pipeline", tmp_path / "one", format="mxfp4", components=("transformer_2",))
+    convert_remote("me/pipeline", tmp_path / "one", format="mxfp4", preset="generic", components=("transformer_2",))
     convert(pipeline / "transformer_2", tmp_path / "local", format="mxfp4")
     source = assert_same_but_for_the_source(tmp_path / "one" / "transformer_2", tmp_path / "local")
     assert source["name"] == "me/pipeline/transformer_2"
@@ -309,17 +309,17 @@ def test_components_of_a_pipeline_are_selected_and_a_single_file_beside_them_is_
     of_the_pipeline = {"README.md", "model_index.json"}
     assert asked == of_the_pipeline | {"transformer_2/config.json", "transformer_2/model.safetensors"}
     hub.forget()
-    convert_remote("hf://me/pipeline/transformer_2", tmp_path / "folder", format="mxfp4")
+    convert_remote("hf://me/pipeline/transformer_2", tmp_path / "folder", format="mxfp4", preset="generic")
     assert {request.path.rpartition("/")[2] for request in hub.requests} >= of_the_pipeline
     assert folder_bytes(tmp_path / "folder") == folder_bytes(tmp_path / "one" / "transformer_2")
     with pytest.raises(CheckpointError, match=r"--component vae: not in SOURCE.*transformer, transformer_2"):
-        convert_remote("me/pipeline", tmp_path / "none", format="mxfp4", components=("vae",))
+        convert_remote("me/pipeline", tmp_path / "none", format="mxfp4", preset="generic", components=("vae",))
 
 
 def test_one_file_of_a_repo_is_a_source(hub: HubServer, tmp_path: Path) -> None:
     local = save_checkpoint(tmp_path / "in", [{"blocks.0.proj.weight": random_weight(256, 256)}])
     hub.add_repo("me/files", {"a/model.safetensors": (local / "model.safetensors").read_bytes(), "b.txt": b""})
-    convert_remote("hf://me/files/a/model.safetensors", tmp_path / "out", format="mxfp4")
+    convert_remote("hf://me/files/a/model.safetensors", tmp_path / "out", format="mxfp4", preset="generic")
     convert(local / "model.safetensors", tmp_path / "local", format="mxfp4")
     source = assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
     assert source["name"] == "me/files/a/model.safetensors"

@@ -315,7 +315,9 @@ def test_a_conversion_pushes_each_shard_when_it_is_finished(hub: Hub, source: Pa
             seen_complete.append(output.exists())
 
     hub.fault = look
-    command = convert_ckpt(source, output, "--format", "mxfp4", "--push-to-hub", REPO, "--private", "--workers", 1)
+    command = convert_ckpt(
+        source, output, "--format", "mxfp4", "--preset", "generic", "--push-to-hub", REPO, "--private", "--workers", 1
+    )
     done = subprocess.run(command, env=command_environment(hub), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     n_files = len(hub.files(REPO))
@@ -330,7 +332,7 @@ def test_a_conversion_pushes_each_shard_when_it_is_finished(hub: Hub, source: Pa
 def test_a_push_that_fails_leaves_the_conversion_and_says_how_to_go_on(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.fault = lambda method, path: 403 if "/commit/" in path else None
     output = tmp_path / "output"
-    command = convert_ckpt(source, output, "--format", "mxfp4", "--push-to-hub", REPO)
+    command = convert_ckpt(source, output, "--format", "mxfp4", "--preset", "generic", "--push-to-hub", REPO)
     done = subprocess.run(command, env=command_environment(hub), capture_output=True, text=True)
     assert done.returncode == 1
     assert f"run-ckpt push {output} {REPO}" in done.stderr
@@ -359,7 +361,9 @@ def test_a_conversion_whose_result_is_there_already_sends_nothing(
     push(output)
     hub.sent.clear()
     lines = Lines()
-    summary = api.convert(source, tmp_path / "again", format="mxfp4", push_to_hub=REPO, progress=lines)
+    summary = api.convert(
+        source, tmp_path / "again", format="mxfp4", preset="generic", push_to_hub=REPO, progress=lines
+    )
     assert "nothing to push" in str(summary.pushed)
     assert summary.to_json()["pushed_to"] == f"{hub.url}/{REPO}"
     assert hub.sent == []

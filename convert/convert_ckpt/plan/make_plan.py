@@ -29,6 +29,7 @@ from run_ckpt.contract.decided_by import BY_KIND, RECIPE, SHAPE, UNKNOWN_CLASS, 
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import FaultsError, UsageError
+from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.module_names import split_name
@@ -83,7 +84,17 @@ def _choose_rules(source: Component, options: Options) -> tuple[Preset, list[Rul
     base, recipe_rules = read_recipe(options.recipe) if options.recipe else (None, [])
     name = options.preset or base
     preset = load_preset(name) if name else find_preset(source.class_name)
+    if preset.name == GENERIC and name is None:
+        raise UsageError(_ask_for_preset(source))
     return preset, [*ignore_rules(options.ignore), *recipe_rules, *preset_rules(preset)]
+
+
+def _ask_for_preset(source: Component) -> str:
+    unknown = f"no preset knows {source.class_name}" if source.class_name else f"no {CONFIG_NAME} says what class it is"
+    return (
+        f"{source.name}: {unknown}, so nothing says which layers its runtime takes quantized. Add --preset {GENERIC}"
+        " to quantize the linear layers of its numbered blocks, told by their names; try the result where it is served."
+    )
 
 
 def _decide(context: PlanContext, rules: list[Rule]) -> tuple[dict[str, Decision], tuple[FusedGroup, ...]]:

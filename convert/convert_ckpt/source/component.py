@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert_ckpt.source.signatures import find_refusal
 from convert_ckpt.source.source_card import read_source_card
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
@@ -75,12 +76,14 @@ def open_component(path: Path) -> Component:
     if path.is_dir():
         config, faults = read_json_object(path / CONFIG_NAME)
         side_files = _find_side_files(path, notes)
-    faults += _quantized_faults(folder, config)
-    if faults:
-        raise FaultsError(f"{path.name}: can't be converted", faults)
     name, revision = _identify(path)
     card = read_source_card(path) if path.is_dir() else {}
-    return Component(folder, name, revision, config, tuple(side_files), tuple(notes), card)
+    component = Component(folder, name, revision, config, tuple(side_files), tuple(notes), card)
+    refusal = find_refusal([tensor.spec.name for _, tensor in folder.tensors()], component.class_name)
+    faults += [refusal] if refusal else _quantized_faults(folder, config)
+    if faults:
+        raise FaultsError(f"{path.name}: can't be converted", faults)
+    return component
 
 
 def is_side_file(path: Path) -> bool:

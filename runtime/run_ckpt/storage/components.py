@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
-from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.storage.checks import header_faults
+from run_ckpt.storage.containers import describe_container
+from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import TensorFolder, read_folder
 
@@ -25,15 +27,28 @@ def find_components(path: Path) -> dict[str, Path]:
     """
     if path.is_file():
         if path.suffix != SUFFIX:
-            raise CheckpointError(f"{path}: not a {SUFFIX} file. Give a checkpoint folder or a {SUFFIX} file.")
+            raise CheckpointError(
+                describe_container(path) or f"{path}: not a {SUFFIX} file. Give a checkpoint folder or a {SUFFIX} file."
+            )
         return {"": path}
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder. Give a checkpoint folder or a {SUFFIX} file.")
     components = {entry.name: entry for entry in sorted(path.glob("transformer*")) if entry.is_dir()}
+    if not components and (path / PIPELINE_INDEX_NAME).is_file():
+        raise CheckpointError(_no_transformer(path))
     has_weights = any(path.glob("*" + SUFFIX)) or any(path.glob("*" + INDEX_SUFFIX))
     if not components or (has_weights and not (path / PIPELINE_INDEX_NAME).is_file()):
         return {"": path}
     return components
+
+
+def _no_transformer(path: Path) -> str:
+    index, _ = read_json_object(path / PIPELINE_INDEX_NAME)
+    holds = ", ".join(sorted(entry.name for entry in path.iterdir() if (entry / CONFIG_NAME).is_file()))
+    return (
+        f"{path.name}: a pipeline ({(index or {}).get('_class_name', 'of no class')}) without a transformer; it holds"
+        f" {holds or 'no model'}. Give a pipeline with one: UNets and VAEs are not converted."
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from run_ckpt.contract.errors import HeaderError
 from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
+from run_ckpt.storage.containers import describe_container
 
 _DTYPE_ORDER = {dtype: order for order, dtype in enumerate(DTYPE_BITS)}
 LENGTH_NBYTES = 8
@@ -73,7 +74,7 @@ def read_header(path: Path) -> Header:
     with open(path, "rb") as file:
         prefix = file.read(LENGTH_NBYTES)
         length = int.from_bytes(prefix, "little")
-        _check_length(path.name, len(prefix), length, file_nbytes)
+        _check_length(path, len(prefix), length, file_nbytes)
         text = file.read(length)
     return parse_header(path.name, prefix + text, file_nbytes)
 
@@ -109,19 +110,22 @@ def _place(ordered: list[TensorSpec], start: int) -> tuple[StoredTensor, ...]:
     return tuple(placed)
 
 
-def _check_length(file_name: str, n_prefix: int, length: int, file_nbytes: int) -> None:
+def _check_length(path: Path, n_prefix: int, length: int, file_nbytes: int) -> None:
     if n_prefix < LENGTH_NBYTES:
-        raise HeaderError(f"{file_name}: {file_nbytes} bytes is too short for a safetensors file. Fetch it again.")
+        raise HeaderError(f"{path.name}: {file_nbytes} bytes is too short for a safetensors file. Fetch it again.")
+    if length <= min(MAX_HEADER_NBYTES, file_nbytes - LENGTH_NBYTES):
+        return
+    if container := describe_container(path):
+        raise HeaderError(container)
     if length > MAX_HEADER_NBYTES:
         raise HeaderError(
-            f"{file_name}: the header claims {length:,} bytes, more than the {MAX_HEADER_NBYTES:,} the format allows."
+            f"{path.name}: the header claims {length:,} bytes, more than the {MAX_HEADER_NBYTES:,} the format allows."
             " This is no safetensors file, or a damaged one; fetch it again."
         )
-    if length > file_nbytes - LENGTH_NBYTES:
-        raise HeaderError(
-            f"{file_name}: the header claims {length:,} bytes but the file has only {file_nbytes:,}:"
-            " truncated. Fetch it again."
-        )
+    raise HeaderError(
+        f"{path.name}: the header claims {length:,} bytes but the file has only {file_nbytes:,}:"
+        " truncated. Fetch it again."
+    )
 
 
 def _load_json(file_name: str, text: bytes) -> dict[str, Any]:

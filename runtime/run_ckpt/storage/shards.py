@@ -9,6 +9,7 @@ from pathlib import Path
 
 from run_ckpt.contract.errors import FaultsError, HeaderError
 from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX, unsafe_file_name
+from run_ckpt.storage.containers import find_container
 from run_ckpt.storage.header import Header, StoredTensor, read_header
 
 # The names under which diffusers and transformers look for a model's weights.
@@ -98,7 +99,8 @@ def _read_index(path: Path, faults: list[str]) -> dict[str, str]:
 def _find_files(folder: Path, faults: list[str], notes: list[str]) -> list[str]:
     names = sorted(entry.name for entry in folder.glob("*" + SUFFIX))
     if not names:
-        faults.append("it holds no .safetensors file. Give the folder that holds config.json and the weights.")
+        other = find_container(folder)
+        faults.append(other or "it holds no .safetensors file. Give the folder that holds config.json and the weights.")
     for stem in MAIN_STEMS:
         if stem + SUFFIX in names:
             notes += [f"{name}: left out, {stem + SUFFIX} is there" for name in names if name != stem + SUFFIX]
