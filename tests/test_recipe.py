@@ -15,17 +15,18 @@ from convert_ckpt.plan.recipe import (
     decide,
     find_fused_groups,
     ignore_rules,
-    preset_rules,
+    keep_rules,
     read_recipe,
     unmatched_rules,
 )
-from convert_ckpt.plan.sglang_names import overmatched, sglang_prefixes
+from convert_ckpt.plan.runtime_names import overmatched, runtime_names
 from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
 from run_ckpt.contract.decided_by import IGNORE, PRESET, RECIPE, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
 from run_ckpt.contract.module_names import split_name
 from run_ckpt.contract.shape_limits import reason_to_keep
+from run_ckpt.contract.targets import NAME, PART
 from run_ckpt.contract.tensors import TensorSpec
 
 QKV = FusedPattern(("*.to_q", "*.to_k", "*.to_v"))
@@ -99,12 +100,12 @@ def test_pattern_hidden_by_an_earlier_one_counts_as_matched() -> None:
 
 
 def test_pattern_of_a_preset_may_match_nothing() -> None:
-    assert unmatched_rules(["x"], preset_rules(load_preset("flux1"))) == []
+    assert unmatched_rules(["x"], keep_rules(load_preset("flux1").keep)) == []
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_keeps_by_a_reason(name: str) -> None:
-    assert all(rule.format == KEEP and rule.reason for rule in preset_rules(load_preset(name)))
+    assert all(rule.format == KEEP and rule.reason for rule in keep_rules(load_preset(name).keep))
 
 
 @pytest.mark.parametrize(
@@ -369,19 +370,19 @@ HUNYUAN_MODULES = [
     ],
 )
 def test_sglang_prefix_is_the_name_its_class_gives(preset: str, module: str, prefix: str | None) -> None:
-    assert sglang_prefixes([module], load_preset(preset), [module]) == {module: prefix}
+    assert runtime_names([module], load_preset(preset).runtime("sglang"), [module]) == {module: prefix}
 
 
 @pytest.mark.parametrize(("block", "runtime_block"), [(0, 3), (3, 6)])
 def test_hunyuan_single_blocks_are_numbered_on_from_the_double_blocks(block: int, runtime_block: int) -> None:
     module = f"single_transformer_blocks.{block}.proj_mlp"
-    prefixes = sglang_prefixes([module], load_preset("hunyuan-video"), HUNYUAN_MODULES)
+    prefixes = runtime_names([module], load_preset("hunyuan-video").runtime("sglang"), HUNYUAN_MODULES)
     assert prefixes == {module: f"Hunyuan.single_blocks.{runtime_block}.linear1"}
 
 
 def test_wan_image_to_video_has_bare_names_in_its_cross_attention() -> None:
     linears = ["blocks.3.attn2.to_out.0", "blocks.3.attn2.add_k_proj", "blocks.3.attn1.to_out.0"]
-    assert sglang_prefixes(linears, load_preset("wan"), linears) == {
+    assert runtime_names(linears, load_preset("wan").runtime("sglang"), linears) == {
         "blocks.3.attn2.to_out.0": "to_out",
         "blocks.3.attn2.add_k_proj": "blocks.3.attn2.add_k_proj",
         "blocks.3.attn1.to_out.0": "blocks.3.to_out",
@@ -401,11 +402,11 @@ def test_wan_image_to_video_has_bare_names_in_its_cross_attention() -> None:
     ],
 )
 def test_ignore_entry_reaches_any_run_of_dotted_parts(entry: str, prefix: str, reaches: bool) -> None:
-    assert bool(overmatched({entry: entry}, {"quantized": prefix}, any_part=True)) == reaches
+    assert bool(overmatched({entry: entry}, {"quantized": prefix}, PART)) == reaches
 
 
 def test_overmatch_names_layer_and_entry() -> None:
-    found = overmatched({"proj_out": "proj_out"}, {"blocks.0.proj_out": "blocks.0.proj_out"}, any_part=True)
+    found = overmatched({"proj_out": "proj_out"}, {"blocks.0.proj_out": "blocks.0.proj_out"}, PART)
     assert len(found) == 1
     assert "blocks.0.proj_out" in found[0]
     assert found[0].endswith("its ignore list says proj_out")
@@ -413,17 +414,17 @@ def test_overmatch_names_layer_and_entry() -> None:
 
 def test_overmatch_counts_further_layers() -> None:
     quantized = {f"blocks.{i}.proj_out": f"blocks.{i}.proj_out" for i in range(3)}
-    assert "blocks.0.proj_out and 2 more" in overmatched({"proj_out": "proj_out"}, quantized, any_part=True)[0]
+    assert "blocks.0.proj_out and 2 more" in overmatched({"proj_out": "proj_out"}, quantized, PART)[0]
 
 
 def test_layer_that_sglang_never_quantizes_is_in_no_ignore_list() -> None:
-    assert overmatched({"proj_out": None}, {"blocks.0.proj_out": "blocks.0.proj_out"}, any_part=True) == []
+    assert overmatched({"proj_out": None}, {"blocks.0.proj_out": "blocks.0.proj_out"}, PART) == []
 
 
 def test_overmatch_looks_at_the_checkpoint_s_name_too() -> None:
-    assert overmatched({"to_q": "other"}, {"blocks.0.to_q": "blocks.0.qkv"}, any_part=True)
+    assert overmatched({"to_q": "other"}, {"blocks.0.to_q": "blocks.0.qkv"}, PART)
 
 
 @pytest.mark.parametrize(("entry", "reaches"), [("to_q", False), ("blocks.1.to_q", True)])
 def test_modelopt_matches_whole_names_alone(entry: str, reaches: bool) -> None:
-    assert bool(overmatched({entry: entry}, {"quantized": "blocks.1.to_q"}, any_part=False)) == reaches
+    assert bool(overmatched({entry: entry}, {"quantized": "blocks.1.to_q"}, NAME)) == reaches

@@ -21,8 +21,9 @@ def convert(
     output: str | PathLike[str],
     *,
     format: str,
-    layout: str = Options.layout,
-    granularity: str = Options.granularity,
+    target: str | None = None,
+    layout: str | None = None,
+    granularity: str | None = None,
     scale_rule: str = Options.scale_rule,
     dialect: str | None = None,
     preset: str | None = None,
@@ -77,6 +78,7 @@ def convert(
     """
     options = Options(
         format=format,
+        target=target,
         layout=layout,
         granularity=granularity,
         scale_rule=scale_rule,
@@ -102,14 +104,14 @@ def convert(
         progress=progress,
         selection=Selection(_strings(component), keep_source),
     )
-    target = {"revision": revision, "private": private, "commit_message": commit_message, "overwrite": overwrite}
+    place = {"revision": revision, "private": private, "commit_message": commit_message, "overwrite": overwrite}
     if push_to_hub is None:
-        _refuse_unused({"push_at_end": push_at_end, "base_model": base_model, **target})
+        _refuse_unused({"push_at_end": push_at_end, "base_model": base_model, **place})
         return run()
     from convert_ckpt.push import convert_and_push
 
-    target["repo_id"] = push_to_hub
-    return convert_and_push(run, Path(output), target, base_model=base_model, at_end=push_at_end, progress=progress)
+    place["repo_id"] = push_to_hub
+    return convert_and_push(run, Path(output), place, base_model=base_model, at_end=push_at_end, progress=progress)
 
 
 def plan_conversion(

@@ -15,6 +15,7 @@ from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES
 from run_ckpt.contract.layouts import LAYOUTS
 from run_ckpt.contract.manifest import METHODS
+from run_ckpt.contract.targets import TARGETS
 from run_ckpt.version import VERSION
 
 _EPILOG = f"""\b
@@ -23,6 +24,7 @@ Examples:
   convert-ckpt FLUX.1-dev OUT --format mxfp4 --dry-run
   convert-ckpt Z-Image-Turbo/transformer OUT --format fp8
   convert-ckpt FLUX.2-dev/transformer OUT --format nvfp4
+  convert-ckpt Qwen-Image OUT --format fp8 --target vllm-omni
   convert-ckpt Qwen3-8B OUT --format mxfp4 --layout plain --ignore "*.down_proj"
   convert-ckpt black-forest-labs/FLUX.2-dev@main OUT --format mxfp4
   convert-ckpt hf://Qwen/Qwen-Image OUT --format fp8 --component transformer
@@ -42,14 +44,19 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 @click.option(
     "--format", type=click.Choice(FORMATS, case_sensitive=False), required=True, help="Format of linear weights."
 )
-@click.option("--layout", type=click.Choice(LAYOUTS), default=Options.layout, help="MXFP4 byte order.")
 @click.option(
-    "--granularity", type=click.Choice(GRANULARITIES), default=Options.granularity, help="Reach of an FP8 scale."
+    "--target", type=click.Choice(TARGETS), help="Who will run it.  [default: SGLang, or vLLM and SGLang for an LLM]"
+)
+@click.option("--layout", type=click.Choice(LAYOUTS), help="MXFP4 byte order.  [default: by target, else aiter]")
+@click.option(
+    "--granularity", type=click.Choice(GRANULARITIES), help="Reach of an FP8 scale.  [default: by target, else tensor]"
 )
 @click.option(
     "--scale-rule", type=click.Choice(SCALE_RULES), default=Options.scale_rule, help="How MXFP4 picks a scale."
 )
-@click.option("--dialect", type=click.Choice(DIALECTS), help="Consumer's vocabulary.  [default: by format and model]")
+@click.option(
+    "--dialect", type=click.Choice(DIALECTS), help="Consumer's vocabulary.  [default: by target, format and model]"
+)
 @click.option(
     "--preset", type=click.Choice(preset_names()), help="Model facts.  [default: by the class in config.json]"
 )

@@ -10,6 +10,7 @@ from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES, Scheme
 from run_ckpt.contract.layouts import LAYOUTS
 from run_ckpt.contract.manifest import GPTQ, METHODS
+from run_ckpt.contract.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,18 @@ class Options:
     format: str
     """Format of the linear layers' weights, "mxfp4", "nvfp4", "mxfp8" or "fp8"; a recipe may give layers their own."""
 
-    layout: str = "aiter"
-    """Byte order of MXFP4 weights and scales: "aiter", shuffled for AITER's kernels, or "plain", row-major."""
+    target: str | None = None
+    """Who will run it, such as "sglang": decides what else is left open. None: what is usual for the model."""
 
-    granularity: str = "tensor"
-    """What shares an FP8 scale: a "tensor", a "channel" (row), or a "block" of 128 x 128."""
+    layout: str | None = None
+    """Byte order of MXFP4 weights and scales: "aiter", shuffled for AITER's kernels, or "plain", row-major.
+
+    None: what the target reads, "aiter" where none was asked for."""
+
+    granularity: str | None = None
+    """What shares an FP8 scale: a "tensor", a "channel" (row), or a "block" of 128 x 128.
+
+    None: what the target reads; where none was asked for "tensor", in a mixture of experts "channel"."""
 
     scale_rule: str = "even"
     """How MXFP4 picks the power of two for a block of 32: "even" (AITER's), "floor" (OCP MX v1.0), "roundup", "mse".
@@ -61,8 +69,9 @@ class Options:
 
     def __post_init__(self) -> None:
         _check_choice("--format", self.format, FORMATS)
-        _check_choice("--layout", self.layout, LAYOUTS)
-        _check_choice("--granularity", self.granularity, GRANULARITIES)
+        _check_choice("--target", self.target, (None, *TARGETS))
+        _check_choice("--layout", self.layout, (None, *LAYOUTS))
+        _check_choice("--granularity", self.granularity, (None, *GRANULARITIES))
         _check_choice("--scale-rule", self.scale_rule, SCALE_RULES)
         _check_choice("--dialect", self.dialect, (None, *DIALECTS))
         _check_choice("--method", self.method, (None, *METHODS))
@@ -83,8 +92,8 @@ class Options:
         return self.static or (self.calibration is not None and not self.has_statistics)
 
     def scheme(self, weight_format: str) -> Scheme:
-        """Return how a layer of ``weight_format`` is stored under these options."""
-        return FORMATS[weight_format].scheme(self.layout, self.granularity)
+        """Return how a layer of ``weight_format`` is stored; what is open is the format's first choice."""
+        return FORMATS[weight_format].scheme(self.layout or "", self.granularity or "")
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values; files by their bare name."""

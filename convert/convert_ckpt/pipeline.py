@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convert_ckpt.options import Options
 from convert_ckpt.plan.make_plan import make_plan
 from convert_ckpt.plan.plan import ComponentPlan
+from convert_ckpt.plan.target_costs import target_costs
 from convert_ckpt.preview import plan_json, plan_lines
 from convert_ckpt.run.component import ShardListener, convert_component, is_published
 from convert_ckpt.run.disk import check_disk
@@ -108,7 +109,8 @@ def preview_checkpoint(
         plans = plan_checkpoint(opened, options)
         if output is not None:
             check_disk(opened, plans, Staging(output))
-        return Preview(tuple(plan_lines(opened, plans)), plan_json(plans))
+        costs = {planned.name: target_costs(planned.source, options) for planned in plans}
+        return Preview(tuple(plan_lines(opened, plans, costs)), plan_json(plans, costs))
 
 
 def convert_checkpoint(
@@ -144,7 +146,7 @@ def convert_checkpoint(
             check_output(reference, output)
             check_disk(opened, plans, staging)
             check_memory(plans, max_memory)
-            for line in plan_lines(opened, plans) if opened.store else memory_lines(plans):
+            for line in plan_lines(opened, plans, {}) if opened.store else memory_lines(plans):
                 progress.log(line)
             staging.adopt(fingerprint(opened, plans, options), restart=restart)
             if listener:

@@ -1,10 +1,11 @@
 """The plan for people and for machines: what each tensor becomes and why, and exact sizes."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from convert_ckpt.plan.plan import ComponentPlan, TensorPlan
+from convert_ckpt.plan.target_costs import TargetCost
 from convert_ckpt.run.disk import source_nbytes_here
 from convert_ckpt.run.memory import memory_lines
 from convert_ckpt.source.opened import OpenedSource
@@ -22,8 +23,12 @@ class _Line:
     reason: str
 
 
-def plan_json(plans: list[ComponentPlan]) -> list[dict[str, Any]]:
-    """Return one object per component: every tensor's outcome, every output file and its size."""
+# Component -> target -> what a result for it would take.
+Costs = Mapping[str, Mapping[str, TargetCost]]
+
+
+def plan_json(plans: list[ComponentPlan], costs: Costs) -> list[dict[str, Any]]:
+    """Return one object per component: every tensor's outcome, every output file and its size, each target's cost."""
     return [
         {
             "component": planned.name,
@@ -35,15 +40,18 @@ def plan_json(plans: list[ComponentPlan]) -> list[dict[str, Any]]:
             "files": [{"name": file.name, "nbytes": file.header.file_nbytes} for file in planned.plan.files],
             "tensors": [_tensor_json(tensor) for tensor in planned.plan.tensors],
             "warnings": list(planned.plan.warnings),
+            "targets": planned.plan.manifest.targets,
+            "target_costs": {name: asdict(cost) for name, cost in costs[planned.name].items()},
         }
         for planned in plans
     ]
 
 
-def plan_lines(opened: OpenedSource, plans: list[ComponentPlan]) -> Iterator[str]:
+def plan_lines(opened: OpenedSource, plans: list[ComponentPlan], costs: Costs) -> Iterator[str]:
     """Yield the lines of the whole plan; of a remote source also where it is and how much of it comes here."""
     for planned in plans:
         yield from plan_text(planned)
+        yield from _cost_lines(costs.get(planned.name, {}))
     yield from memory_lines(plans)
     if opened.store:
         here, to_fetch = source_nbytes_here(opened, plans), sum(planned.plan.source_nbytes for planned in plans)
@@ -71,11 +79,18 @@ def plan_text(planned: ComponentPlan) -> Iterator[str]:
         yield f"{file.name}  {file.header.file_nbytes:,} bytes"
     for warning in plan.warnings:
         yield f"note: {warning}"
+    yield f"right for: {', '.join(name for name, reason in plan.manifest.targets.items() if reason is None)}"
     n_converted = len(plan.manifest.layers)
     yield (
         f"Would convert {n_converted} of {len(plan.tensors)} tensors to {recipe['format']}:"
         f" {format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.output_nbytes)} ({plan.output_nbytes:,} bytes)"
     )
+
+
+def _cost_lines(costs: Mapping[str, TargetCost]) -> Iterator[str]:
+    for name, cost in costs.items():
+        size = f"{format_nbytes(cost.output_nbytes)}, {cost.n_layers} layers quantized, dialect {cost.dialect}"
+        yield f"--target {name}: {size}" if cost.reason is None else cost.reason
 
 
 def _line(tensor: TensorPlan) -> _Line:

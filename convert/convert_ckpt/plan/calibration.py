@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from convert_ckpt.plan.context import PlanContext
-from convert_ckpt.plan.sglang_names import sglang_prefixes
+from convert_ckpt.plan.runtime_names import runtime_names
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.errors import CheckpointError, MissingPackageError, UsageError
 from run_ckpt.contract.file_names import SUFFIX
@@ -158,8 +158,8 @@ def _modelopt_ranges(path: Path, context: PlanContext) -> dict[str, float]:
     """
     found = read_modelopt_ranges(path)
     ranges = {}
-    preset = replace(context.preset, index_follows={})
-    for module, prefix in sglang_prefixes(context.linears, preset, context.linears).items():
+    runtime = replace(context.preset.runtime("sglang"), index_follows={})
+    for module, prefix in runtime_names(context.linears, runtime, context.linears).items():
         names = (module, prefix or module, (prefix or "").partition(".")[2])
         name = next((name for name in names if name in found), None)
         if name is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.calibration import Calibration, calibration_faults, read_calibration
-from convert_ckpt.plan.context import PlanContext, dialect_faults, dialect_warnings, find_dialect
+from convert_ckpt.plan.context import PlanContext, find_dialect, make_context
 from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
 from convert_ckpt.plan.preset import GENERIC, Preset, find_preset, load_preset
 from convert_ckpt.plan.recipe import (
@@ -19,11 +19,12 @@ from convert_ckpt.plan.recipe import (
     decide,
     find_fused_groups,
     ignore_rules,
-    preset_rules,
+    keep_rules,
     read_recipe,
     unmatched_rules,
 )
 from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
+from convert_ckpt.plan.target_checks import judge_targets, target_faults, target_notes
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.decided_by import BY_KIND, RECIPE, SHAPE, UNKNOWN_CLASS, DecidedBy
 from run_ckpt.contract.dialects.dialect import Dialect
@@ -50,24 +51,27 @@ def make_plan(source: Component, options: Options) -> Plan:
     preset, rules = _choose_rules(source, options)
     specs = [tensor.spec for _, tensor in source.folder.tensors()]
     linears = {module: spec for spec in specs if (module := linear_module(spec))}
-    context = PlanContext(source, options, preset, linears)
+    context = make_context(source, options, preset, linears)
     decisions, groups = _decide(context, rules)
     dialect = find_dialect(context, decisions)
     layers = _make_layers(context, decisions, groups, dialect)
     calibration = read_calibration(context)
-    unusable = calibration_faults(calibration, source, layers)
-    faults = dialect_faults(context, decisions, layers, dialect) + unusable
+    faults = calibration_faults(calibration, source, layers)
     if calibration.static:
         layers = {module: _with_input_scale(layer) for module, layer in layers.items()}
-    scales = calibration.input_scales(layers) if not unusable else {}
-    if not layers:
-        faults.append(_nothing_to_convert(decisions))
+    scales = calibration.input_scales(layers) if not faults else {}
     tensors = _make_tensors(source, layers, decisions, calibration)
     manifest = _make_manifest(context, rules, dialect.name, layers, tensors, groups)
+    repeated = _fused_scales(layers, groups)
+    if _takes_fused_scales(context, manifest):
+        manifest = replace(manifest, fused_scales=repeated)
+    verdicts = judge_targets(context, manifest, has_fused_scales=bool(repeated))
+    faults = [*target_faults(context, verdicts), *faults] if layers else [*faults, _nothing_to_convert(decisions)]
     if faults:
         raise FaultsError(f"{source.name}: can't be converted as asked", faults)
+    manifest = replace(manifest, targets={name: verdict.reason for name, verdict in verdicts.items()})
     files = _make_files(tensors, manifest)
-    warnings = (*source.notes, *dialect_warnings(context, manifest))
+    warnings = (*source.notes, *target_notes(context, verdicts))
     return Plan(tensors, files, manifest, scales, warnings)
 
 
@@ -86,7 +90,7 @@ def _choose_rules(source: Component, options: Options) -> tuple[Preset, list[Rul
     preset = load_preset(name) if name else find_preset(source.class_name)
     if preset.name == GENERIC and name is None:
         raise UsageError(_ask_for_preset(source))
-    return preset, [*ignore_rules(options.ignore), *recipe_rules, *preset_rules(preset)]
+    return preset, [*ignore_rules(options.ignore), *recipe_rules]
 
 
 def _ask_for_preset(source: Component) -> str:
@@ -105,11 +109,30 @@ def _decide(context: PlanContext, rules: list[Rule]) -> tuple[dict[str, Decision
             " the whole module name (tensor name without .weight), * standing for any characters;"
             " --dry-run lists the names."
         )
-    decisions = decide(context.linears, rules, context.options.format)
+    decisions = decide(context.linears, [*rules, *_standing_rules(context)], context.options.format)
     decisions = {module: _guarded(context, module, decision) for module, decision in decisions.items()}
     groups = find_fused_groups(context.linears, context.preset)
     decisions = close_over_groups(decisions, groups)
     return decisions, tuple(group for group in groups if decisions[group.members[0]].format != KEEP)
+
+
+def _standing_rules(context: PlanContext) -> list[Rule]:
+    """Return what holds where the user says nothing: what the target can't run quantized, and what is sensitive."""
+    reason = f"{context.target.title} builds it as a plain linear"
+    plain = [module for module, name in context.names(context.linears).items() if name is None]
+    return [
+        *keep_rules(context.runtime.keep),
+        *keep_rules(dict.fromkeys(plain, reason)),
+        *keep_rules(context.preset.keep),
+    ]
+
+
+def _takes_fused_scales(context: PlanContext, manifest: Manifest) -> bool:
+    schemes = {layer.scheme for layer in manifest.layers.values()}
+    reading = context.target.find_reading(
+        context.naming, context.preset.name, context.source.class_name or "", manifest.dialect, schemes
+    )
+    return isinstance(reading, str) or reading.fused_scales is not False
 
 
 def _guarded(context: PlanContext, module: str, decision: Decision) -> Decision:
@@ -200,8 +223,8 @@ def _make_manifest(
         recipe=recipe,
         layers=layers,
         kept={name: KeptTensor(tensor.spec, tensor.reason, tensor.decided_by) for name, tensor in kept.items()},
-        fused_scales=_fused_scales(layers, groups),
-        unquantized_linears=context.prefixes(unquantized),
+        fused_scales={},
+        unquantized_linears=context.names(unquantized),
     )
 
 

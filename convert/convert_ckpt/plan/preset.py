@@ -2,7 +2,7 @@
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -33,14 +33,33 @@ class FusedPattern:
 
 
 @dataclass(frozen=True)
+class Runtime:
+    """What one target's runtime makes of the linears of a class.
+
+    ``names`` maps a pattern on those that it can quantize to their name there; all others it builds as plain linears.
+    The block index in a name may be shifted by the blocks of another container (``index_follows``).
+    ``names_if`` maps a pattern to names that hold instead where the checkpoint has such a module.
+    ``keep`` maps a pattern to the reason why a linear that has a name must stay as it is for this target.
+    ``ignores`` is False where linears are built without names, so that no ignore list reaches them.
+    """
+
+    names: dict[str, str]
+    names_if: dict[str, dict[str, str]] = field(default_factory=dict)
+    index_follows: dict[str, str] = field(default_factory=dict)
+    keep: dict[str, str] = field(default_factory=dict)
+    ignores: bool = True
+
+
+# Of a target that takes every linear under its name in the checkpoint.
+PLAIN_RUNTIME = Runtime(names={"*": "*"})
+
+
+@dataclass(frozen=True)
 class Preset:
     """Facts about a model class.
 
-    ``keep`` maps a pattern on module names to the reason; ``embeddings`` are patterns of tables that
-    look like linear weights but are none; ``sglang`` maps each linear that SGLang would quantize to
-    its prefix there, whose block index ``index_follows`` may shift by the blocks of another container;
-    ``sglang_if`` maps a pattern to names that hold instead where the checkpoint has such a module.
-    ``rowwise`` says that SGLang and diffusers both find these names in a row-wise FP8 file.
+    ``keep`` maps a pattern on module names to the reason why these are sensitive; ``embeddings`` are patterns of
+    tables that look like linear weights but are none; ``runtimes`` maps a target to what it makes of the linears.
     """
 
     name: str
@@ -49,11 +68,11 @@ class Preset:
     keep: dict[str, str]
     embeddings: tuple[str, ...]
     fused: tuple[FusedPattern, ...]
-    sglang: dict[str, str]
-    sglang_if: dict[str, dict[str, str]]
-    index_follows: dict[str, str]
-    rowwise: bool
-    sglang_ignores: bool
+    runtimes: dict[str, Runtime]
+
+    def runtime(self, target: str) -> Runtime:
+        """Return what a target makes of the linears; nothing is known against one without an entry."""
+        return self.runtimes.get(target, PLAIN_RUNTIME)
 
     def is_embedding(self, module: str) -> bool:
         return any(pattern_regex(pattern).fullmatch(module) for pattern in self.embeddings)
@@ -74,18 +93,21 @@ def load_preset(name: str) -> Preset:
         name=name,
         classes=tuple(table["classes"]),
         naming=table["naming"],
-        keep={pattern: reason for reason, patterns in table.get("keep", {}).items() for pattern in patterns},
+        keep=_reasons(table.get("keep", {})),
         embeddings=tuple(table.get("embeddings", ())),
         fused=tuple(
             FusedPattern(tuple(entry["members"]), entry.get("scale_name"), entry.get("block_scale", False))
             for entry in table.get("fused", [])
         ),
-        sglang=table.get("sglang", {}),
-        sglang_if=table.get("sglang_if", {}),
-        index_follows=table.get("index_follows", {}),
-        rowwise=table.get("rowwise", False),
-        sglang_ignores=table.get("sglang_ignores", True),
+        runtimes={
+            target: Runtime(**{**entry, "keep": _reasons(entry.get("keep", {}))})
+            for target, entry in table.get("runtimes", {}).items()
+        },
     )
+
+
+def _reasons(patterns_of: dict[str, list[str]]) -> dict[str, str]:
+    return {pattern: reason for reason, patterns in patterns_of.items() for pattern in patterns}
 
 
 def find_preset(class_name: str | None) -> Preset:

@@ -86,9 +86,9 @@ def ignore_rules(patterns: Iterable[str]) -> list[Rule]:
     return [Rule(pattern, KEEP, f"--ignore {pattern}", IGNORE) for pattern in patterns]
 
 
-def preset_rules(preset: Preset) -> list[Rule]:
-    """Return one keep rule for each sensitive pattern of the preset."""
-    return [Rule(pattern, KEEP, reason) for pattern, reason in preset.keep.items()]
+def keep_rules(reasons: Mapping[str, str]) -> list[Rule]:
+    """Return one keep rule for each pattern, which maps to its reason."""
+    return [Rule(pattern, KEEP, reason) for pattern, reason in reasons.items()]
 
 
 def decide(modules: Iterable[str], rules: list[Rule], default_format: str) -> dict[str, Decision]:

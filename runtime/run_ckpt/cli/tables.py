@@ -116,6 +116,8 @@ def _summary_table(summary: CheckpointSummary) -> Table:
         " parameters",
         "SQNR": f"mean {_number(summary.mean_sqnr_db, '.2f')} dB, worst {_number(summary.worst_sqnr_db, '.2f')} dB"
         f" ({summary.worst_layer})",
+        "right for": ", ".join(name for name, reason in summary.targets.items() if reason is None),
+        **{f"not for {name}": reason for name, reason in summary.targets.items() if reason},
     }
     for key, value in rows.items():
         table.add_row(key, escape(value))

@@ -116,8 +116,9 @@ class KeptTensor:
 class Manifest:
     """Everything about a converted checkpoint but its tensor bytes.
 
-    ``unquantized_linears`` maps each linear layer left alone to its name in SGLang's runtime, or
-    to None where SGLang would not quantize it anyway (then no ignore list needs it).
+    ``unquantized_linears`` maps each linear layer left alone to its name in the target's runtime, or
+    to None where that would not quantize it anyway (then no ignore list needs it).
+    ``targets`` maps a target to the reason why this result is not for it, None where it is.
     ``files`` maps each file of the folder but the manifest to its size (``nbytes``) and hash (``blake3``), and so
     does ``source["files"]`` each source shard; with its ``sha256`` too where a store stated that.
     """
@@ -130,10 +131,16 @@ class Manifest:
     fused_scales: dict[str, FusedScale]
     unquantized_linears: dict[str, str | None]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    targets: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def dialect(self) -> str:
         return str(self.recipe["dialect"])
+
+    @property
+    def target(self) -> str | None:
+        """The target that was asked for, None where the usual ones are meant."""
+        return self.recipe.get("target")
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return name -> spec of every tensor of the checkpoint."""
@@ -160,6 +167,7 @@ class Manifest:
                 for name, fused in self.fused_scales.items()
             },
             "unquantized_linears": self.unquantized_linears,
+            "targets": self.targets,
             "files": self.files,
         }
         return seal_manifest(document)
@@ -227,6 +235,7 @@ def _from_json(document: dict[str, Any]) -> Manifest:
         },
         unquantized_linears=document["unquantized_linears"],
         files=document["files"],
+        targets=document["targets"],
     )
 
 

@@ -21,7 +21,7 @@ from run_ckpt.contract.manifest import (
 from run_ckpt.contract.tensors import TensorSpec
 
 # A quant_method is the name of the dialect.
-READABLE_METHODS = tuple(name for name, dialect in DIALECTS.items() if dialect.config)
+READABLE_METHODS = tuple(name for name, dialect in DIALECTS.items() if dialect.config and dialect.is_open)
 _CODE_DTYPES = {quant_format.element.dtype for quant_format in FORMATS.values()}
 _SPELLINGS = [
     dialect.suffixes(scheme, naming)

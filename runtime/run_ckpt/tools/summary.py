@@ -14,7 +14,10 @@ from run_ckpt.contract.module_names import block_pattern
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """One component at a glance. Sizes are sums of files; SQNR is over layers, unweighted, in dB."""
+    """One component at a glance. Sizes are sums of files; SQNR is over layers, unweighted, in dB.
+
+    ``targets`` maps each target to the reason why the result is not for it, None where it is.
+    """
 
     component: str
     source: str
@@ -32,6 +35,7 @@ class CheckpointSummary:
     mean_sqnr_db: float | None
     worst_sqnr_db: float | None
     worst_layer: str | None
+    targets: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def summarize(name: str, manifest: Manifest) -> CheckpointSummary:
         mean_sqnr_db=round(fmean(measured.values()), 2) if measured else None,
         worst_sqnr_db=measured[worst] if worst else None,
         worst_layer=worst,
+        targets=manifest.targets,
     )
 
 

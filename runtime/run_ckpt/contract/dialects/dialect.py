@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from run_ckpt.contract.formats import Scheme
@@ -38,10 +38,8 @@ class Dialect:
     ``metadata`` returns the ``__metadata__`` of every shard.
     ``static``: the schemes whose activations are quantized by an input_scale.
     ``is_mixed``: layers may differ in format.
-    ``unsound`` says why a scheme that it can say would be loaded silently wrong, and what to use, by naming.
     ``file_name``: all tensors go into one file of this name; None where the shards stay those of the source.
-    ``sglang_matching``: how SGLang's own reader matches its ignore list with a module: "name", or "part" for any
-    run of dotted parts; None where it has no reader for this dialect of diffusion models.
+    ``is_open``: config may hold keys of others too; ours lie there, and ``name`` is its quant_method.
     """
 
     name: str
@@ -53,9 +51,8 @@ class Dialect:
     metadata: Callable[[Manifest], dict[str, str]] = lambda manifest: PT_METADATA
     static: tuple[Scheme, ...] = ()
     is_mixed: bool = False
-    unsound: Mapping[tuple[Scheme, str], str] = field(default_factory=dict)
     file_name: str | None = None
-    sglang_matching: str | None = None
+    is_open: bool = True
 
     def tensor_names(self, module: str, scheme: Scheme, naming: str) -> dict[str, str]:
         """Return role -> tensor name of one layer (weight and weight scales)."""
@@ -67,8 +64,8 @@ def common_scheme(manifest: Manifest) -> Scheme:
     return next(iter(manifest.layers.values())).scheme
 
 
-def sglang_ignore_list(manifest: Manifest) -> list[str]:
-    """Return both spellings of the linears that SGLang would quantize but that were left alone.
+def ignore_list(manifest: Manifest) -> list[str]:
+    """Return both spellings of the linears that the target's runtime would quantize but that were left alone.
 
     A linear without a name there (prefix "") is listed only by its own: "" would match everything.
     """

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, sglang_ignore_list
+from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, ignore_list
 from run_ckpt.contract.formats import BLOCK_FP8, FP8_BLOCK_SIZE, TENSOR_FP8
 from run_ckpt.contract.manifest import Manifest
 
 
 def _config(manifest: Manifest) -> dict[str, Any]:
-    ignored = sglang_ignore_list(manifest)
+    ignored = ignore_list(manifest)
     config: dict[str, Any] = {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
@@ -30,5 +30,4 @@ DIALECT = Dialect(
     {TENSOR_FP8: ("diffusers",), BLOCK_FP8: ("diffusers", "transformers")},
     _config,
     granularity=_granularity,
-    sglang_matching="part",
 )

@@ -1,18 +1,28 @@
-"""``modelopt``: NVIDIA ModelOpt's FP8 with static activations, and its NVFP4, as SGLang and vLLM read them."""
+"""``modelopt``: NVIDIA ModelOpt's FP8, static by tensor or dynamic by channel, and its NVFP4, as runtimes read them."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, sglang_ignore_list
-from run_ckpt.contract.formats import NVFP4_BLOCK_SIZE, PLAIN_NVFP4, TENSOR_FP8
+from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, ignore_list
+from run_ckpt.contract.formats import CHANNEL_FP8, NVFP4_BLOCK_SIZE, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import Manifest
+
+_ALGORITHMS = {TENSOR_FP8: "FP8", CHANNEL_FP8: "FP8_PER_CHANNEL_PER_TOKEN", PLAIN_NVFP4: "NVFP4"}
+# vLLM-Omni builds FLUX.2's text encoder with the transformer's config, and an entry matches any part of a name.
+_OMNI_ENCODERS = ["text_encoder"]
 
 
 def _config(manifest: Manifest) -> dict[str, Any]:
-    is_nvfp4 = common_scheme(manifest) == PLAIN_NVFP4
-    name = "NVFP4" if is_nvfp4 else "FP8"
+    scheme = common_scheme(manifest)
+    name = _ALGORITHMS[scheme]
+    encoders = _OMNI_ENCODERS if manifest.target == "vllm-omni" else []
     # Without quant_type SGLang rewrites config.json in place (hf_diffusers_utils.py:452-512).
     config = {"quant_method": "modelopt", "quant_algo": name, "quant_type": name}
-    return {**config, "ignore": sglang_ignore_list(manifest), **(_nvfp4(manifest) if is_nvfp4 else {})}
+    return {
+        **config,
+        "ignore": ignore_list(manifest) + encoders,
+        **(_nvfp4(manifest) if scheme == PLAIN_NVFP4 else {}),
+    }
 
 
 def _nvfp4(manifest: Manifest) -> dict[str, Any]:
@@ -29,16 +39,14 @@ def _nvfp4(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _granularity(config: Mapping[str, Any]) -> str:
+    return "channel" if config.get("quant_algo") == _ALGORITHMS[CHANNEL_FP8] else "tensor"
+
+
 DIALECT = Dialect(
     "modelopt",
-    {TENSOR_FP8: (), PLAIN_NVFP4: ("diffusers",)},
+    {TENSOR_FP8: (), CHANNEL_FP8: (), PLAIN_NVFP4: ("diffusers",)},
     _config,
+    granularity=_granularity,
     static=(TENSOR_FP8,),
-    unsound={
-        (PLAIN_NVFP4, "transformers"): (
-            "for language models vLLM and SGLang multiply by an input_scale, which NVFP4 here has not. Use --dialect"
-            " compressed-tensors, whose activations stay as they are."
-        )
-    },
-    sglang_matching="name",
 )

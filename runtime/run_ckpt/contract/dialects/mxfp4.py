@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from run_ckpt.contract.dialects.dialect import Dialect, sglang_ignore_list
+from run_ckpt.contract.dialects.dialect import Dialect, ignore_list
 from run_ckpt.contract.formats import (
     AITER_MXFP4,
     MX_BLOCK_SIZE,
@@ -25,7 +25,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
         **layout.facts,
         "block_size": leading.scheme.block[1] or MX_BLOCK_SIZE,
         "scale_rule": leading.scale_rule,
-        "ignored_layers": sglang_ignore_list(manifest),
+        "ignored_layers": ignore_list(manifest),
     }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from run_ckpt.contract.dialects import compressed_tensors, fp8, modelopt, mxfp4, quark, rowwise
+from run_ckpt.contract.dialects import compressed_tensors, fp8, modelopt, mxfp4, quark, rowwise, vllm_omni
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import TENSOR_FP8, Scheme
@@ -12,7 +12,8 @@ from run_ckpt.contract.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 PRIVATE_KEY = "convert_ckpt"
 
 DIALECTS: dict[str, Dialect] = {
-    module.DIALECT.name: module.DIALECT for module in (mxfp4, fp8, modelopt, quark, compressed_tensors, rowwise)
+    module.DIALECT.name: module.DIALECT
+    for module in (mxfp4, fp8, modelopt, quark, compressed_tensors, rowwise, vllm_omni)
 }
 
 
@@ -27,6 +28,14 @@ def choose_dialect(
     if static and list(schemes) != [TENSOR_FP8]:
         raise UsageError("--static: static activations exist only for --format fp8 --granularity tensor.")
     dialect = DIALECTS[asked] if asked else _usual_dialect(schemes, naming, static=static)
+    fault = dialect_fault(dialect, schemes, static=static)
+    if fault:
+        raise UsageError(f"--dialect {dialect.name}: {fault}")
+    return dialect
+
+
+def dialect_fault(dialect: Dialect, schemes: Sequence[Scheme], *, static: bool) -> str | None:
+    """Return why the dialect can't say that all layers are stored in these ways, or None."""
     is_static = any(scheme in dialect.static for scheme in schemes)
     if is_static != static:
         fix = (
@@ -34,17 +43,15 @@ def choose_dialect(
             if static
             else "give --calibration DIR --static"
         )
-        kind = "static" if is_static else "dynamic"
-        raise UsageError(f"--dialect {dialect.name}: its activations are {kind}; {fix}.")
+        return f"its activations are {'static' if is_static else 'dynamic'}; {fix}."
     if len(schemes) > 1 and not dialect.is_mixed:
         formats = " and some ".join(scheme.format.name for scheme in schemes)
-        able = _list(_that(is_mixed=True))
-        raise UsageError(f"--dialect {dialect.name}: can't say that some layers are {formats}. Use --dialect {able}.")
+        return f"can't say that some layers are {formats}. Use --dialect {_list(_that(is_mixed=True))}."
     for scheme in schemes:
         if scheme not in dialect.schemes:
             able = _list([other for other in DIALECTS.values() if scheme in other.schemes])
-            raise UsageError(f"--dialect {dialect.name}: can't say {scheme}. Choose one of {able}.")
-    return dialect
+            return f"can't say {scheme}. Choose one of {able}."
+    return None
 
 
 def header_metadata(manifest: Manifest) -> dict[str, str]:
@@ -54,16 +61,18 @@ def header_metadata(manifest: Manifest) -> dict[str, str]:
 
 def quantization_config(manifest: Manifest) -> dict[str, Any] | None:
     """Return what config.json's ``quantization_config`` says, or None where the dialect has none."""
-    config = DIALECTS[manifest.dialect].config
-    if config is None:
+    dialect = DIALECTS[manifest.dialect]
+    if dialect.config is None:
         return None
+    if not dialect.is_open:
+        return dialect.config(manifest)
     private = {
         "schema_version": SCHEMA_VERSION,
         "manifest": MANIFEST_NAME,
         "quantized_modules": {name: layer.format.name for name, layer in sorted(manifest.layers.items())},
         "fused_scales": sorted(manifest.fused_scales),
     }
-    return {**config(manifest), PRIVATE_KEY: private}
+    return {**dialect.config(manifest), PRIVATE_KEY: private}
 
 
 def _usual_dialect(schemes: Sequence[Scheme], naming: str, *, static: bool) -> Dialect:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.dialects.table import DIALECTS, PRIVATE_KEY
+from run_ckpt.contract.dialects.table import PRIVATE_KEY
+from run_ckpt.contract.targets import SGLANG_DIALECTS
 
 _GET_CONFIG = "sglang.multimodal_gen.runtime.utils.quantization_utils.get_quant_config"
 _LOAD_STATE = "sglang.multimodal_gen.runtime.loader.fsdp_load.load_model_from_full_model_state_dict"
@@ -44,6 +45,5 @@ def _is_ours(model_config: Any) -> bool:
     declared = resolve_checkpoint_quant_spec(model_config)
     if declared is None or PRIVATE_KEY not in declared.config:
         return False
-    dialect = DIALECTS.get(declared.config.get("quant_method"))
     # What SGLang's diffusion runtime reads by itself is left to it.
-    return dialect is None or dialect.sglang_matching is None
+    return declared.config.get("quant_method") not in SGLANG_DIALECTS

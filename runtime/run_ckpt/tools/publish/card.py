@@ -170,7 +170,7 @@ def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
 
 def _convert_command(components: Sequence[ConvertedComponent]) -> str:
     recipe = components[0].manifest.recipe
-    words = ["--format", recipe["format"]]
+    words = ["--format", recipe["format"], *(["--target", recipe["target"]] if recipe["target"] else [])]
     words += ["--layout", recipe["layout"], "--scale-rule", recipe["scale_rule"]]
     words += ["--granularity", recipe["granularity"], "--dialect", recipe["dialect"]]
     if len({component.manifest.recipe["preset"] for component in components}) == 1:

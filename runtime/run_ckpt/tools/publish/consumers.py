@@ -2,41 +2,25 @@
 
 from dataclasses import dataclass
 
+from run_ckpt.contract.targets import Reading, find_readings
 from run_ckpt.tools.publish.rows import ConvertedComponent
 
-# Presets of classes that SGLang's diffusion runtime builds, and those of them that make videos.
-_SGLANG_DIFFUSION = ("flux1", "flux2", "hunyuan-video", "ltx2", "qwen-image", "wan", "z-image")
+# Presets of classes that make videos.
 _VIDEO = ("hunyuan-video", "ltx2", "wan")
-# Where SGLang and diffusers both find the names of a row-wise FP8 file.
-_ROWWISE = ("flux1", "flux2", "qwen-image")
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """One consumer and what it reads. ``code`` is a template (see commands()), ``needs`` what to install.
+    """How to run what is read in some ``way`` (see contract/targets.py).
 
-    ``formats``, ``granularities`` and ``presets`` are None where any will do.
+    ``code`` is a template (see commands()), ``needs`` what to install.
     """
 
+    way: str
     title: str
     language: str
     code: str
-    naming: str
-    dialects: tuple[str, ...]
-    formats: tuple[str, ...] | None = None
-    granularities: tuple[str, ...] | None = None
-    presets: tuple[str, ...] | None = None
     needs: str = ""
-
-    def reads(self, component: ConvertedComponent) -> bool:
-        recipe = component.manifest.recipe
-        return (
-            recipe["naming"] == self.naming
-            and recipe["dialect"] in self.dialects
-            and (self.formats is None or recipe["format"] in self.formats)
-            and (self.granularities is None or recipe["granularity"] in self.granularities)
-            and (self.presets is None or recipe["preset"] in self.presets)
-        )
 
 
 _OURS = "in a checkout of convert-ckpt"
@@ -48,30 +32,25 @@ transformer = {class_name}.from_pretrained("{repo}"{subfolder}, torch_dtype=torc
 pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16)"""
 _SGLANG = 'sglang generate --model-path {base} {sglang_paths} --prompt "{prompt}" --save-output'
 
-# In the order of the card. tests/test_consumers.py and scripts/check_sglang.py run what is installed here.
+_FROM_PRETRAINED = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")"""
+_BESIDE_SGLANG = f'sglang >= 0.5.23 with our plug-in: `pip install ".[sglang]"` {_OURS}'
+_WITH_DIFFUSERS = f'`pip install ".[diffusers]"` {_OURS}'
+
+# In the order of the card.
 _CONSUMERS = (
+    Consumer("sglang", "SGLang", "sh", _SGLANG, "sglang >= 0.5.23"),
+    Consumer("sglang-plugin", "SGLang", "sh", _SGLANG, _BESIDE_SGLANG),
     Consumer(
-        "SGLang", "sh", _SGLANG, "diffusers", ("fp8", "modelopt"), presets=_SGLANG_DIFFUSION, needs="sglang >= 0.5.23"
-    ),
-    Consumer(
-        "SGLang",
-        "sh",
-        _SGLANG,
-        "diffusers",
-        ("mxfp4",),
-        presets=_SGLANG_DIFFUSION,
-        needs=f'sglang >= 0.5.23 with our plug-in: `pip install ".[sglang]"` {_OURS}',
-    ),
-    Consumer(
+        "sglang-weights",
         "SGLang",
         "sh",
         'sglang generate --model-path {base} --transformer-weights-path {repo} --prompt "{prompt}" --save-output',
-        "diffusers",
-        ("rowwise",),
-        presets=_ROWWISE,
-        needs="sglang >= 0.5.23",
+        "sglang >= 0.5.23",
     ),
     Consumer(
+        "diffusers-file",
         "diffusers",
         "python",
         """import torch
@@ -86,58 +65,42 @@ transformer = {class_name}.from_single_file(
     torch_dtype=torch.bfloat16,
 )
 pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16)""",
-        "diffusers",
-        ("rowwise",),
-        presets=_ROWWISE,
-        needs="diffusers >= 0.42",
+        "diffusers >= 0.42",
     ),
     Consumer(
+        "diffusers-plugin",
         "diffusers",
         "python",
         _REGISTER.replace("{register}", "from run_ckpt.integrations.diffusers import register\n\nregister()"),
-        "diffusers",
-        ("mxfp4", "fp8", "modelopt"),
-        needs=f'`pip install ".[diffusers]"` {_OURS}',
+        _WITH_DIFFUSERS,
     ),
     Consumer(
+        "diffusers-quark",
         "diffusers",
         "python",
         _REGISTER.replace("{register}", "import quark.integrations.diffusers  # makes diffusers know the format"),
-        "diffusers",
-        ("quark",),
-        needs="`pip install amd-quark`",
+        "`pip install amd-quark`",
     ),
     Consumer(
+        "run-ckpt",
         "Our loader, from the command line",
         "sh",
         """hf download {repo_id} --local-dir {folder}
 run-ckpt generate --model-path {base} {loader_paths} --prompt "{prompt}" --output {output}""",
-        "diffusers",
-        ("mxfp4", "fp8", "modelopt"),
-        needs=f'`pip install ".[diffusers]"` {_OURS}',
+        _WITH_DIFFUSERS,
     ),
     Consumer(
+        "transformers",
         "transformers",
         "python",
-        """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")""",
-        "transformers",
-        ("compressed-tensors",),
-        needs="transformers with `pip install compressed-tensors accelerate`",
+        _FROM_PRETRAINED,
+        "transformers with `pip install compressed-tensors accelerate`",
     ),
     Consumer(
-        "transformers",
-        "python",
-        """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")""",
-        "transformers",
-        ("fp8",),
-        granularities=("block",),
-        needs="transformers with `pip install accelerate`",
+        "transformers-fp8", "transformers", "python", _FROM_PRETRAINED, "transformers with `pip install accelerate`"
     ),
     Consumer(
+        "transformers-plugin",
         "transformers",
         "python",
         """from run_ckpt.integrations.transformers import register
@@ -145,43 +108,28 @@ from transformers import AutoModelForCausalLM
 
 register()
 model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")""",
-        "transformers",
-        ("mxfp4",),
-        needs=f"`pip install .` {_OURS}",
+        f"`pip install .` {_OURS}",
     ),
-    Consumer("vLLM", "sh", "vllm serve {repo}", "transformers", ("compressed-tensors", "quark", "fp8", "modelopt")),
+    Consumer("vllm", "vLLM", "sh", "vllm serve {repo}"),
+    Consumer("sglang-llm", "SGLang", "sh", "python -m sglang.launch_server --model-path {repo}"),
     Consumer(
-        "SGLang",
-        "sh",
-        "python -m sglang.launch_server --model-path {repo}",
-        "transformers",
-        ("quark", "fp8", "modelopt"),
-    ),
-    Consumer(
-        "SGLang",
-        "sh",
-        "python -m sglang.launch_server --model-path {repo}",
-        "transformers",
-        ("compressed-tensors",),
-        formats=("fp8",),
-    ),
-    Consumer(
+        "run-ckpt",
         "Our loader, in Python",
         "python",
         """from huggingface_hub import snapshot_download
 from run_ckpt import load_quantized
 
 model = load_quantized(snapshot_download("{repo_id}"){subpath}, device="cuda")""",
-        "diffusers",
-        ("mxfp4", "fp8", "modelopt", "quark", "compressed-tensors"),
-        needs=f'`pip install ".[diffusers]"` {_OURS}',
+        _WITH_DIFFUSERS,
     ),
 )
 
 
 def list_consumers(component: ConvertedComponent) -> list[Consumer]:
-    """Return who reads a component of this dialect and class, in the order of the card."""
-    return [consumer for consumer in _CONSUMERS if consumer.reads(component)]
+    """Return how to run a component by each target that it is for, in the order of the card."""
+    reasons, readings = component.manifest.targets, find_readings(component.manifest)
+    ways = {reading.way for name, reading in readings.items() if isinstance(reading, Reading) and not reasons[name]}
+    return [consumer for consumer in _CONSUMERS if consumer.way in ways]
 
 
 def commands(consumer: Consumer, components: tuple[ConvertedComponent, ...], repo_id: str, base: str) -> str:

@@ -11,6 +11,7 @@ from run_ckpt.contract.file_names import CONFIG_KEY
 from run_ckpt.contract.formats import Scheme
 from run_ckpt.contract.layouts import LAYOUTS, Layout
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, Layer, Manifest
+from run_ckpt.contract.targets import judge_again
 from run_ckpt.progress import Progress
 from run_ckpt.storage.components import Checkpoint
 from run_ckpt.storage.json_files import read_config
@@ -61,7 +62,9 @@ def _new_manifest(manifest: Manifest, layout: Layout, asked: str | None) -> Mani
     naming = manifest.recipe["naming"]
     dialect = choose_dialect(sorted(set(schemes.values()), key=str), naming, asked=asked)
     layers = {module: _new_layer(layer, schemes[module], dialect, naming) for module, layer in manifest.layers.items()}
-    return replace(manifest, layers=layers, recipe={**manifest.recipe, "layout": layout.name, "dialect": dialect.name})
+    recipe = {**manifest.recipe, "layout": layout.name, "dialect": dialect.name}
+    new = replace(manifest, layers=layers, recipe=recipe)
+    return replace(new, targets=judge_again(new, manifest))
 
 
 def _new_layer(layer: Layer, scheme: Scheme, dialect: Dialect, naming: str) -> Layer:

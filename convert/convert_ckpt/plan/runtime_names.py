@@ -1,0 +1,74 @@
+"""What a target's runtime calls each linear, and which entries of an ignore list reach which name there."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from convert_ckpt.plan.preset import Runtime, fill_pattern, pattern_regex
+from run_ckpt.contract.targets import PART, TEXT
+
+
+def runtime_names(modules: Iterable[str], runtime: Runtime, linears: Collection[str]) -> dict[str, str | None]:
+    """Return the name under which the runtime looks each module up, None where it does not quantize it.
+
+    linears: all linear modules of the checkpoint, which tell variants apart and number the blocks.
+    """
+    names = dict(runtime.names)
+    for condition, others in runtime.names_if.items():
+        if any(pattern_regex(condition).fullmatch(linear) for linear in linears):
+            names.update(others)
+    offsets = {container: _count_blocks(follows, linears) for container, follows in runtime.index_follows.items()}
+    return {module: _name(module, names, offsets) for module in modules}
+
+
+def overmatched(
+    ignored: Mapping[str, str | None], quantized: Mapping[str, str | None], matching: str, title: str = "SGLang"
+) -> list[str]:
+    """Return a sentence for each ignore entry that also matches a quantized linear.
+
+    Both map module -> name in the runtime, and both spellings count. Where such a layer is dequantized at load its
+    numbers are right and nothing is saved; otherwise they are wrong.
+    """
+    targets = [(name, module) for module, runtime in quantized.items() for name in (module, runtime) if name]
+    sentences = []
+    for entry in ignore_entries(ignored):
+        hit = sorted({module for name, module in targets if matches(entry, name, matching)})
+        if hit:
+            sentences.append(f"{title} will also load {hit[0]}{and_more(hit)} in BF16: its ignore list says {entry}")
+    return sentences
+
+
+def ignore_entries(ignored: Mapping[str, str | None]) -> list[str]:
+    """Return both spellings of the linears that the runtime would quantize: module -> its name there, "" for none."""
+    return sorted({name for pair in ignored.items() if pair[1] for name in pair if name})
+
+
+def matches(entry: str, name: str, matching: str) -> bool:
+    """Return whether an ignore entry reaches a name, as SGLang's or vLLM's own code compares them.
+
+    PART: any run of dotted parts, as SGLang's ``fp8`` (srt/layers/quantization/utils.py:49-125). TEXT: any part of the
+    text, as vLLM's ``modelopt``. NAME: all of it.
+    """
+    if matching == PART:
+        return f".{entry}." in f".{name}."
+    return entry in name if matching == TEXT else entry == name
+
+
+def _name(module: str, names: Mapping[str, str], offsets: Mapping[str, int]) -> str | None:
+    for pattern, runtime in names.items():
+        match = pattern_regex(pattern).fullmatch(module)
+        if match:
+            captured = match.groups()
+            offset = offsets.get(pattern.split(".")[0])
+            if offset is not None:
+                captured = (str(int(captured[0]) + offset), *captured[1:])
+            return fill_pattern(runtime, captured)
+    return None
+
+
+def _count_blocks(container: str, linears: Collection[str]) -> int:
+    parts = (linear.split(".") for linear in linears)
+    return len({part[1] for part in parts if part[0] == container and len(part) > 1})
+
+
+def and_more(names: Sequence[str]) -> str:
+    """Return what follows the first of these names in a sentence."""
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

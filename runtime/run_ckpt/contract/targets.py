@@ -1,0 +1,185 @@
+"""Who a result is for: the targets, the results that each of them reads, and the reason where it does not."""
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from run_ckpt.contract.formats import BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, PLAIN_NVFP4, TENSOR_FP8, Scheme
+from run_ckpt.contract.manifest import Manifest
+
+# How a runtime matches an entry of the ignore list with a linear's name: all of it, any run of its dotted parts, or any
+# part of its text.
+NAME, PART, TEXT = "name", "part", "text"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Results that a target reads in one way. ``way`` is the key of its commands in tools/publish/consumers.py.
+
+    ``schemes`` is None for all that the dialects say, ``presets`` where it builds any class. ``not_for`` maps a pattern
+    on class names to what goes wrong there, ``no_experts`` says what does in a mixture of experts.
+    ``matching`` says how the ignore list is matched with a linear's name, None where the manifest decides.
+    Codes of a linear that it builds as a plain one become its right BF16 weight in the schemes that it ``dequantizes``;
+    in all others they are loaded silently wrong, or refused where it ``is_loud``.
+    ``fused_scales``: True where scales must be there under fused names too, False where they must not.
+    ``keeps_names``: a quantized linear must have the checkpoint's name in the runtime.
+    """
+
+    way: str
+    naming: str
+    dialects: tuple[str, ...]
+    schemes: tuple[Scheme, ...] | None = None
+    presets: tuple[str, ...] | None = None
+    not_for: dict[str, str] = field(default_factory=dict, hash=False)
+    no_experts: str | None = None
+    matching: str | None = None
+    dequantizes: tuple[Scheme, ...] = ()
+    is_loud: bool = True
+    fused_scales: bool | None = None
+    keeps_names: bool = False
+
+    def says(self, schemes: Iterable[Scheme]) -> bool:
+        return self.schemes is None or set(schemes) <= set(self.schemes)
+
+    def builds(self, preset: str) -> bool:
+        return self.presets is None or preset in self.presets
+
+
+@dataclass(frozen=True)
+class Target:
+    """A program that runs results: its name in options and manifests, its title, and what it reads, best first."""
+
+    name: str
+    title: str
+    readings: tuple[Reading, ...]
+
+    def of(self, naming: str, preset: str) -> Iterator[Reading]:
+        """Yield how it reads results for models of this naming and preset."""
+        return (reading for reading in self.readings if reading.naming == naming and reading.builds(preset))
+
+    def find_reading(
+        self, naming: str, preset: str, class_name: str, dialect: str, schemes: Collection[Scheme]
+    ) -> Reading | str:
+        """Return how it reads a result, if only into wrong weights, or a sentence that says why it does not."""
+        readings = list(self.of(naming, preset))
+        if not readings:
+            return f"{self.title} was not seen to load a {class_name}"
+        readings = [reading for reading in readings if dialect in reading.dialects]
+        if not readings:
+            return f"{self.title} does not read the {dialect} dialect of a {class_name}"
+        readings = [reading for reading in readings if reading.says(schemes)]
+        if not readings:
+            return f"{self.title} does not read {' and '.join(map(str, schemes))} in the {dialect} dialect"
+        return readings[0]
+
+
+# Where SGLang and diffusers both find the names of a row-wise FP8 file. Ran: SGLang 0.5.23 --transformer-weights-path
+# and diffusers 0.42.1 from_single_file.
+_ROWWISE = ("flux1", "flux2", "qwen-image")
+# Whose quantization_config may hold our key, by which our loader and plug-ins know what is quantized.
+_OWN = ("fp8", "mxfp4", "modelopt", "quark", "compressed-tensors")
+_FP8_SCHEMES = (TENSOR_FP8, CHANNEL_FP8, BLOCK_FP8)
+_LLAMA = {"LlamaForCausalLM": "loads no block scales of a Llama, silently: its llama.py renames weight_scale_inv"}
+_INPUT_SCALE = {
+    "*": "multiplies by an input_scale, which NVFP4 here has not. Use --dialect compressed-tensors, whose activations"
+    " stay as they are"
+}
+_NO_EXPERTS = (
+    "its mixture of experts takes no FP8 by tensor with activations by token; use --granularity channel or block"
+)
+
+_TARGETS = (
+    Target(
+        "sglang",
+        "SGLang",
+        (
+            Reading(
+                "sglang",
+                "diffusers",
+                ("fp8",),
+                matching=PART,
+                dequantizes=(TENSOR_FP8,),
+                is_loud=False,
+                fused_scales=True,
+            ),
+            Reading(
+                "sglang",
+                "diffusers",
+                ("modelopt",),
+                (TENSOR_FP8, PLAIN_NVFP4),
+                matching=NAME,
+                dequantizes=(TENSOR_FP8,),
+                is_loud=False,
+                fused_scales=True,
+            ),
+            Reading("sglang-plugin", "diffusers", ("mxfp4", "quark", "compressed-tensors")),
+            Reading("sglang-weights", "diffusers", ("rowwise",), presets=_ROWWISE, keeps_names=True),
+            Reading("sglang-llm", "transformers", ("quark",)),
+            Reading("sglang-llm", "transformers", ("compressed-tensors",), (TENSOR_FP8, CHANNEL_FP8)),
+            Reading("sglang-llm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
+            Reading("sglang-llm", "transformers", ("fp8",), (BLOCK_FP8,), not_for=_LLAMA, is_loud=False),
+            Reading("sglang-llm", "transformers", ("fp8", "modelopt"), (TENSOR_FP8,)),
+        ),
+    ),
+    Target(
+        "vllm",
+        "vLLM",
+        (
+            Reading("vllm", "transformers", ("quark",), (PLAIN_MXFP4,)),
+            Reading("vllm", "transformers", ("compressed-tensors",), (TENSOR_FP8,), no_experts=_NO_EXPERTS),
+            Reading("vllm", "transformers", ("compressed-tensors",), (PLAIN_MXFP4, CHANNEL_FP8, PLAIN_NVFP4)),
+            Reading("vllm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
+            Reading("vllm", "transformers", ("fp8", "modelopt", "quark"), (TENSOR_FP8, BLOCK_FP8)),
+        ),
+    ),
+    Target(
+        "diffusers",
+        "diffusers",
+        (
+            Reading("diffusers-file", "diffusers", ("rowwise",), presets=_ROWWISE),
+            Reading("diffusers-quark", "diffusers", ("quark",), (PLAIN_MXFP4,)),
+            Reading("diffusers-plugin", "diffusers", _OWN),
+        ),
+    ),
+    Target(
+        "transformers",
+        "transformers",
+        (
+            Reading("transformers", "transformers", ("compressed-tensors",)),
+            Reading("transformers-fp8", "transformers", ("fp8",), (BLOCK_FP8,)),
+            Reading("transformers-plugin", "transformers", ("mxfp4",)),
+        ),
+    ),
+    Target(
+        "run-ckpt",
+        "run-ckpt",
+        (
+            Reading("run-ckpt", "diffusers", (*_OWN, "vllm-omni")),
+            Reading("run-ckpt-llm", "transformers", (*_OWN, "vllm-omni")),
+        ),
+    ),
+)
+TARGETS: dict[str, Target] = {target.name: target for target in _TARGETS}
+# What SGLang's diffusion runtime reads by itself.
+SGLANG_DIALECTS = [
+    dialect for reading in TARGETS["sglang"].readings if reading.way == "sglang" for dialect in reading.dialects
+]
+# Whose names and rules hold where no target was asked for.
+USUAL_TARGETS = {"diffusers": "sglang", "transformers": "vllm"}
+
+
+def find_readings(manifest: Manifest) -> dict[str, Reading | str]:
+    """Return target -> how it reads a result, or why it does not, by its dialect, schemes and class alone."""
+    recipe = manifest.recipe
+    schemes = {layer.scheme for layer in manifest.layers.values()}
+    kind = (recipe["naming"], recipe["preset"], recipe["class_name"] or "", manifest.dialect, schemes)
+    return {name: target.find_reading(*kind) for name, target in TARGETS.items()}
+
+
+def judge_again(new: Manifest, old: Manifest) -> dict[str, str | None]:
+    """Return ``targets`` of a result that was made of another by a change of dialect or layout.
+
+    What was said against single layers of the old one holds for the new one too.
+    """
+    before, after = find_readings(old), find_readings(new)
+    reasons = {name: old.targets[name] for name, reading in before.items() if isinstance(reading, Reading)}
+    return {name: reading if isinstance(reading, str) else reasons.get(name) for name, reading in after.items()}
