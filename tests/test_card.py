@@ -180,6 +180,16 @@ def test_the_command_for_a_local_source_gives_the_same_bytes(tmp_path: Path) -> 
     assert folder_bytes(tmp_path / "OUTPUT") == folder_bytes(output)
 
 
+def test_the_command_for_a_budget_gives_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "source").symlink_to(FLUX_DIGITS)
+    options: dict[str, Any] = {"format": "mxfp4", "max_size": "9.5MB", "keep_last": 1}
+    output = convert(tmp_path / "source", tmp_path / "first", **options)
+    card = card_of(output)
+    assert "chosen to meet --max-size 9.5MB, by relative error of the weights" in card
+    rerun(code_blocks(card, "sh")[-1], tmp_path, snapshot=tmp_path)
+    assert folder_bytes(tmp_path / "OUTPUT") == folder_bytes(output)
+
+
 def rerun(command: str, folder: Path, *, snapshot: Path) -> None:
     """Run what the card prints; a stand-in for hf download names the snapshot that is there already."""
     commands = {"hf": f"echo '{snapshot}'", "convert-ckpt": f"'{sys.executable}' -c '{_CONVERT}' \"$@\""}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert_ckpt.plan.policy import Assignment, Choice, curve, least_damage
+from convert_ckpt.plan.policy import Assignment, Choice, curve, least_damage, least_size
 
 CHOICES = st.lists(st.builds(Choice, st.just("x"), st.integers(0, 20), st.floats(0, 100)), min_size=1, max_size=3)
 
@@ -48,6 +48,26 @@ def test_no_combination_that_fits_does_less_damage(groups: list[list[Choice]], m
     # Sums of other orders differ in the last bits.
     assert found.damage == pytest.approx(expected, rel=1e-12)
     assert found.lower_bound == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(CHOICES, min_size=1, max_size=6), st.floats(0, 300))
+def test_no_combination_that_does_as_little_damage_is_smaller(groups: list[list[Choice]], max_damage: float) -> None:
+    sums = [
+        (sum(choice.nbytes for choice in choices), math.fsum(choice.damage for choice in choices))
+        for choices in itertools.product(*groups)
+    ]
+    if any(abs(damage - max_damage) < 1e-9 for _, damage in sums):
+        return  # sums of other orders differ in the last bits
+    sizes = [nbytes for nbytes, damage in sums if damage <= max_damage]
+    if not sizes:
+        with pytest.raises(ValueError, match="allowed are"):
+            least_size(groups, max_damage)
+        return
+    found = least_size(groups, max_damage)
+    assert (found.nbytes, found.lower_bound) == (min(sizes), min(sizes))
+    assert found.damage <= max_damage
+    assert all(choice in group for choice, group in zip(found.choices, groups, strict=True))
 
 
 @settings(max_examples=200, deadline=None)

@@ -32,6 +32,11 @@ def convert(
     calibration: str | PathLike[str] | None = None,
     method: str | None = None,
     static: bool = False,
+    max_size: int | str | None = None,
+    min_sqnr: float | None = None,
+    sensitivities: str | PathLike[str] | None = None,
+    keep_first: int = Options.keep_first,
+    keep_last: int = Options.keep_last,
     allow_unaligned_k: bool = False,
     swap_weight_nibbles: bool = False,
     component: str | Sequence[str] = (),
@@ -89,6 +94,11 @@ def convert(
         calibration=_path(calibration),
         method=method,
         static=static,
+        max_size=max_size,
+        min_sqnr=min_sqnr,
+        sensitivities=_path(sensitivities),
+        keep_first=keep_first,
+        keep_last=keep_last,
         allow_unaligned_k=allow_unaligned_k,
         swap_weight_nibbles=swap_weight_nibbles,
     )
@@ -125,15 +135,17 @@ def plan_conversion(
 ) -> Preview:
     """Return what each tensor of ``source`` would become and why, with exact sizes; write nothing.
 
-    It reads headers and small files only. ``output``, if given, is checked as a place to write to, and its disk
-    for space. The other arguments and what is raised are as for ``convert``.
+    It reads headers and small files only; within a budget without sensitivities all weights, too. ``output``, if given,
+    is checked as a place to write to, and its disk for space. The other arguments and what is raised are as for
+    ``convert``.
     """
     return preview_checkpoint(
         parse_reference(os.fspath(source)),
         _path(output),
         options,
+        n_workers=_count_workers(None),
         selection=Selection(_strings(component), keep_source),
-        log=(progress or Silent()).log,
+        progress=progress or Silent(),
     )
 
 

@@ -71,6 +71,15 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
     "--method", type=click.Choice(METHODS), help="How codes are chosen.  [default: gptq if there are statistics]"
 )
 @click.option("--static", is_flag=True, help="FP8 with static activation scales, by --calibration.")
+@click.option("--max-size", metavar="SIZE", help="Raise layers to FP8 or BF16 as far as 4GB, say, has room for it.")
+@click.option("--min-sqnr", type=float, metavar="DB", help="Raise layers until the predicted SQNR is that high.")
+@click.option(
+    "--sensitivities",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML or JSON file of what was measured to choose by.  [default: predict it]",
+)
+@click.option("--keep-first", type=click.IntRange(0), default=Options.keep_first, help="Blocks at the start to keep.")
+@click.option("--keep-last", type=click.IntRange(0), default=Options.keep_last, help="Blocks at the end to keep.")
 @click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
 @click.option("--swap-weight-nibbles", is_flag=True, help="NVFP4: let SGLang swap the codes of a byte at load.")
 @click.option("--component", multiple=True, metavar="NAME", help="Take this transformer* of a pipeline. Repeatable.")

@@ -1,5 +1,6 @@
 """What the user asked for, as one frozen record."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES, Schem
 from run_ckpt.contract.layouts import LAYOUTS
 from run_ckpt.contract.manifest import GPTQ, METHODS
 from run_ckpt.contract.targets import TARGETS
+from run_ckpt.storage.units import parse_nbytes
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,23 @@ class Options:
     swap_weight_nibbles: bool = False
     """Let SGLang swap the two codes of each NVFP4 byte at load (dialect modelopt; the bytes stay the same)."""
 
+    max_size: int | str | None = None
+    """Bytes, or a size such as "4GB", that all shards may take: layers get the formats that fit and do least damage.
+
+    ``format`` is the smallest; the others are those that it may be raised to, and staying as it is."""
+
+    min_sqnr: float | None = None
+    """Signal-to-noise ratio in dB to be reached in the fewest bytes; the plan says of what it is."""
+
+    sensitivities: Path | None = None
+    """TOML or JSON file of measured damages (plan/sensitivities.py), instead of predicting them."""
+
+    keep_first: int = 0
+    """Keep the linear layers of so many blocks at the start of each stack of blocks as they are."""
+
+    keep_last: int = 0
+    """The same at the end of each stack."""
+
     def __post_init__(self) -> None:
         _check_choice("--format", self.format, FORMATS)
         _check_choice("--target", self.target, (None, *TARGETS))
@@ -75,11 +94,40 @@ class Options:
         _check_choice("--scale-rule", self.scale_rule, SCALE_RULES)
         _check_choice("--dialect", self.dialect, (None, *DIALECTS))
         _check_choice("--method", self.method, (None, *METHODS))
+        self._check_budget()
         if not self.calibration and (self.static or self.method == GPTQ):
             asked = "--static" if self.static else f"--method {GPTQ}"
             raise UsageError(f"{asked}: needs --calibration DIR, the statistics that run-ckpt calibrate records.")
         if self.method == GPTQ and not self.has_statistics:
             raise UsageError(f"--method {GPTQ}: {self.calibration} is a file of ranges. Give a folder of statistics.")
+
+    def _check_budget(self) -> None:
+        if self.max_size is not None and self.min_sqnr is not None:
+            raise UsageError("--max-size, --min-sqnr: one of them decides what the other becomes. Give either.")
+        if self.max_nbytes is not None and self.max_nbytes < 1:
+            raise UsageError(f"--max-size {self.max_size}: not a size. Write 4GB, say.")
+        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
+            raise UsageError(f"--min-sqnr {self.min_sqnr}: not a number of dB.")
+        if self.sensitivities and not self.has_budget:
+            raise UsageError("--sensitivities: decides nothing without --max-size SIZE or --min-sqnr DB.")
+        for option, count in (("--keep-first", self.keep_first), ("--keep-last", self.keep_last)):
+            if count < 0:
+                raise UsageError(f"{option} {count}: not a number of blocks.")
+
+    @property
+    def has_budget(self) -> bool:
+        """True where formats are chosen layer by layer."""
+        return self.max_size is not None or self.min_sqnr is not None
+
+    @property
+    def max_nbytes(self) -> int | None:
+        """``max_size`` in bytes."""
+        return parse_nbytes(self.max_size) if isinstance(self.max_size, str) else self.max_size
+
+    @property
+    def budget(self) -> str:
+        """What was asked for, in the words of the command."""
+        return f"--max-size {self.max_size}" if self.max_size is not None else f"--min-sqnr {self.min_sqnr:g}"
 
     @property
     def has_statistics(self) -> bool:
@@ -99,7 +147,7 @@ class Options:
         """Return the options as JSON values; files by their bare name."""
         values = asdict(self)
         values["ignore"] = list(self.ignore)
-        for name in ("recipe", "calibration"):
+        for name in ("recipe", "calibration", "sensitivities"):
             values[name] = values[name] and values[name].name
         return values
 

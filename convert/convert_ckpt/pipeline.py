@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from convert_ckpt.curve import budget_line
 from convert_ckpt.options import Options
-from convert_ckpt.plan.make_plan import make_plan
+from convert_ckpt.plan.candidates import Group, Prediction
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.plan.target_costs import target_costs
+from convert_ckpt.planning import Planned, plan_checkpoint
+from convert_ckpt.prediction import predict_damages
 from convert_ckpt.preview import plan_json, plan_lines
 from convert_ckpt.run.component import ShardListener, convert_component, is_published
 from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.fingerprint import fingerprint
 from convert_ckpt.run.memory import check_memory, default_max_memory, memory_lines, n_workers_within
-from convert_ckpt.run.partial_output import Staging
+from convert_ckpt.run.partial_output import PREDICTION, Staging
 from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open_source
 from convert_ckpt.source.reference import Reference
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import join_names
+from run_ckpt.contract.targets import TARGETS
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults
 from run_ckpt.storage.units import format_nbytes
@@ -36,12 +42,16 @@ if TYPE_CHECKING:
 class RunSummary:
     """What a run did, all components together.
 
+    ``n_layers`` counts the quantized layers by format, ``format`` is the one that was asked for,
+    ``targets`` are those that it is right for.
     ``n_converted`` of ``n_tensors`` tensors were quantized, the others copied. Sizes are those of all shards.
     ``n_files_resumed`` shards were finished by an earlier, stopped run. ``pushed`` says what was uploaded.
     """
 
     output: str
     format: str
+    n_layers: dict[str, int]
+    targets: tuple[str, ...]
     n_converted: int
     n_tensors: int
     source_nbytes: int
@@ -51,11 +61,16 @@ class RunSummary:
     pushed: Pushed | None = None
 
     def __str__(self) -> str:
+        formats = self.format
+        if len(self.n_layers) > 1:
+            formats = " and ".join(f"{name} ({count})" for name, count in sorted(self.n_layers.items()))
         resumed = f", {self.n_files_resumed} finished files taken over" if self.n_files_resumed else ""
         return (
-            f"Converted {self.n_converted} of {self.n_tensors} tensors to {self.format}:"
+            f"Converted {self.n_converted} of {self.n_tensors} tensors to {formats}:"
             f" {format_nbytes(self.source_nbytes)} -> {format_nbytes(self.output_nbytes)}"
-            f" in {self.seconds:.3g} s{resumed}" + (f"\n{self.pushed}" if self.pushed else "")
+            f" in {self.seconds:.3g} s{resumed}"
+            + (f"\n{self.pushed}" if self.pushed else "")
+            + (f"\nFormats are mixed; right for: {', '.join(self.targets)}" if len(self.n_layers) > 1 else "")
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -76,41 +91,37 @@ class Preview:
         return "\n".join(self.lines)
 
 
-def plan_checkpoint(opened: OpenedSource, options: Options) -> list[ComponentPlan]:
-    """Return a plan for every component. Raises with all faults of all of them together."""
-    plans: list[ComponentPlan] = []
-    faults: list[str] = []
-    usage_errors: list[UsageError] = []
-    for name in opened.components:
-        try:
-            source = opened.open_component(name)
-            plans.append(ComponentPlan(name, source, make_plan(source, options)))
-        except FaultsError as error:
-            faults += error.faults
-        except UsageError as error:
-            usage_errors.append(error)
-    if usage_errors:
-        raise usage_errors[0]
-    if faults:
-        raise FaultsError(f"{opened.reference}: can't be converted", faults)
-    return plans
-
-
 def preview_checkpoint(
-    reference: Reference, output: Path | None, options: Options, *, selection: Selection, log: Callable[[str], None]
+    reference: Reference,
+    output: Path | None,
+    options: Options,
+    *,
+    n_workers: int,
+    selection: Selection,
+    progress: Progress,
 ) -> Preview:
-    """Plan a conversion and write nothing. ``output``, if given, is checked, and its disk for space."""
+    """Plan a conversion and write nothing. ``output``, if given, is checked, and its disk for space.
+
+    Raises UsageError where a remote source would have to be fetched to predict damages.
+    """
     if output is not None:
         check_output(reference, output)
     with (
         TemporaryDirectory(prefix="convert-ckpt-") as scratch,
-        open_source(reference, selection, log, Path(scratch) / "skeleton") as opened,
+        open_source(reference, selection, progress.log, Path(scratch) / "skeleton") as opened,
     ):
-        plans = plan_checkpoint(opened, options)
+        if opened.store and options.has_budget and not options.sensitivities:
+            raise UsageError(
+                f"--dry-run {options.budget}: all of {reference} would be fetched to predict what each format costs."
+                " Copy it first, give --sensitivities, or convert without --dry-run."
+            )
+        planned = plan_checkpoint(opened, options, partial(predict_damages, opened, Path(scratch), n_workers, progress))
         if output is not None:
-            check_disk(opened, plans, Staging(output))
-        costs = {planned.name: target_costs(planned.source, options) for planned in plans}
-        return Preview(tuple(plan_lines(opened, plans, costs)), plan_json(plans, costs))
+            check_disk(opened, planned.components, Staging(output))
+        costs = {}
+        if planned.budget is None:
+            costs = {part.name: target_costs(part.source, options) for part in planned.components}
+        return Preview(tuple(plan_lines(opened, planned, costs)), plan_json(planned, costs))
 
 
 def convert_checkpoint(
@@ -139,16 +150,20 @@ def convert_checkpoint(
     with staging:
         pinned_revision = None if restart else staging.pinned_revision(str(reference))
         with open_source(reference, selection, progress.log, staging.skeleton, pinned_revision) as opened:
-            plans = plan_checkpoint(opened, options)
+            predict = partial(
+                _predict, reference, opened, options, staging, n_workers, restart=restart, progress=progress
+            )
+            checkpoint = plan_checkpoint(opened, options, predict)
+            plans = checkpoint.components
             if staging.may_be_published() and all(is_published(staging.output, planned) for planned in plans):
                 staging.remove()
                 return _summarize(output, options, plans, 0, time.monotonic() - started)
             check_output(reference, output)
             check_disk(opened, plans, staging)
             check_memory(plans, max_memory)
-            for line in plan_lines(opened, plans, {}) if opened.store else memory_lines(plans):
+            for line in plan_lines(opened, checkpoint, {}) if opened.store else _short_lines(checkpoint):
                 progress.log(line)
-            staging.adopt(fingerprint(opened, plans, options), restart=restart)
+            staging.adopt(fingerprint(opened, plans, options), restart=restart and not options.has_budget)
             if listener:
                 listener.start(join_names(planned.name, file.name) for planned in plans for file in planned.plan.files)
             for planned in plans:
@@ -158,6 +173,37 @@ def convert_checkpoint(
                 listener.stop()
             staging.publish()
     return _summarize(output, options, plans, n_resumed, time.monotonic() - started)
+
+
+def _short_lines(checkpoint: Planned) -> Iterator[str]:
+    yield from memory_lines(checkpoint.components)
+    if checkpoint.budget:
+        yield budget_line(checkpoint.budget)
+
+
+def _predict(
+    reference: Reference,
+    opened: OpenedSource,
+    options: Options,
+    staging: Staging,
+    n_workers: int,
+    components: Sequence[ComponentPlan],
+    groups: Sequence[Group],
+    *,
+    restart: bool,
+    progress: Progress,
+) -> Prediction:
+    """Return what an earlier run predicted, or predict it and keep it for the next."""
+    if not staging.may_be_published():
+        check_output(reference, staging.output)
+        check_disk(opened, components, staging)
+    staging.adopt(fingerprint(opened, components, options), restart=restart)
+    known = staging.read_records(PREDICTION)
+    if known:
+        return Prediction(**known[PREDICTION])
+    prediction = predict_damages(opened, staging.fetched, n_workers, progress, components, groups)
+    staging.write_record(PREDICTION, PREDICTION, asdict(prediction))
+    return prediction
 
 
 def check_output(reference: Reference, output: Path) -> None:
@@ -173,6 +219,12 @@ def _summarize(
     return RunSummary(
         output=os.fspath(output),
         format=options.format,
+        n_layers=dict(
+            Counter(layer.format.name for planned in plans for layer in planned.plan.manifest.layers.values())
+        ),
+        targets=tuple(
+            name for name in TARGETS if all(planned.plan.manifest.targets[name] is None for planned in plans)
+        ),
         n_converted=sum(len(planned.plan.manifest.layers) for planned in plans),
         n_tensors=sum(len(planned.plan.tensors) for planned in plans),
         source_nbytes=sum(shard.header.file_nbytes for planned in plans for shard in planned.source.folder.shards),

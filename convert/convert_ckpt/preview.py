@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from convert_ckpt.curve import budget_json, budget_line, curve_lines
 from convert_ckpt.plan.plan import ComponentPlan, TensorPlan
 from convert_ckpt.plan.target_costs import TargetCost
+from convert_ckpt.planning import Planned
 from convert_ckpt.run.disk import source_nbytes_here
 from convert_ckpt.run.memory import memory_lines
 from convert_ckpt.source.opened import OpenedSource
@@ -27,8 +29,12 @@ class _Line:
 Costs = Mapping[str, Mapping[str, TargetCost]]
 
 
-def plan_json(plans: list[ComponentPlan], costs: Costs) -> list[dict[str, Any]]:
-    """Return one object per component: every tensor's outcome, every output file and its size, each target's cost."""
+def plan_json(checkpoint: Planned, costs: Costs) -> list[dict[str, Any]]:
+    """Return one object per component: every tensor's outcome, every output file and its size, each target's cost.
+
+    With a budget: how it was met, instead of costs.
+    """
+    budget = {"budget": budget_json(checkpoint.budget)} if checkpoint.budget else {}
     return [
         {
             "component": planned.name,
@@ -41,18 +47,23 @@ def plan_json(plans: list[ComponentPlan], costs: Costs) -> list[dict[str, Any]]:
             "tensors": [_tensor_json(tensor) for tensor in planned.plan.tensors],
             "warnings": list(planned.plan.warnings),
             "targets": planned.plan.manifest.targets,
-            "target_costs": {name: asdict(cost) for name, cost in costs[planned.name].items()},
+            "target_costs": {name: asdict(cost) for name, cost in costs.get(planned.name, {}).items()},
+            **budget,
         }
-        for planned in plans
+        for planned in checkpoint.components
     ]
 
 
-def plan_lines(opened: OpenedSource, plans: list[ComponentPlan], costs: Costs) -> Iterator[str]:
+def plan_lines(opened: OpenedSource, checkpoint: Planned, costs: Costs) -> Iterator[str]:
     """Yield the lines of the whole plan; of a remote source also where it is and how much of it comes here."""
+    plans = checkpoint.components
     for planned in plans:
         yield from plan_text(planned)
         yield from _cost_lines(costs.get(planned.name, {}))
     yield from memory_lines(plans)
+    if checkpoint.budget:
+        yield budget_line(checkpoint.budget)
+        yield from curve_lines(checkpoint.budget)
     if opened.store:
         here, to_fetch = source_nbytes_here(opened, plans), sum(planned.plan.source_nbytes for planned in plans)
         commit = f" at commit {opened.store.revision}" if opened.store.revision else ""
@@ -81,8 +92,9 @@ def plan_text(planned: ComponentPlan) -> Iterator[str]:
         yield f"note: {warning}"
     yield f"right for: {', '.join(name for name, reason in plan.manifest.targets.items() if reason is None)}"
     n_converted = len(plan.manifest.layers)
+    formats = sorted({layer.format.name for layer in plan.manifest.layers.values()})
     yield (
-        f"Would convert {n_converted} of {len(plan.tensors)} tensors to {recipe['format']}:"
+        f"Would convert {n_converted} of {len(plan.tensors)} tensors to {' and '.join(formats)}:"
         f" {format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.output_nbytes)} ({plan.output_nbytes:,} bytes)"
     )
 

@@ -1,12 +1,12 @@
 """One source with what is known of its class and of the target that it is converted for."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.preset import Preset, Runtime
-from convert_ckpt.plan.recipe import KEEP, Decision
+from convert_ckpt.plan.recipe import KEEP
 from convert_ckpt.plan.runtime_names import runtime_names
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.dialect import Dialect
@@ -69,11 +69,10 @@ def make_context(source: Component, options: Options, preset: Preset, linears: d
     return replace(context, options=replace(options, layout=layout, granularity=granularity))
 
 
-def find_dialect(context: PlanContext, decisions: Mapping[str, Decision]) -> Dialect:
+def find_dialect(context: PlanContext, formats: Collection[str]) -> Dialect:
     """Return --dialect, or the one by which the target reads these formats. Raises UsageError where there is none."""
     options = context.options
-    formats = sorted({decision.format for decision in decisions.values()} - {KEEP}) or [options.format]
-    schemes = [options.scheme(weight_format) for weight_format in formats]
+    schemes = [options.scheme(weight_format) for weight_format in sorted({*formats} - {KEEP}) or [options.format]]
     dialect = _dialect_of_target(context, schemes) if options.target and not options.dialect else None
     if dialect is None:
         dialect = choose_dialect(schemes, context.naming, asked=options.dialect, static=options.has_static_scales)

@@ -2,39 +2,23 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.calibration import Calibration, calibration_faults, read_calibration
-from convert_ckpt.plan.context import PlanContext, find_dialect, make_context
+from convert_ckpt.plan.context import PlanContext, find_dialect
+from convert_ckpt.plan.decisions import choose_rules, decide_formats, make_layers
 from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
-from convert_ckpt.plan.preset import GENERIC, Preset, find_preset, load_preset
-from convert_ckpt.plan.recipe import (
-    KEEP,
-    Decision,
-    FusedGroup,
-    Rule,
-    close_over_groups,
-    decide,
-    find_fused_groups,
-    ignore_rules,
-    keep_rules,
-    read_recipe,
-    unmatched_rules,
-)
+from convert_ckpt.plan.recipe import KEEP, Decision, FusedGroup, Rule
 from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
 from convert_ckpt.plan.target_checks import judge_targets, target_faults, target_notes
 from convert_ckpt.source.component import Component
-from run_ckpt.contract.decided_by import BY_KIND, RECIPE, SHAPE, UNKNOWN_CLASS, DecidedBy
-from run_ckpt.contract.dialects.dialect import Dialect
+from run_ckpt.contract.decided_by import BY_KIND
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
-from run_ckpt.contract.errors import FaultsError, UsageError
-from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
-from run_ckpt.contract.module_names import split_name
-from run_ckpt.contract.shape_limits import reason_to_keep
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
 from run_ckpt.version import VERSION
@@ -42,26 +26,31 @@ from run_ckpt.version import VERSION
 TOOL_NAME = "convert-ckpt"
 
 
-def make_plan(source: Component, options: Options) -> Plan:
+@dataclass(frozen=True)
+class Chosen:
+    """What a budget chose: module -> decision, and ``facts`` of the choice for the manifest."""
+
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) -> Plan:
     """Return the plan for one component.
 
     Raises UsageError for options that contradict each other or match nothing, FaultsError with
     every other fault.
     """
-    preset, rules = _choose_rules(source, options)
-    specs = [tensor.spec for _, tensor in source.folder.tensors()]
-    linears = {module: spec for spec in specs if (module := linear_module(spec))}
-    context = make_context(source, options, preset, linears)
-    decisions, groups = _decide(context, rules)
-    dialect = find_dialect(context, decisions)
-    layers = _make_layers(context, decisions, groups, dialect)
+    context, rules = choose_rules(source, options)
+    decisions, groups = decide_formats(context, rules, options.format, chosen.decisions)
+    dialect = find_dialect(context, {decision.format for decision in decisions.values()})
+    layers = make_layers(context, decisions, groups, dialect)
     calibration = read_calibration(context)
     faults = calibration_faults(calibration, source, layers)
     if calibration.static:
         layers = {module: _with_input_scale(layer) for module, layer in layers.items()}
     scales = calibration.input_scales(layers) if not faults else {}
     tensors = _make_tensors(source, layers, decisions, calibration)
-    manifest = _make_manifest(context, rules, dialect.name, layers, tensors, groups)
+    manifest = _make_manifest(context, rules, dialect.name, layers, tensors, chosen)
     repeated = _fused_scales(layers, groups)
     if _takes_fused_scales(context, manifest):
         manifest = replace(manifest, fused_scales=repeated)
@@ -84,98 +73,12 @@ def _nothing_to_convert(decisions: Mapping[str, Decision]) -> str:
     return f"nothing to convert: {kept}. Write a --recipe that says otherwise."
 
 
-def _choose_rules(source: Component, options: Options) -> tuple[Preset, list[Rule]]:
-    base, recipe_rules = read_recipe(options.recipe) if options.recipe else (None, [])
-    name = options.preset or base
-    preset = load_preset(name) if name else find_preset(source.class_name)
-    if preset.name == GENERIC and name is None:
-        raise UsageError(_ask_for_preset(source))
-    return preset, [*ignore_rules(options.ignore), *recipe_rules]
-
-
-def _ask_for_preset(source: Component) -> str:
-    unknown = f"no preset knows {source.class_name}" if source.class_name else f"no {CONFIG_NAME} says what class it is"
-    return (
-        f"{source.name}: {unknown}, so nothing says which layers its runtime takes quantized. Add --preset {GENERIC}"
-        " to quantize the linear layers of its numbered blocks, told by their names; try the result where it is served."
-    )
-
-
-def _decide(context: PlanContext, rules: list[Rule]) -> tuple[dict[str, Decision], tuple[FusedGroup, ...]]:
-    missing = unmatched_rules(context.linears, rules)
-    if missing:
-        raise UsageError(
-            f"{', '.join(missing)}: matches no linear layer of {context.source.name}. A pattern is matched against"
-            " the whole module name (tensor name without .weight), * standing for any characters;"
-            " --dry-run lists the names."
-        )
-    decisions = decide(context.linears, [*rules, *_standing_rules(context)], context.options.format)
-    decisions = {module: _guarded(context, module, decision) for module, decision in decisions.items()}
-    groups = find_fused_groups(context.linears, context.preset)
-    decisions = close_over_groups(decisions, groups)
-    return decisions, tuple(group for group in groups if decisions[group.members[0]].format != KEEP)
-
-
-def _standing_rules(context: PlanContext) -> list[Rule]:
-    """Return what holds where the user says nothing: what the target can't run quantized, and what is sensitive."""
-    reason = f"{context.target.title} builds it as a plain linear"
-    plain = [module for module, name in context.names(context.linears).items() if name is None]
-    return [
-        *keep_rules(context.runtime.keep),
-        *keep_rules(dict.fromkeys(plain, reason)),
-        *keep_rules(context.preset.keep),
-    ]
-
-
 def _takes_fused_scales(context: PlanContext, manifest: Manifest) -> bool:
     schemes = {layer.scheme for layer in manifest.layers.values()}
     reading = context.target.find_reading(
         context.naming, context.preset.name, context.source.class_name or "", manifest.dialect, schemes
     )
     return isinstance(reading, str) or reading.fused_scales is not False
-
-
-def _guarded(context: PlanContext, module: str, decision: Decision) -> Decision:
-    if decision.format == KEEP:
-        return decision
-    is_asked_for = decision.decided_by.by == RECIPE
-    if context.preset.name == GENERIC and split_name(module)[1] is None and not is_asked_for:
-        reason = "outside the numbered blocks, and no preset knows this class"
-        return Decision(KEEP, reason, DecidedBy(UNKNOWN_CLASS))
-    unfit = reason_to_keep(
-        context.linears[module],
-        context.options.scheme(decision.format),
-        context.naming,
-        allow_unaligned_k=context.options.allow_unaligned_k,
-    )
-    return Decision(KEEP, unfit, DecidedBy(SHAPE)) if unfit else decision
-
-
-def _make_layers(
-    context: PlanContext, decisions: Mapping[str, Decision], groups: tuple[FusedGroup, ...], dialect: Dialect
-) -> dict[str, Layer]:
-    group_of = {member: group.name for group in groups for member in group.members}
-    layers = {}
-    for module, decision in sorted(decisions.items()):
-        if decision.format == KEEP:
-            continue
-        spec = context.linears[module]
-        scheme = context.options.scheme(decision.format)
-        N, K = spec.shape
-        layers[module] = Layer(
-            module=module,
-            scheme=scheme,
-            N=N,
-            K=K,
-            source_tensor=spec.name,
-            source_dtype=spec.dtype,
-            scale_rule=scheme.format.scale_rule(context.options.scale_rule),
-            tensors=dialect.tensor_names(module, scheme, context.naming),
-            scale_shape=dialect.scale_shape(N, K, scheme),
-            fused_group=group_of.get(module),
-            decided_by=decision.decided_by,
-        )
-    return layers
 
 
 def _with_input_scale(layer: Layer) -> Layer:
@@ -201,7 +104,7 @@ def _make_manifest(
     dialect: str,
     layers: dict[str, Layer],
     tensors: tuple[TensorPlan, ...],
-    groups: tuple[FusedGroup, ...],
+    chosen: Chosen,
 ) -> Manifest:
     recipe = {
         **context.options.to_json(),
@@ -210,6 +113,7 @@ def _make_manifest(
         "class_name": context.source.class_name,
         "naming": context.naming,
         "rules": [[rule.pattern, rule.format] for rule in rules if rule.by_user],
+        **chosen.facts,
     }
     kept = {tensor.spec.name: tensor for tensor in tensors if tensor.layer is None}
     unquantized = {

@@ -21,7 +21,7 @@ class Choice:
     """One way to store a group: its bytes, and the damage it does, in a unit that all groups share."""
 
     format: str
-    nbytes: int
+    nbytes: float
     damage: float
 
 
@@ -36,7 +36,7 @@ class Assignment:
     lower_bound: float
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> float:
         return sum(choice.nbytes for choice in self.choices)
 
     @property
@@ -44,7 +44,7 @@ class Assignment:
         return _total_damage(self.choices)
 
 
-def least_damage(groups: Sequence[Sequence[Choice]], max_nbytes: int, max_states: int = _MAX_STATES) -> Assignment:
+def least_damage(groups: Sequence[Sequence[Choice]], max_nbytes: float, max_states: int = _MAX_STATES) -> Assignment:
     """Return the choice of each group with the least damage in at most ``max_nbytes``, all groups together.
 
     The best there is, unless more than ``max_states`` partial results had to be kept; ``lower_bound`` tells.
@@ -71,6 +71,16 @@ def least_damage(groups: Sequence[Sequence[Choice]], max_nbytes: int, max_states
     return Assignment(choices, min(_total_damage(choices), dropped))
 
 
+def least_size(groups: Sequence[Sequence[Choice]], max_damage: float) -> Assignment:
+    """Return the choice of each group with the fewest bytes that does at most ``max_damage``, all groups together.
+
+    Its ``lower_bound`` is on the bytes. Raises ValueError where even the largest choices do more.
+    """
+    # The same problem with bytes and damage changed about.
+    mirrored = least_damage([[_mirror(choice) for choice in group] for group in groups], max_damage)
+    return Assignment(tuple(map(_mirror, mirrored.choices)), mirrored.lower_bound)
+
+
 def curve(groups: Sequence[Sequence[Choice]]) -> Iterator[Assignment]:
     """Yield assignments from the smallest to the one with the least damage, each the best for its size.
 
@@ -84,11 +94,15 @@ def curve(groups: Sequence[Sequence[Choice]]) -> Iterator[Assignment]:
         yield Assignment(tuple(chosen), _total_damage(chosen))
 
 
+def _mirror(choice: Choice) -> Choice:
+    return Choice(choice.format, choice.damage, choice.nbytes)
+
+
 @dataclass(frozen=True, eq=False)
 class _State:
     """Choices for the first groups: the last of them, and the state without it. None, None: no group yet."""
 
-    nbytes: int
+    nbytes: float
     damage: float
     choice: Choice | None = None
     before: "_State | None" = None
@@ -115,7 +129,7 @@ class _Exchange:
     after: Choice
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> float:
         return self.after.nbytes - self.before.nbytes
 
     @property
@@ -137,7 +151,7 @@ class _Relaxation:
         self._spent = list(accumulate((exchange.nbytes for exchange in self._exchanges), initial=0))
         self._gained = list(accumulate((exchange.gain for exchange in self._exchanges), initial=0.0))
 
-    def least_damage(self, max_nbytes: int) -> float:
+    def least_damage(self, max_nbytes: float) -> float:
         """Return it for at most ``max_nbytes``; infinite where even the smallest choices take more."""
         spare = max_nbytes - self._nbytes
         if spare < 0:
@@ -148,7 +162,7 @@ class _Relaxation:
         return self._damage - self._gained[n_whole] - part
 
 
-def _complete(state: _State, groups: Sequence[Sequence[Choice]], max_nbytes: int) -> _State:
+def _complete(state: _State, groups: Sequence[Sequence[Choice]], max_nbytes: float) -> _State:
     """Return the state with a choice for each further group: exchanges by gain, as far as there is room for them.
 
     Raises ValueError where there is no room for the smallest.
@@ -156,7 +170,7 @@ def _complete(state: _State, groups: Sequence[Sequence[Choice]], max_nbytes: int
     chosen = [choices[0] for choices in groups]
     spare = max_nbytes - state.nbytes - sum(choice.nbytes for choice in chosen)
     if spare < 0:
-        raise ValueError(f"the smallest choices take {max_nbytes - spare} bytes, {max_nbytes} are allowed")
+        raise ValueError(f"the smallest choices take {max_nbytes - spare}, allowed are {max_nbytes}")
     for exchange in _exchanges(groups):
         if exchange.before is chosen[exchange.group] and exchange.nbytes <= spare:
             chosen[exchange.group] = exchange.after

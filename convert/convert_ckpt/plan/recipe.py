@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from convert_ckpt.plan.preset import FusedPattern, Preset, fill_pattern, pattern_regex, read_toml
-from run_ckpt.contract.decided_by import BY_FORMAT, FUSED, IGNORE, PRESET, RECIPE, DecidedBy
+from run_ckpt.contract.decided_by import BY_FORMAT, EDGE, FUSED, IGNORE, PRESET, RECIPE, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS
+from run_ckpt.contract.module_names import split_name
 from run_ckpt.contract.tensors import TensorSpec
 
 KEEP = "keep"
@@ -39,6 +41,9 @@ class Decision:
     format: str
     reason: str
     decided_by: DecidedBy = BY_FORMAT
+
+
+NOTHING_CHOSEN: Mapping[str, Decision] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,36 @@ def keep_rules(reasons: Mapping[str, str]) -> list[Rule]:
     return [Rule(pattern, KEEP, reason) for pattern, reason in reasons.items()]
 
 
-def decide(modules: Iterable[str], rules: list[Rule], default_format: str) -> dict[str, Decision]:
-    """Return module -> decision by the first rule that matches, else the default format."""
+def edge_rules(modules: Iterable[str], n_first: int, n_last: int) -> list[Rule]:
+    """Return a keep rule for each of the first and last blocks of every stack (--keep-first, --keep-last).
+
+    Raises UsageError where no module lies in a numbered block.
+    """
+    stacks: dict[str, set[int]] = {}
+    for stack, block, _ in map(split_name, modules):
+        if block is not None:
+            stacks.setdefault(stack, set()).add(block)
+    if (n_first or n_last) and not stacks:
+        raise UsageError("--keep-first, --keep-last: no linear layer lies in a numbered block. Use --ignore.")
+    rules = []
+    for stack, blocks in stacks.items():
+        ordered = sorted(blocks)
+        edges = {f"--keep-first {n_first}": ordered[:n_first], f"--keep-last {n_last}": ordered[::-1][:n_last]}
+        for option, numbers in edges.items():
+            rules += [Rule(".".join(filter(None, (stack, f"{number}.*"))), KEEP, option, EDGE) for number in numbers]
+    return rules
+
+
+def decide(
+    modules: Iterable[str], rules: list[Rule], default_format: str, chosen: Mapping[str, Decision] = NOTHING_CHOSEN
+) -> dict[str, Decision]:
+    """Return module -> decision: by the first rule that matches, else what a budget chose, else the default format."""
     default = Decision(default_format, "linear layer")
     decisions = {}
     for module in modules:
         rule = next((rule for rule in rules if rule.matches(module)), None)
-        decisions[module] = Decision(rule.format, rule.reason, DecidedBy(rule.by, rule.pattern)) if rule else default
+        by_rule = rule and Decision(rule.format, rule.reason, DecidedBy(rule.by, rule.pattern))
+        decisions[module] = by_rule or chosen.get(module, default)
     return decisions
 
 

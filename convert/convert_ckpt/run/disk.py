@@ -1,6 +1,7 @@
 """How much disk a run needs, in which folder, and whether it is there."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from convert_ckpt.plan.plan import ComponentPlan
@@ -14,14 +15,14 @@ from run_ckpt.storage.units import format_nbytes
 _SPARE_NBYTES = 64 * 2**20
 
 
-def check_disk(opened: OpenedSource, plans: list[ComponentPlan], staging: Staging) -> None:
+def check_disk(opened: OpenedSource, plans: Sequence[ComponentPlan], staging: Staging) -> None:
     """Raise FaultsError with every disk that can't hold what is still to come."""
     faults = _disk_faults(opened, plans, staging)
     if faults:
         raise FaultsError("nothing was written", faults)
 
 
-def source_nbytes_here(opened: OpenedSource, plans: list[ComponentPlan]) -> int:
+def source_nbytes_here(opened: OpenedSource, plans: Sequence[ComponentPlan]) -> int:
     """Return how much of a remote source lies in OUTPUT.partial at once, at most."""
     if opened.store is None or opened.keep_source:
         return 0
@@ -31,7 +32,7 @@ def source_nbytes_here(opened: OpenedSource, plans: list[ComponentPlan]) -> int:
     )
 
 
-def _disk_faults(opened: OpenedSource, plans: list[ComponentPlan], staging: Staging) -> list[str]:
+def _disk_faults(opened: OpenedSource, plans: Sequence[ComponentPlan], staging: Staging) -> list[str]:
     output = sum(planned.plan.output_nbytes for planned in plans) + _SPARE_NBYTES
     needed = {staging.folder: output + source_nbytes_here(opened, plans) - _nbytes_of(staging.result, staging.fetched)}
     if opened.store and opened.store.cache and opened.keep_source:
@@ -58,7 +59,7 @@ def _shard_nbytes(opened: OpenedSource, planned: ComponentPlan) -> dict[str, int
     }
 
 
-def _uncached_nbytes(opened: OpenedSource, plans: list[ComponentPlan]) -> int:
+def _uncached_nbytes(opened: OpenedSource, plans: Sequence[ComponentPlan]) -> int:
     return sum(sum(_shard_nbytes(opened, planned).values()) for planned in plans)
 
 

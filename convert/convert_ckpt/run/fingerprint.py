@@ -1,5 +1,6 @@
 """What decides the bytes of a result: a run goes on only where all of it is the same."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from blake3 import blake3
@@ -15,9 +16,10 @@ from run_ckpt.storage.hashing import hash_path
 from run_ckpt.version import VERSION
 
 
-def fingerprint(opened: OpenedSource, plans: list[ComponentPlan], options: Options) -> dict[str, Any]:
+def fingerprint(opened: OpenedSource, plans: Sequence[ComponentPlan], options: Options) -> dict[str, Any]:
     """Everything that decides the bytes: a run goes on only where all of it is the same."""
-    contents = {"recipe": hash_path(options.recipe)} if options.recipe else {}
+    files = {"recipe": options.recipe, "sensitivities": options.sensitivities}
+    contents = {name: hash_path(path) for name, path in files.items() if path}
     if options.calibration:
         contents["calibration"] = calibration_digest(options.calibration)
     result = {

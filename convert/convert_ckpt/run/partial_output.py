@@ -19,6 +19,8 @@ _RESULT = "result"
 _RECORDS = "records"
 _FETCHED = "fetched"
 _SKELETON = "skeleton"
+# The record of what formats were predicted to cost, beside those of files.
+PREDICTION = "prediction"
 # In the order in which they are removed: as long as the fingerprint is there, it says what else may be.
 _NAMES = (_FETCHED, _RECORDS, _RESULT, _FINGERPRINT)
 
@@ -146,7 +148,7 @@ class Staging:
         """Yield what is here and was not made by the run of ``fingerprint``."""
         files: set[str] = set()
         if fingerprint:
-            files = {_FINGERPRINT}
+            files = {_FINGERPRINT, f"{_RECORDS}/{PREDICTION}/{PREDICTION}.json"}
             for component, names in fingerprint["files"].items():
                 folder, shards = component or "root", fingerprint["source"][component]["shards"]
                 files |= {join_names(_RESULT, component, name) for name in names}

@@ -9,6 +9,8 @@ PRESET = "preset"
 SHAPE = "shape"
 UNKNOWN_CLASS = "unknown class"
 FUSED = "fused"
+EDGE = "edge"
+BUDGET = "budget"
 NOT_LINEAR = "not linear"
 # Word -> what it stands for, and what ``rule`` then is.
 DECIDERS = {
@@ -19,6 +21,8 @@ DECIDERS = {
     SHAPE: "its shape or dtype, which the format does not take",
     UNKNOWN_CLASS: "that no preset knows the class, and it lies outside of the numbered blocks",
     FUSED: "a layer that it is fused with at load; that layer",
+    EDGE: "--keep-first or --keep-last; the pattern of its block",
+    BUDGET: "a budget, for which formats were chosen layer by layer; its option",
     NOT_LINEAR: "that it is no 2-D weight of a linear layer",
 }
 

@@ -84,6 +84,7 @@ class QuantFormat:
     ``K_granule`` is what K must be a multiple of for whole blocks: 1 where the last block may be narrower.
     A weight below ``min_N`` or not a multiple of ``N_multiple`` and ``K_multiple`` is better left as it is.
     ``is_two_level``: the scales of blocks are in units of one more scale of the whole tensor, F32.
+    ``raised_to`` are the formats that a budget may give a layer instead: of more bits, and run by the same machines.
     ``summary`` says in a card what is stored, up to what shares a scale; ``machines`` what runs it, row-major.
     """
 
@@ -101,6 +102,7 @@ class QuantFormat:
     summary: str
     machines: str
     is_two_level: bool = False
+    raised_to: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name
@@ -213,6 +215,7 @@ MXFP4 = QuantFormat(
     K_multiple=MX_BLOCK_SIZE,
     summary="E2M1 weights, an E8M0 scale",
     machines="AMD Instinct MI350 series (gfx950); vLLM emulates it elsewhere.",
+    raised_to=("fp8",),
 )
 MXFP8 = QuantFormat(
     name="mxfp8",
@@ -246,6 +249,7 @@ NVFP4 = QuantFormat(
     summary="E2M1 weights, an F32 scale for each layer, an E4M3 one",
     machines="NVIDIA Blackwell (compute capability 10.0 and newer); others by Triton.",
     is_two_level=True,
+    raised_to=("fp8",),
 )
 FP8 = QuantFormat(
     name="fp8",

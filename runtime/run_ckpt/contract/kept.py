@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from run_ckpt.contract.decided_by import FUSED, IGNORE, NOT_LINEAR, PRESET, RECIPE, SHAPE, UNKNOWN_CLASS
+from run_ckpt.contract.decided_by import BUDGET, EDGE, FUSED, IGNORE, NOT_LINEAR, PRESET, RECIPE, SHAPE, UNKNOWN_CLASS
 from run_ckpt.contract.formats import FORMATS, Scheme
 from run_ckpt.contract.manifest import KeptTensor, Manifest
 from run_ckpt.contract.shape_limits import reason_to_keep
@@ -68,6 +68,8 @@ def remedies(kept: KeptTensor, recipe: Mapping[str, Any]) -> Iterator[Remedy]:
         PRESET: "a rule in a --recipe",
         UNKNOWN_CLASS: "a rule in a --recipe",
         FUSED: f"quantizing {rule} too",
+        EDGE: "fewer blocks by --keep-first and --keep-last",
+        BUDGET: f"less than {rule}",
     }
     scheme = _asked_scheme(recipe)
     if kept.decided_by.by in words and not _reason_to_keep(kept.spec, scheme, recipe):

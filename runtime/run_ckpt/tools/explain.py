@@ -110,6 +110,8 @@ def _decider(manifest: Manifest, stored: Layer | KeptTensor) -> str:
         words.SHAPE: f"its shape: {reason}",
         words.UNKNOWN_CLASS: reason,
         words.FUSED: reason,
+        words.EDGE: f"{reason}: {decided.rule}",
+        words.BUDGET: f"{decided.rule}, by {recipe.get('budget', {}).get('by')}",
         words.NOT_LINEAR: "it is no 2-D weight of a linear layer",
     }[decided.by]
 

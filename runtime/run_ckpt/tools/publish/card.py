@@ -1,8 +1,9 @@
 """The model card of a result: how to run it, what was measured, how to make it again (pure)."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from run_ckpt.contract.file_names import HEATMAP_NAME, join_names
 from run_ckpt.contract.layouts import PLAIN
@@ -14,6 +15,17 @@ from run_ckpt.tools.publish.metadata import front_matter, hub_id, make_metadata
 from run_ckpt.tools.publish.rows import ConvertedComponent, TensorRow
 
 _N_WORST = 10
+# Of convert-ckpt, those with a value that is left out where there is none.
+_LATER_OPTIONS = (
+    "recipe",
+    "calibration",
+    "method",
+    "max_size",
+    "min_sqnr",
+    "sensitivities",
+    "keep_first",
+    "keep_last",
+)
 _HUB_URL = "https://huggingface.co"
 
 
@@ -66,10 +78,12 @@ def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> I
     )
     layers = sum(component.summary.n_layers for component in components)
     rounding = _rounding([layer for component in components for layer in component.manifest.layers.values()])
+    budget = recipe.get("budget")
+    chosen = f" Each layer's format was chosen to meet {_budget(recipe)}, by {budget['by']}." if budget else ""
     yield (
         f"The `{recipe['class_name']}` of {name}{at} with its linear layers in {format_name(components)}."
         f" {layers} layers were quantized offline by {components[0].summary.tool}; all other tensors are bit for bit"
-        f" those of the source. {rounding}"
+        f" those of the source.{chosen} {rounding}"
     )
     rows = [
         (
@@ -159,7 +173,12 @@ def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
         )
     else:
         yield f"```sh\nconvert-ckpt {shlex.quote(str(source['name']))} OUTPUT {command}\n```"
-    for key, title in (("recipe", "Its recipe file"), ("calibration", "What was known of the inputs")):
+    titles = {
+        "recipe": "Its recipe file",
+        "calibration": "What was known of the inputs",
+        "sensitivities": "What was measured of layers",
+    }
+    for key, title in titles.items():
         if name := components[0].manifest.recipe.get(key):
             yield f"{title} was `{name}`."
     made = [entry for component in components for entry in _checksums(component, component.manifest.files)]
@@ -177,12 +196,17 @@ def _convert_command(components: Sequence[ConvertedComponent]) -> str:
         words += ["--preset", recipe["preset"]]
     for pattern in recipe["ignore"]:
         words += ["--ignore", pattern]
-    for option in ("recipe", "calibration", "method"):
-        words += [f"--{option}", recipe[option]] if recipe[option] else []
+    for option in _LATER_OPTIONS:
+        value = recipe.get(option)
+        words += [f"--{option.replace('_', '-')}", str(value)] if value else []
     words += ["--static"] if recipe["static"] else []
     words += ["--allow-unaligned-k"] if recipe["allow_unaligned_k"] else []
     words += ["--swap-weight-nibbles"] if recipe.get("swap_weight_nibbles") else []
     return shlex.join(words)
+
+
+def _budget(recipe: Mapping[str, Any]) -> str:
+    return next(f"--{name.replace('_', '-')} {recipe[name]}" for name in ("max_size", "min_sqnr") if recipe[name])
 
 
 def _checksums(component: ConvertedComponent, files: dict[str, dict[str, object]]) -> list[tuple[str, str, str]]:

@@ -1,0 +1,134 @@
+"""Which format each linear layer gets: rules, shapes and fused groups; and the layers that follow from it."""
+
+from collections.abc import Mapping
+
+from convert_ckpt.options import Options
+from convert_ckpt.plan.context import PlanContext, make_context
+from convert_ckpt.plan.preset import GENERIC, find_preset, load_preset
+from convert_ckpt.plan.recipe import (
+    KEEP,
+    NOTHING_CHOSEN,
+    Decision,
+    FusedGroup,
+    Rule,
+    close_over_groups,
+    decide,
+    edge_rules,
+    find_fused_groups,
+    ignore_rules,
+    keep_rules,
+    read_recipe,
+    unmatched_rules,
+)
+from convert_ckpt.plan.shape_rules import linear_module
+from convert_ckpt.source.component import Component
+from run_ckpt.contract.decided_by import RECIPE, SHAPE, UNKNOWN_CLASS, DecidedBy
+from run_ckpt.contract.dialects.dialect import Dialect
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.manifest import Layer
+from run_ckpt.contract.module_names import split_name
+from run_ckpt.contract.shape_limits import reason_to_keep
+
+
+def choose_rules(source: Component, options: Options) -> tuple[PlanContext, list[Rule]]:
+    """Return what is known of a source, and the rules for its layers, the first that matches wins.
+
+    Raises UsageError for a recipe that can't be read, and where a pattern of the user matches nothing.
+    """
+    base, recipe_rules = read_recipe(options.recipe) if options.recipe else (None, [])
+    name = options.preset or base
+    preset = load_preset(name) if name else find_preset(source.class_name)
+    if preset.name == GENERIC and name is None:
+        raise UsageError(_ask_for_preset(source))
+    specs = [tensor.spec for _, tensor in source.folder.tensors()]
+    linears = {module: spec for spec in specs if (module := linear_module(spec))}
+    edges = edge_rules(linears, options.keep_first, options.keep_last)
+    rules = [*ignore_rules(options.ignore), *edges, *recipe_rules]
+    missing = unmatched_rules(linears, rules)
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)}: matches no linear layer of {source.name}. A pattern is matched against"
+            " the whole module name (tensor name without .weight), * standing for any characters;"
+            " --dry-run lists the names."
+        )
+    context = make_context(source, options, preset, linears)
+    return context, [*rules, *_standing_rules(context)]
+
+
+def decide_formats(
+    context: PlanContext, rules: list[Rule], default_format: str, chosen: Mapping[str, Decision] = NOTHING_CHOSEN
+) -> tuple[dict[str, Decision], tuple[FusedGroup, ...]]:
+    """Return module -> decision, and the fused groups that are quantized.
+
+    Layers that no rule names get what is ``chosen`` for them, else the default format. Raises UsageError for a recipe
+    that splits a fused group.
+    """
+    decisions = decide(context.linears, rules, default_format, chosen)
+    decisions = {module: _guarded(context, module, decision) for module, decision in decisions.items()}
+    groups = find_fused_groups(context.linears, context.preset)
+    decisions = close_over_groups(decisions, groups)
+    return decisions, tuple(group for group in groups if decisions[group.members[0]].format != KEEP)
+
+
+def make_layers(
+    context: PlanContext, decisions: Mapping[str, Decision], groups: tuple[FusedGroup, ...], dialect: Dialect
+) -> dict[str, Layer]:
+    """Return module -> layer of all that are quantized."""
+    group_of = {member: group.name for group in groups for member in group.members}
+    layers = {}
+    for module, decision in sorted(decisions.items()):
+        if decision.format == KEEP:
+            continue
+        spec = context.linears[module]
+        scheme = context.options.scheme(decision.format)
+        N, K = spec.shape
+        layers[module] = Layer(
+            module=module,
+            scheme=scheme,
+            N=N,
+            K=K,
+            source_tensor=spec.name,
+            source_dtype=spec.dtype,
+            scale_rule=scheme.format.scale_rule(context.options.scale_rule),
+            tensors=dialect.tensor_names(module, scheme, context.naming),
+            scale_shape=dialect.scale_shape(N, K, scheme),
+            fused_group=group_of.get(module),
+            decided_by=decision.decided_by,
+        )
+    return layers
+
+
+def _standing_rules(context: PlanContext) -> list[Rule]:
+    """Return what holds where the user says nothing: what the target can't run quantized, and what is sensitive."""
+    reason = f"{context.target.title} builds it as a plain linear"
+    plain = [module for module, name in context.names(context.linears).items() if name is None]
+    return [
+        *keep_rules(context.runtime.keep),
+        *keep_rules(dict.fromkeys(plain, reason)),
+        *keep_rules(context.preset.keep),
+    ]
+
+
+def _ask_for_preset(source: Component) -> str:
+    unknown = f"no preset knows {source.class_name}" if source.class_name else f"no {CONFIG_NAME} says what class it is"
+    return (
+        f"{source.name}: {unknown}, so nothing says which layers its runtime takes quantized. Add --preset {GENERIC}"
+        " to quantize the linear layers of its numbered blocks, told by their names; try the result where it is served."
+    )
+
+
+def _guarded(context: PlanContext, module: str, decision: Decision) -> Decision:
+    if decision.format == KEEP:
+        return decision
+    is_asked_for = decision.decided_by.by == RECIPE
+    if context.preset.name == GENERIC and split_name(module)[1] is None and not is_asked_for:
+        reason = "outside the numbered blocks, and no preset knows this class"
+        return Decision(KEEP, reason, DecidedBy(UNKNOWN_CLASS))
+    unfit = reason_to_keep(
+        context.linears[module],
+        context.options.scheme(decision.format),
+        context.naming,
+        allow_unaligned_k=context.options.allow_unaligned_k,
+    )
+    return Decision(KEEP, unfit, DecidedBy(SHAPE)) if unfit else decision
