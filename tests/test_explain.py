@@ -106,7 +106,7 @@ def test_a_rule_of_a_recipe_is_named_with_the_file(llm: Path, tmp_path: Path) ->
 
 
 def test_nothing_changes_what_no_format_takes_nor_what_is_no_linear_layer(results: Callable[..., Path]) -> None:
-    assert the_one(results(), "model.layers.0.mlp.small")["changes"][0].startswith("--format mxfp8 saves ")
+    assert the_one(results(), "model.layers.0.mlp.small")["changes"][0].startswith("--format nvfp4 saves ")
     bias = the_one(convert_flux(results), "proj_out.bias")
     assert (bias["decided_by"], bias["changes"]) == ("it is no 2-D weight of a linear layer", [])
 

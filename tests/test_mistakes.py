@@ -31,10 +31,10 @@ class Mistake(NamedTuple):
 
 COMMAND_LINE = [
     Mistake("convert-ckpt", 2, "Missing argument 'SOURCE'."),
-    Mistake("convert-ckpt good OUT", 2, "Missing option '--format'. Choose from: mxfp4, mxfp8, fp8"),
+    Mistake("convert-ckpt good OUT", 2, "Missing option '--format'. Choose from: mxfp4, nvfp4, mxfp8, fp8"),
     Mistake("convert-ckpt good --format fp8", 2, "Missing argument 'OUTPUT' (only --dry-run goes without)."),
     Mistake("convert-ckpt good OUT --fromat fp8", 2, "No such option '--fromat'. Did you mean '--format'?"),
-    Mistake("convert-ckpt good OUT --format int4", 2, "'--format': 'int4' is not one of 'mxfp4', 'mxfp8', 'fp8'."),
+    Mistake("convert-ckpt good OUT --format int4", 2, "'--format': 'int4' is not one of 'mxfp4', 'nvfp4', 'mxfp8',"),
     Mistake("convert-ckpt good OUT --format mxfp4 --layout flat", 2, "'--layout': 'flat' is not one of"),
     Mistake(
         "convert-ckpt good OUT --format fp8 --granularity row", 2, "'row' is not one of 'tensor', 'channel', 'block'."
@@ -64,6 +64,17 @@ COMMAND_LINE = [
         2,
         "expected one F32 value named <layer>.input_amax, found BF16 [512, 256].",
     ),
+    Mistake("convert-ckpt good OUT --format fp8 --max-size lots", 2, "'lots' is no size. Write 4GB, say."),
+    Mistake("convert-ckpt good OUT --format fp8 --max-size 9GB", 2, "and fits as it is."),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --max-size 9kB", 2, "is the smallest size possible, with every layer in"
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --max-size 9kB --min-sqnr 9", 2, "Give either."),
+    Mistake("convert-ckpt good OUT --format fp8 --sensitivities file", 2, "decides nothing without --max-size SIZE or"),
+    Mistake(
+        "convert-ckpt good OUT --format fp8 --min-sqnr 9 --sensitivities file", 2, "file: not a readable TOML file"
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --keep-first -1", 2, "'--keep-first': -1 is not in the range x>=0."),
     Mistake("convert-ckpt good OUT --format fp8 --private", 2, "--private goes with --push-to-hub OWNER/NAME."),
     Mistake(
         "convert-ckpt good OUT --format fp8 --push-to-hub digits", 2, "digits: not the name of a repo. Give owner/name."
@@ -204,7 +215,11 @@ RESULTS = [
     Mistake("run-ckpt dequantize result OUT --dtype int8", 2, "'--dtype': 'int8' is not one of 'bfloat16', 'source'."),
     Mistake("run-ckpt relayout result OUT", 2, "Missing option '--layout'."),
     Mistake("run-ckpt relayout result OUT --layout aiter", 2, "result: is in layout aiter, dialect mxfp4 already."),
-    Mistake("run-ckpt relayout result-fp8 OUT --layout plain", 2, "FP8 has one layout only; there is nothing to do."),
+    Mistake(
+        "run-ckpt relayout result-fp8 OUT --layout plain",
+        2,
+        "has no MXFP4 layer. Other formats have one layout; nothing to do.",
+    ),
     Mistake("run-ckpt card good", 1, "good: no quantization_manifest.json."),
     Mistake("run-ckpt report good", 1, "good: no quantization_manifest.json."),
     Mistake("run-ckpt push result digits", 2, "digits: not the name of a repo. Give owner/name."),
