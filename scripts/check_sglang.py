@@ -32,7 +32,8 @@ from sglang_on_cpu import PERSONAS, Loaded, SGLang, Tensors
 from run_ckpt.contract.codec import dequantize, tensor_scale
 from run_ckpt.contract.formats import AITER_MXFP4, E2M1, MX_BLOCK_SIZE, PLAIN_NVFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer, read_manifest
+from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.storage.manifest_file import read_manifest
 
 # Rounding to e4m3 with one scale per tensor or block costs 0.026 of a matrix of normal numbers, to e2m1
 # with one scale for 32 values 0.112, for 16 values 0.095.

@@ -28,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 from convert_ckpt.options import Options  # noqa: E402
 from convert_ckpt.pipeline import convert_checkpoint  # noqa: E402
-from run_ckpt.contract.manifest import Layer, read_manifest  # noqa: E402
+from run_ckpt.contract.manifest import Layer  # noqa: E402
 from run_ckpt.progress import Silent  # noqa: E402
+from run_ckpt.storage.manifest_file import read_manifest  # noqa: E402
 from run_ckpt.tools.rewrite.dequantize import dequantize  # noqa: E402
 from tests.models import MODELS, save  # noqa: E402
 

@@ -17,10 +17,11 @@ from run_ckpt.contract.codec import dequantize, quantize
 from run_ckpt.contract.elements import decode_e8m0
 from run_ckpt.contract.errors import CheckpointError, FaultsError, PartialRunError, UsageError
 from run_ckpt.contract.formats import PLAIN_MXFP4
-from run_ckpt.contract.manifest import Layer, read_manifest
+from run_ckpt.contract.manifest import Layer
 from run_ckpt.progress import Silent
 from run_ckpt.storage.components import open_checkpoint
 from run_ckpt.storage.layer_statistics import LayerIdentity, pack_below_diagonal, write_statistics
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.rows import decode_rows
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint

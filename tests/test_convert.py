@@ -14,7 +14,7 @@ from run_ckpt.contract.codec import fp8_scale, quantize_fp8
 from run_ckpt.contract.errors import FaultsError, NonFiniteError, UsageError
 from run_ckpt.contract.formats import FP8, MXFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from run_ckpt.contract.manifest import read_manifest
+from run_ckpt.storage.manifest_file import read_manifest
 from tests.bits import assert_bits_equal
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, load_all, random_weight, save_checkpoint
 from tests.codec import expand_fp8_scale, quantize_mxfp4

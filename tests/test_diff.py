@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from run_ckpt.cli.main import run_ckpt
 from run_ckpt.cli.names import fold_name
-from run_ckpt.contract.manifest import read_manifest
+from run_ckpt.storage.manifest_file import read_manifest
 from tests.converted import FLUX_DIGITS, convert
 
 

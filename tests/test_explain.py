@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from run_ckpt.cli.main import run_ckpt
 from run_ckpt.contract.kept import kept_groups
-from run_ckpt.contract.manifest import read_manifest
+from run_ckpt.storage.manifest_file import read_manifest
 from tests.checkpoints import random_weight, save_checkpoint
 from tests.converted import FLUX_DIGITS, convert, edit_manifest
 

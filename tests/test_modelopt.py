@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
-from run_ckpt.contract.manifest import read_manifest
+from run_ckpt.storage.manifest_file import read_manifest
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all
 from tests.converted import LINEAR, make_linear

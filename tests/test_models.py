@@ -10,8 +10,8 @@ import transformers
 
 from convert_ckpt.plan.preset import preset_names
 from run_ckpt import load_quantized
-from run_ckpt.contract.manifest import read_manifest
 from run_ckpt.progress import Silent
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal

@@ -13,9 +13,10 @@ from run_ckpt.contract import codec
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.contract.formats import AITER_MXFP4, FP8, MXFP8, NVFP4, PLAIN_NVFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, WEIGHT_SCALE, Layer, read_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.progress import Silent
 from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.partial import PartialFolder
 from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.rewrite.frame import Rewrite, rewrite

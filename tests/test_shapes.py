@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from run_ckpt.contract.codec import fp8_scale, quantize_fp8
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
-from run_ckpt.contract.manifest import read_manifest
 from run_ckpt.progress import Silent
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint

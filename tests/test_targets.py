@@ -10,9 +10,10 @@ from convert_ckpt.options import Options
 from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME
-from run_ckpt.contract.manifest import MANIFEST_NAME, read_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.contract.targets import TARGETS
 from run_ckpt.progress import Silent
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.publish.consumers import _CONSUMERS
 from run_ckpt.tools.rewrite.relayout import relayout
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, random_weight, save_checkpoint

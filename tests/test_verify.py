@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from run_ckpt.contract.manifest import read_manifest, sqnr_db
+from run_ckpt.contract.manifest import sqnr_db
 from run_ckpt.progress import Silent
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.verify.component import ComponentReport, verdict, verify_output
 from tests.codec import dequantize_mxfp4
 from tests.converted import (

@@ -32,6 +32,7 @@ from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.targets import TARGETS
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults
+from run_ckpt.storage.checks import check_structure
 from run_ckpt.storage.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -171,6 +172,8 @@ def convert_checkpoint(
                 n_resumed += convert_component(opened, planned, staging, n_at_once, progress, listener)
             if listener:
                 listener.stop()
+            for planned in plans:
+                check_structure(staging.result / planned.name)
             staging.publish()
     return _summarize(output, options, plans, n_resumed, time.monotonic() - started)
 

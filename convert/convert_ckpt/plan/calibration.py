@@ -18,6 +18,7 @@ from run_ckpt.contract.errors import CheckpointError, MissingPackageError, Usage
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.formats import E4M3_MAX
 from run_ckpt.contract.manifest import GPTQ, Layer
+from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.header import read_header
 from run_ckpt.storage.layer_statistics import InputStatistics, read_statistics
@@ -108,7 +109,7 @@ def calibration_digest(path: Path) -> str:
     for file in sorted(path.rglob("*" + SUFFIX)):
         header = read_header(file)
         digest.update(header.data)
-        with open(file, "rb") as opened:
+        with open(open_to_read(file), "rb") as opened:
             for tensor in header.tensors:
                 if tensor.spec.dtype == "F32":  # the diagonals too, which no other correlations go with
                     opened.seek(tensor.offset)
@@ -131,8 +132,13 @@ def _range_faults(calibration: Calibration, module: str) -> Iterator[str]:
     if amax is None:
         suffix = AMAX if Path(calibration.name).suffix in MODELOPT_SUFFIXES else _SUFFIX
         yield f"{module}: {calibration.name} holds no {module}{suffix}. Calibrate it or --ignore it."
-    elif not (np.isfinite(amax) and amax > 0):
-        yield f"{module}: {calibration.name} says that its largest input is {amax}, not a positive number."
+    elif not _is_scalable(amax):
+        yield f"{module}: {calibration.name} says that its largest input is {amax}, not a positive number with a scale."
+
+
+def _is_scalable(amax: float) -> bool:
+    """True where amax / 448 is a float32 that GPUs don't take for zero."""
+    return float(np.finfo(np.float32).tiny) * E4M3_MAX <= amax <= float(np.finfo(np.float32).max)
 
 
 def _statistics_faults(
@@ -146,8 +152,8 @@ def _statistics_faults(
         )
     if calibration.gptq and not found.block_size:
         yield f"{layer.module}: {found.path.name} holds no correlations. Record them, or use --method rtn --static."
-    if calibration.static and not found.amax:
-        yield f"{layer.module}: its input was always zero. Use more samples, or --ignore it."
+    if calibration.static and not _is_scalable(calibration.ranges[layer.module]):
+        yield f"{layer.module}: the range of its input is {found.amax}. Use more samples, or --ignore it."
 
 
 def _modelopt_ranges(path: Path, context: PlanContext) -> dict[str, float]:
@@ -174,7 +180,7 @@ def _modelopt_ranges(path: Path, context: PlanContext) -> dict[str, float]:
 def _read_ranges(path: Path, _context: PlanContext) -> dict[str, float]:
     header = read_header(path)
     ranges = {}
-    with open(path, "rb") as file:
+    with open(open_to_read(path), "rb") as file:
         for tensor in header.tensors:
             if not tensor.spec.name.endswith(_SUFFIX) or tensor.spec.dtype != "F32" or tensor.spec.nbytes != 4:
                 raise UsageError(

@@ -19,6 +19,7 @@ from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
+from run_ckpt.contract.manifest_checks import repeated_names
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
 from run_ckpt.version import VERSION
@@ -56,6 +57,10 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
         manifest = replace(manifest, fused_scales=repeated)
     verdicts = judge_targets(context, manifest, has_fused_scales=bool(repeated))
     faults = [*target_faults(context, verdicts), *faults] if layers else [*faults, _nothing_to_convert(decisions)]
+    faults += [
+        f"{name}: a tensor of the source has the name that a scale would get. Rename it, or keep its layer by --ignore."
+        for name in repeated_names(manifest)
+    ]
     if faults:
         raise FaultsError(f"{source.name}: can't be converted as asked", faults)
     manifest = replace(manifest, targets={name: verdict.reason for name, verdict in verdicts.items()})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.errors import UsageError
+from run_ckpt.storage.files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -122,8 +123,8 @@ def find_preset(class_name: str | None) -> Preset:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return a TOML file's table. Raises UsageError where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable TOML file ({error}). Correct it.") from error
 
 

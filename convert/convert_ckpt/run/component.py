@@ -13,10 +13,11 @@ from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.errors import ManifestError
 from run_ckpt.contract.file_names import join_names
-from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, Manifest, read_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.folders import Folder
 from run_ckpt.storage.hashing import describe_entry
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.units import format_nbytes
 
 

@@ -70,10 +70,7 @@ class Staging:
         restart: throw away what is here instead, if a run of ours left it.
         """
         old = self._read_fingerprint()
-        foreign = list(self._foreign(old))
-        if foreign:
-            some = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
-            raise PartialRunError(f"{self.folder}: holds what no run put there: {some}. Move that to another place.")
+        self._refuse_foreign(old)
         for name in _NAMES if restart else ():
             self._partial.folder.remove(name)
         if restart or old is None:
@@ -119,6 +116,7 @@ class Staging:
 
     def publish(self) -> None:
         """Rename the result to OUTPUT and remove the rest."""
+        self._refuse_foreign(self._read_fingerprint())
         self._partial.publish(_RESULT)
         self.remove()
 
@@ -144,6 +142,12 @@ class Staging:
         run = read_small(self.folder / _FINGERPRINT, follow=False).decode()
         return hash_bytes(json.dumps([run, component, file_name, record], sort_keys=True).encode())
 
+    def _refuse_foreign(self, fingerprint: Mapping[str, Any] | None) -> None:
+        foreign = list(self._foreign(fingerprint))
+        if foreign:
+            some = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+            raise PartialRunError(f"{self.folder}: holds what no run put there: {some}. Move that to another place.")
+
     def _foreign(self, fingerprint: Mapping[str, Any] | None) -> Iterator[str]:
         """Yield what is here and was not made by the run of ``fingerprint``."""
         files: set[str] = set()
@@ -165,4 +169,5 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    return [] if old == new else [f"{where} was {old!r}, now {new!r}"]
+    old_text, new_text = (json.dumps(value, sort_keys=True) for value in (old, new))  # in which NaN is NaN
+    return [] if old_text == new_text else [f"{where} was {old!r}, now {new!r}"]

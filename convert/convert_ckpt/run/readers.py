@@ -13,6 +13,7 @@ from convert_ckpt.run.schedule import Slab, list_fetches
 from convert_ckpt.run.slab import to_float, weight_bits
 from convert_ckpt.run.wait import Signal
 from convert_ckpt.source.shards import ShardProvider
+from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.reader import read_fully
 from run_ckpt.storage.shards import Shard
 
@@ -100,7 +101,7 @@ class ShardReaders:
             path = self._provider.wait(shard)
             with self._signal.notify():
                 if shard not in self._fds:
-                    self._fds[shard] = os.open(path, os.O_RDONLY)
+                    self._fds[shard] = open_to_read(path)
         return self._fds[shard]
 
     def _read_ahead(self, slab: Slab) -> None:

@@ -23,12 +23,14 @@ def output_names(source: Component, plan: Plan) -> list[str]:
 
 def write_side_files(folder: Folder, source: Component, plan: Plan) -> dict[str, dict[str, Any]]:
     """Write config.json, the index and the copies; return name -> what the manifest says of each."""
-    contents = {name: make_text().encode() for name, make_text in _texts(source, plan).items()}
-    for name, path in _copied(source, plan).items():
-        contents[name] = read_small(path)
-    for name, data in contents.items():
+    makers = _texts(source, plan)
+    makers |= {name: partial(read_small, path) for name, path in _copied(source, plan).items()}
+    described = {}
+    for name in sorted(makers):
+        data = makers[name]()
         folder.write(name, data)
-    return {name: describe_bytes(contents[name]) for name in sorted(contents)}
+        described[name] = describe_bytes(data)
+    return described
 
 
 def make_config(config: dict[str, Any] | None, manifest: Manifest) -> dict[str, Any] | None:
@@ -39,15 +41,15 @@ def make_config(config: dict[str, Any] | None, manifest: Manifest) -> dict[str, 
     return {**(config or {}), CONFIG_KEY: declared}
 
 
-def _texts(source: Component, plan: Plan) -> dict[str, Callable[[], str]]:
-    """Return what makes the text of each file that is not copied."""
-    texts: dict[str, Callable[[], str]] = {}
+def _texts(source: Component, plan: Plan) -> dict[str, Callable[[], bytes]]:
+    """Return what makes each file that is not copied."""
+    texts: dict[str, Callable[[], bytes]] = {}
     config = make_config(source.config, plan.manifest)
     if config is not None:
-        texts[CONFIG_NAME] = partial(config_text, config)
+        texts[CONFIG_NAME] = lambda: config_text(config).encode()
     if index_name := _index_name(source, plan):
         stored = ((tensor.spec, file.name) for file in plan.files for tensor in file.header.tensors)
-        texts[index_name] = lambda: index_text(make_index(stored))
+        texts[index_name] = lambda: index_text(make_index(stored)).encode()
     return texts
 
 

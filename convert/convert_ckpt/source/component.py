@@ -1,6 +1,7 @@
 """A checkpoint to read: headers and configuration now, bytes on demand."""
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from convert_ckpt.source.signatures import find_refusal
 from convert_ckpt.source.source_card import read_source_card
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.storage.files import leads_outside
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder, read_folder
 
@@ -57,9 +59,8 @@ class Component:
     @property
     def class_name(self) -> str | None:
         """The diffusers class, or transformers' first architecture."""
-        config = self.config or {}
-        names = [config.get("_class_name"), *(config.get("architectures") or [])]
-        return next((str(name) for name in names if name), None)
+        name = _class_name(self.config or {})
+        return None if name is None else str(name)
 
     @property
     def naming(self) -> str:
@@ -76,6 +77,8 @@ def open_component(path: Path) -> Component:
     if path.is_dir():
         config, faults = read_json_object(path / CONFIG_NAME)
         side_files = _find_side_files(path, notes)
+        faults += _link_faults([path / CONFIG_NAME, path / CARD_NAME, *side_files])
+    faults += _name_faults(folder, config, side_files)
     name, revision = _identify(path)
     card = read_source_card(path) if path.is_dir() else {}
     component = Component(folder, name, revision, config, tuple(side_files), tuple(notes), card)
@@ -96,6 +99,12 @@ def is_side_file(path: Path) -> bool:
     )
 
 
+def _class_name(config: dict[str, Any]) -> Any:
+    architectures = config.get("architectures") or []
+    names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [architectures])]
+    return next((name for name in names if name), None)
+
+
 def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
     files = []
     for entry in sorted(path.iterdir()):
@@ -110,6 +119,25 @@ def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
         elif not entry.name.endswith((SUFFIX, INDEX_SUFFIX)):
             notes.append(f"{entry.name}: left out, weights in another container")
     return files
+
+
+def _link_faults(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield a sentence for every file that would be carried along from another folder."""
+    for path in paths:
+        if leads_outside(path):
+            yield f"{path.name}: is a link to {path.resolve()}, out of its folder. Copy that file, or remove the link."
+
+
+def _name_faults(folder: TensorFolder, config: dict[str, Any] | None, side_files: Iterable[Path]) -> Iterator[str]:
+    """Yield a sentence for every name that no framework makes, and that what reads it might take for something else."""
+    names = [*(path.name for path in side_files), *(shard.name for shard in folder.shards)]
+    names += [tensor.spec.name for _, tensor in folder.tensors()]
+    for name in names:
+        if not name.isprintable():
+            yield f"{name!r}: a name with control characters or half a character. Rename it."
+    class_name = _class_name(config or {})
+    if class_name is not None and not (isinstance(class_name, str) and class_name.isidentifier()):
+        yield f"{CONFIG_NAME}: {class_name!r} is no name of a class. Fetch it again."
 
 
 def _quantized_faults(folder: TensorFolder, config: dict[str, Any] | None) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from run_ckpt.contract.file_names import CARD_NAME
 from run_ckpt.storage.components import PIPELINE_INDEX_NAME
+from run_ckpt.storage.files import MAX_TEXT_NBYTES, leads_outside
 
 # Of the card's metadata, what a card of the result may carry over; run_ckpt/tools/publish chooses from it.
 _FACTS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
@@ -15,7 +16,7 @@ def read_source_card(path: Path) -> dict[str, Any]:
     folders = [path, path.parent] if (path.parent / PIPELINE_INDEX_NAME).is_file() else [path]
     for folder in folders:
         card = folder / CARD_NAME
-        if card.is_file():
+        if card.is_file() and card.stat().st_size <= MAX_TEXT_NBYTES and not leads_outside(card):
             return card_facts(card)
     return {}
 

@@ -12,7 +12,7 @@ from run_ckpt.backends.backend import Device, describe_device
 from run_ckpt.backends.choose import BACKENDS, choose_backend
 from run_ckpt.contract.errors import BackendError, UsageError
 from run_ckpt.contract.manifest import Manifest
-from run_ckpt.contract.manifest_checks import read_checked_manifest
+from run_ckpt.storage.manifest_file import read_checked_manifest
 
 _ARCHITECTURE = re.compile(r"(gfx|sm)[0-9][0-9a-f]+")
 

@@ -53,7 +53,9 @@ def calibrate(
         raise UsageError("give either --prompts FILE, for a pipeline, or --text FILE, for a language model.")
     recording = Recording(output, options["hessian"], parse_nbytes(options["memory"]) if options["memory"] else None)
     if text:
-        written = text.read_text(encoding="utf-8", errors="replace")
+        from run_ckpt.storage.files import read_small
+
+        written = read_small(text).decode(errors="replace")
         calibrate_text(model_path, written, samples, options["context"], recording, placement(options), click.echo)
     else:
         from run_ckpt.tools.compare.trajectory import read_samples

@@ -97,9 +97,10 @@ def _compare(base: str, outputs: tuple[Path, ...], options: Mapping[str, Any]) -
     place = placement(options)
     with show_progress() as progress:
         if options["text"]:
+            from run_ckpt.storage.files import read_small
             from run_ckpt.tools.compare.text import compare_texts
 
-            text = options["text"].read_text(encoding="utf-8", errors="replace")
+            text = read_small(options["text"]).decode(errors="replace")
             return compare_texts(base, outputs, text, options["context"], place, progress=progress, say=_note)
         from run_ckpt.tools.compare.pipelines import Request, compare_pipelines
         from run_ckpt.tools.compare.trajectory import read_samples

@@ -11,6 +11,7 @@ from blake3 import blake3
 from run_ckpt.contract.decided_by import BY_FORMAT, BY_KIND, DecidedBy
 from run_ckpt.contract.errors import ManifestError
 from run_ckpt.contract.formats import QuantFormat, Scheme, read_scheme
+from run_ckpt.contract.manifest_types import type_faults
 from run_ckpt.contract.tensors import TensorSpec
 
 SCHEMA_VERSION = 3
@@ -190,19 +191,14 @@ def _is_sealed(text: str) -> bool:
     return text == body + _seal(body + _END)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a converted checkpoint.
+def parse_manifest(path: Path, data: bytes) -> Manifest:
+    """Return the manifest in the file ``path``, which holds ``data``.
 
-    Raises ManifestError where it is missing, damaged, changed in any byte, of an unknown schema
-    version, or where a derived fact (tie rule, layout name, ...) is not the one this version knows.
+    Raises ManifestError where it is damaged, changed in any byte, of an unknown schema version,
+    or where a derived fact (tie rule, layout name, ...) is not the one this version knows.
     """
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise ManifestError(
-            f"{folder}: no {MANIFEST_NAME}. This is no finished result of convert-ckpt; run convert-ckpt on the source."
-        )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = data.decode()
         document = json.loads(text)
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
@@ -212,8 +208,10 @@ def read_manifest(folder: Path) -> Manifest:
             )
         if not _is_sealed(text):
             raise ManifestError(f"{path}: was changed after it was written. Fetch it again, or convert again.")
+        if wrong := next(type_faults(document), None):
+            raise ValueError(f"{wrong}: is of the wrong type")
         return _from_json(document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(
             f"{path}: damaged ({type(error).__name__}: {error}). Convert again or fetch the file again."
         ) from error

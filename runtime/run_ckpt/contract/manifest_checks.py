@@ -2,34 +2,23 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.dialects.table import DIALECTS
-from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import unsafe_file_name
 from run_ckpt.contract.manifest import (
     INPUT_SCALE,
     MANIFEST_NAME,
     METHODS,
+    WEIGHT,
     Layer,
     Manifest,
-    read_manifest,
 )
 from run_ckpt.contract.shape_limits import QUANTIZABLE_DTYPES
-from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.contract.tensors import METADATA_KEY, TensorSpec
 
-_RECIPE_KEYS = ("format", "dialect", "naming", "granularity", "scale_rule")
+_RECIPE_KEYS = ("format", "dialect", "naming", "layout", "granularity", "scale_rule", "preset")
 _ADVICE = "The manifest was edited or damaged: fetch it again, or convert again."
-
-
-def read_checked_manifest(folder: Path) -> Manifest:
-    """Return the manifest in ``folder``. Raises ManifestError, or FaultsError where it contradicts itself."""
-    manifest = read_manifest(folder)
-    faults = manifest_faults(manifest)
-    if faults:
-        raise FaultsError(f"{folder / MANIFEST_NAME}: contradicts itself", faults)
-    return manifest
 
 
 def manifest_faults(manifest: Manifest) -> list[str]:
@@ -50,6 +39,15 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     if not faults:
         faults += [f"{MANIFEST_NAME}: {fault}. {_ADVICE}" for fault in _reference_faults(manifest)]
     return faults
+
+
+def repeated_names(manifest: Manifest) -> list[str]:
+    """Return the names that two tensors have: of the result, or of the source, where ``__metadata__`` is none."""
+    kept = [*manifest.kept, METADATA_KEY]
+    stored = [spec.name for layer in manifest.layers.values() for spec in layer.specs().values()]
+    stored += [*kept, *manifest.fused_scales]
+    read = [*kept, *(layer.source_tensor for layer in manifest.layers.values())]
+    return sorted({name for names in (stored, read) for name, count in Counter(names).items() if count > 1})
 
 
 def spec_faults(
@@ -91,6 +89,8 @@ def _layer_faults(name: str, layer: Layer, recipe: Mapping[str, Any]) -> Iterato
     if not _is_size(layer.N) or not _is_size(layer.K):
         yield f"N = {layer.N!r}, K = {layer.K!r} are no sizes"
         return
+    if layer.source_tensor != f"{name}.{WEIGHT}":
+        yield f"source_tensor is {layer.source_tensor}"
     if layer.source_dtype not in QUANTIZABLE_DTYPES:
         yield f"source_dtype {layer.source_dtype!r} is none of {', '.join(QUANTIZABLE_DTYPES)}"
     scheme, dialect = layer.scheme, DIALECTS[recipe["dialect"]]
@@ -111,9 +111,7 @@ def _layer_faults(name: str, layer: Layer, recipe: Mapping[str, Any]) -> Iterato
 
 
 def _reference_faults(manifest: Manifest) -> Iterator[str]:
-    names = [spec.name for layer in manifest.layers.values() for spec in layer.specs().values()]
-    names += [*manifest.kept, *manifest.fused_scales]
-    for name in sorted(name for name, count in Counter(names).items() if count > 1):
+    for name in repeated_names(manifest):
         yield f"{name} is listed more than once"
     for name, fused in manifest.fused_scales.items():
         unknown = [

@@ -171,7 +171,7 @@ def find_readings(manifest: Manifest) -> dict[str, Reading | str]:
     """Return target -> how it reads a result, or why it does not, by its dialect, schemes and class alone."""
     recipe = manifest.recipe
     schemes = {layer.scheme for layer in manifest.layers.values()}
-    kind = (recipe["naming"], recipe["preset"], recipe["class_name"] or "", manifest.dialect, schemes)
+    kind = (recipe["naming"], recipe["preset"], recipe.get("class_name") or "", manifest.dialect, schemes)
     return {name: target.find_reading(*kind) for name, target in TARGETS.items()}
 
 
@@ -181,5 +181,7 @@ def judge_again(new: Manifest, old: Manifest) -> dict[str, str | None]:
     What was said against single layers of the old one holds for the new one too.
     """
     before, after = find_readings(old), find_readings(new)
-    reasons = {name: old.targets[name] for name, reading in before.items() if isinstance(reading, Reading)}
+    reasons = {
+        name: old.targets.get(name, "not said") for name, reading in before.items() if isinstance(reading, Reading)
+    }
     return {name: reading if isinstance(reading, str) else reasons.get(name) for name, reading in after.items()}

@@ -29,6 +29,8 @@ DTYPE_BITS = {
     "I64": 64,
     "U64": 64,
 }
+# The entry of a header that is no tensor.
+METADATA_KEY = "__metadata__"
 # The ``__metadata__`` of a file that holds torch tensors.
 PT_METADATA = {"format": "pt"}
 

@@ -1,18 +1,33 @@
-"""Headers and config.json against the manifest beside them: every contradiction, as sentences."""
+"""Files, headers, index and config.json against the manifest beside them: every contradiction, as sentences."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from run_ckpt.contract.dialects.table import header_metadata, quantization_config
-from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME
-from run_ckpt.contract.manifest import WEIGHT, Manifest
+from run_ckpt.contract.errors import FaultsError
+from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, HEATMAP_NAME, INDEX_SUFFIX
+from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Manifest
 from run_ckpt.contract.manifest_checks import spec_faults
+from run_ckpt.storage.files import MAX_INDEX_NBYTES
 from run_ckpt.storage.header import build_header
-from run_ckpt.storage.json_files import read_json_object
-from run_ckpt.storage.shards import TensorFolder
+from run_ckpt.storage.json_files import make_index, read_json_object
+from run_ckpt.storage.manifest_file import read_checked_manifest
+from run_ckpt.storage.shards import TensorFolder, read_folder
 
 _REFETCH = "Fetch it again, or convert again."
+
+
+def check_structure(path: Path) -> None:
+    """Raise ManifestError, or FaultsError with all that contradicts the rest in the converted component ``path``.
+
+    This is what run-ckpt verify finds without reading a tensor or hashing a file.
+    """
+    manifest, folder = read_checked_manifest(path), read_folder(path)
+    faults = [*unlisted_faults(path, manifest), *config_faults(path, manifest)]
+    faults += [*header_faults(manifest, folder), *index_faults(manifest, folder)]
+    if faults:
+        raise FaultsError(f"{path}: not the checkpoint that its manifest describes", faults)
 
 
 def header_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
@@ -66,6 +81,39 @@ def config_faults(folder: Path, manifest: Manifest) -> list[str]:
         f" {_short(expected.get(key))}. {_REFETCH}"
         for key in wrong
     ]
+
+
+def unlisted_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """Return a sentence for every file or folder the manifest does not list.
+
+    Names with a dot in front are free, and so is the model card.
+    """
+    listed = {*manifest.files, MANIFEST_NAME, CARD_NAME, HEATMAP_NAME}
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return [f"{name}: not listed in the manifest. Remove it." for name in names if name not in listed]
+
+
+def index_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
+    """Return a sentence for everything in the index that is not exactly what the shards hold."""
+    listed = sorted(name for name in manifest.files if name.endswith(INDEX_SUFFIX))
+    name = folder.index_name
+    if name is None:
+        if len(folder.shards) > 1:
+            return [f"{len(folder.shards)} shards but no *{INDEX_SUFFIX}: from_pretrained finds none. {_REFETCH}"]
+        return [f"{missing}: not found where the index belongs. {_REFETCH}" for missing in listed]
+    if listed != [name]:
+        return [f"{name}: is the index here, but the manifest lists {listed}. {_REFETCH}"]
+    index, faults = read_json_object(folder.root / name, MAX_INDEX_NBYTES)
+    if faults or index is None:
+        return faults
+    expected = make_index((tensor.spec, shard.name) for shard, tensor in folder.tensors())
+    if index.get("weight_map") != expected["weight_map"]:
+        faults.append(f"{name}: weight_map is not what the shards hold. {_REFETCH}")
+    if index.get("metadata") != expected["metadata"]:
+        faults.append(
+            f"{name}: metadata is {index.get('metadata')}, the tensors make {expected['metadata']}. {_REFETCH}"
+        )
+    return faults
 
 
 def _short(value: object) -> str:

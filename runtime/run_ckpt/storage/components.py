@@ -8,10 +8,10 @@ from pathlib import Path
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import Manifest
-from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.storage.checks import header_faults
 from run_ckpt.storage.containers import describe_container
 from run_ckpt.storage.json_files import read_json_object
+from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import TensorFolder, read_folder
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from run_ckpt.storage.files import open_to_read
+
 # A state dict, or one within a training checkpoint; clone() parts tensors that share memory.
 _PICKLES_TO_SAFETENSORS = (
     'python -c "import glob, torch, safetensors.torch as s; [s.save_file({{k: v.clone() for k, v in d.get('
@@ -49,7 +51,7 @@ _CONTAINERS = (
 
 def describe_container(path: Path) -> str | None:
     """Return what a file of weights is that is no safetensors file, and what to do; None where nothing tells."""
-    with open(path, "rb") as file:
+    with open(open_to_read(path), "rb") as file:
         start = file.read(max(len(magic) for kind in _CONTAINERS for magic in kind.magics))
     by_start = (kind for kind in _CONTAINERS if start.startswith(kind.magics))
     by_name = (kind for kind in _CONTAINERS if path.name.endswith(kind.suffixes))

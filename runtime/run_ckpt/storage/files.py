@@ -2,11 +2,16 @@
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
-# A file of text that is read whole: the index of 300,000 tensors takes 30 MB.
-MAX_TEXT_NBYTES = 100_000_000
+# Files that are read whole. 300,000 tensors make an index of 30 MB, and a manifest of 270 MB.
+MAX_TEXT_NBYTES = 64 * 2**20
+MAX_INDEX_NBYTES = 128 * 2**20
+MAX_MANIFEST_NBYTES = 512 * 2**20
+# The Hub's cache holds a commit's files as links to where their bytes are.
+_HUB_CACHE = re.compile(r"(?P<repo>.*/models--[^/]+)/snapshots/[0-9a-f]{40}(/.*)?")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
 
 
@@ -45,6 +50,15 @@ def read_small(
 def read_text(path: str | Path, max_nbytes: int = MAX_TEXT_NBYTES) -> str:
     """Return the text of a small file. Raises OSError as read_small, and UnicodeDecodeError."""
     return read_small(path, max_nbytes).decode()
+
+
+def leads_outside(path: Path) -> bool:
+    """True where ``path`` is a link out of its folder, other than into the blobs of the Hub's cache."""
+    if not path.is_symlink():
+        return False
+    folder, target = path.parent.resolve(), path.resolve()
+    cache = _HUB_CACHE.fullmatch(folder.as_posix())
+    return folder not in target.parents and not (cache and target.parent == Path(cache["repo"]) / "blobs")
 
 
 def _check_regular(status: os.stat_result, path: str | Path) -> None:

@@ -4,20 +4,23 @@ Source: the format's README and safetensors/src/tensor.rs (0.8).
 """
 
 import json
-import math
+import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.errors import HeaderError
-from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
+from run_ckpt.contract.tensors import DTYPE_BITS, METADATA_KEY, PT_METADATA, TensorSpec
 from run_ckpt.storage.containers import describe_container
+from run_ckpt.storage.files import open_to_read
 
 _DTYPE_ORDER = {dtype: order for order, dtype in enumerate(DTYPE_BITS)}
 LENGTH_NBYTES = 8
 MAX_HEADER_NBYTES = 100_000_000  # MAX_HEADER_SIZE in tensor.rs
-METADATA_KEY = "__metadata__"
+MAX_FILE_NBYTES = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ def read_header(path: Path) -> Header:
     Raises HeaderError that lists every fault found: absurd length, bad JSON, repeated names,
     unknown dtypes, sizes that contradict shapes, holes, overlaps, a truncated or overlong file.
     """
-    file_nbytes = path.stat().st_size
-    with open(path, "rb") as file:
+    with open(open_to_read(path), "rb") as file:
+        file_nbytes = os.fstat(file.fileno()).st_size
         prefix = file.read(LENGTH_NBYTES)
         length = int.from_bytes(prefix, "little")
         _check_length(path, len(prefix), length, file_nbytes)
@@ -132,9 +135,9 @@ def _load_json(file_name: str, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            raise HeaderError(f"{file_name}: the header names {repeated} more than once. Write this file again.")
+            repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            shown = f"{repeated[:3]}{f' and {len(repeated) - 3} more' if len(repeated) > 3 else ''}"
+            raise HeaderError(f"{file_name}: the header names {shown} more than once. Write this file again.")
         return entries
 
     try:
@@ -155,16 +158,26 @@ def _entry_fault(name: str, entry: Any) -> str | None:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         return f"{name!r}: unknown dtype {dtype!r}"
     if not _is_counts(shape):
-        return f"{name!r}: shape {shape!r} is not a list of sizes"
+        return f"{name!r}: shape {reprlib.repr(shape)} is not a list of sizes"
     if not _is_counts(offsets) or len(offsets) != 2:
-        return f"{name!r}: data_offsets {offsets!r} is not a pair of positions"
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        return f"{name!r}: data_offsets {reprlib.repr(offsets)} is not a pair of positions"
+    n_bits = _count_elements(shape) * DTYPE_BITS[dtype]
+    if n_bits % 8 or offsets[1] - offsets[0] != n_bits // 8:
         return (
-            f"{name!r}: {dtype} {shape} takes {bits / 8:g} bytes but data_offsets {offsets}"
+            f"{name!r}: {dtype} {reprlib.repr(shape)} takes {n_bits / 8:g} bytes but data_offsets {offsets}"
             f" span {offsets[1] - offsets[0]}"
         )
     return None
+
+
+def _count_elements(shape: list[int]) -> int:
+    """Return the product of the sizes, or one that is too large for any file."""
+    count = int(0 not in shape)
+    for size in shape:
+        if count > MAX_FILE_NBYTES:
+            break
+        count *= size
+    return count
 
 
 def _placement_faults(placed: list[StoredTensor], start: int, file_nbytes: int) -> list[str]:
@@ -192,7 +205,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_FILE_NBYTES for item in value)
 
 
 def _is_text_map(value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.storage.files import MAX_TEXT_NBYTES, read_text
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -18,14 +19,14 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def read_json_object(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def read_json_object(path: Path, max_nbytes: int = MAX_TEXT_NBYTES) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the object in a JSON file, None where there is no such file, and a fault where it is no object."""
-    if not path.is_file():
-        return None, []
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, max_nbytes))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
+    except FileNotFoundError as error:
+        return None, [f"{path.name}: is a link to nothing ({error}). Fetch it again."] if path.is_symlink() else []
     except (OSError, ValueError, RecursionError) as error:
         return None, [f"{path.name}: not readable ({error}). Fetch it again, or convert again."]
     return value, []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.shards import TensorFolder
 
 if TYPE_CHECKING:  # convert-ckpt reads its source without torch
@@ -83,7 +84,7 @@ class TensorReader:
         return self.read(name, 0, self._places[name][1].spec.nbytes)
 
     def __enter__(self) -> TensorReader:
-        self._fds = {shard.name: os.open(shard.path, os.O_RDONLY) for shard in self._folder.shards}
+        self._fds = {shard.name: open_to_read(shard.path) for shard in self._folder.shards}
         return self
 
     def __exit__(self, *_: object) -> None:

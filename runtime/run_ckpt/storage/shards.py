@@ -10,6 +10,7 @@ from pathlib import Path
 from run_ckpt.contract.errors import FaultsError, HeaderError
 from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX, unsafe_file_name
 from run_ckpt.storage.containers import find_container
+from run_ckpt.storage.files import MAX_INDEX_NBYTES, read_text
 from run_ckpt.storage.header import Header, StoredTensor, read_header
 
 # The names under which diffusers and transformers look for a model's weights.
@@ -85,10 +86,10 @@ def _find_index(folder: Path, faults: list[str]) -> str | None:
 
 def _read_index(path: Path, faults: list[str]) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(path, MAX_INDEX_NBYTES))["weight_map"]
         if not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("weight_map is not a map of text to text")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         faults.append(f"{path.name}: not a usable index ({type(error).__name__}: {error}). Fetch it again.")
         return {}
     unsafe = sorted(name for name in set(weight_map.values()) if unsafe_file_name(name))
@@ -132,13 +133,12 @@ def _read_shards(root: Path, names: list[str], faults: list[str]) -> list[Shard]
     shards = []
     for name in names:
         path = root / name
-        if not path.is_file():
-            faults.append(f"{name}: missing. Fetch this shard.")
-            continue
         try:
             shards.append(Shard(path, read_header(path)))
         except HeaderError as error:
             faults.append(str(error))
+        except OSError as error:
+            faults.append(f"{name}: missing, or not readable: {error.strerror}. Fetch this shard.")
     return shards
 
 

@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from run_ckpt.contract.manifest import KeptTensor, Layer, Manifest
-from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.contract.module_names import block_pattern
+from run_ckpt.storage.manifest_file import read_checked_manifest
 
 
 @dataclass(frozen=True)

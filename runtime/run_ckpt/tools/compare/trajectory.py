@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from run_ckpt.contract.errors import CheckpointError, UsageError
+from run_ckpt.storage.files import read_small
 from run_ckpt.tools.compare.metrics import PIXEL_MAX
 from run_ckpt.tools.generate import run_pipeline
 
@@ -28,9 +29,7 @@ def read_samples(prompts: Path, n_samples: int | None, seed: int) -> tuple[Sampl
 
     n_samples: None for one of each line. Raises UsageError where the file has no line that is not blank.
     """
-    lines = [
-        line.strip() for line in prompts.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-    ]
+    lines = [line.strip() for line in read_small(prompts).decode(errors="replace").splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"--prompts {prompts}: holds no prompt. Write one in each line.")
     return tuple(Sample(lines[n % len(lines)], seed + n) for n in range(n_samples or len(lines)))

@@ -81,7 +81,7 @@ def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> I
     budget = recipe.get("budget")
     chosen = f" Each layer's format was chosen to meet {_budget(recipe)}, by {budget['by']}." if budget else ""
     yield (
-        f"The `{recipe['class_name']}` of {name}{at} with its linear layers in {format_name(components)}."
+        f"The `{recipe.get('class_name')}` of {name}{at} with its linear layers in {format_name(components)}."
         f" {layers} layers were quantized offline by {components[0].summary.tool}; all other tensors are bit for bit"
         f" those of the source.{chosen} {rounding}"
     )
@@ -189,18 +189,18 @@ def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
 
 def _convert_command(components: Sequence[ConvertedComponent]) -> str:
     recipe = components[0].manifest.recipe
-    words = ["--format", recipe["format"], *(["--target", recipe["target"]] if recipe["target"] else [])]
+    words = ["--format", recipe["format"], *(["--target", recipe["target"]] if recipe.get("target") else [])]
     words += ["--layout", recipe["layout"], "--scale-rule", recipe["scale_rule"]]
     words += ["--granularity", recipe["granularity"], "--dialect", recipe["dialect"]]
     if len({component.manifest.recipe["preset"] for component in components}) == 1:
         words += ["--preset", recipe["preset"]]
-    for pattern in recipe["ignore"]:
+    for pattern in recipe.get("ignore") or ():
         words += ["--ignore", pattern]
     for option in _LATER_OPTIONS:
         value = recipe.get(option)
         words += [f"--{option.replace('_', '-')}", str(value)] if value else []
-    words += ["--static"] if recipe["static"] else []
-    words += ["--allow-unaligned-k"] if recipe["allow_unaligned_k"] else []
+    words += ["--static"] if recipe.get("static") else []
+    words += ["--allow-unaligned-k"] if recipe.get("allow_unaligned_k") else []
     words += ["--swap-weight-nibbles"] if recipe.get("swap_weight_nibbles") else []
     return shlex.join(words)
 

@@ -128,7 +128,8 @@ model = load_quantized(snapshot_download("{repo_id}"){subpath}, device="cuda")""
 def list_consumers(component: ConvertedComponent) -> list[Consumer]:
     """Return how to run a component by each target that it is for, in the order of the card."""
     reasons, readings = component.manifest.targets, find_readings(component.manifest)
-    ways = {reading.way for name, reading in readings.items() if isinstance(reading, Reading) and not reasons[name]}
+    fitting = {name for name, reason in reasons.items() if reason is None}
+    ways = {reading.way for name, reading in readings.items() if isinstance(reading, Reading) and name in fitting}
     return [consumer for consumer in _CONSUMERS if consumer.way in ways]
 
 
@@ -145,7 +146,7 @@ def commands(consumer: Consumer, components: tuple[ConvertedComponent, ...], rep
         folder=folder,
         prompt="a red bicycle leaning on a white wall",
         output="video.mp4" if first.manifest.recipe["preset"] in _VIDEO else "image.png",
-        class_name=first.manifest.recipe["class_name"],
+        class_name=first.manifest.recipe.get("class_name"),
         shard=next((name for name in first.manifest.files if name.endswith(".safetensors")), ""),
         subfolder=f', subfolder="{first.name}"' if first.name else "",
         subpath=f' + "{inside}"' if inside else "",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import KeptTensor, Layer, Manifest
-from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.contract.module_names import block_pattern, split_name
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.storage.components import find_components
+from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.tools.summary import CheckpointSummary, summarize
 
 _WEIGHT_SUFFIX = ".weight"

@@ -13,6 +13,7 @@ from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults
+from run_ckpt.storage.checks import check_structure
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
 from run_ckpt.storage.files import read_small
 from run_ckpt.storage.folders import Folder
@@ -21,7 +22,7 @@ from run_ckpt.storage.header import Header, build_header
 from run_ckpt.storage.json_files import config_text, index_text, make_index
 from run_ckpt.storage.partial import PartialFolder
 from run_ckpt.storage.reader import cut_bytes
-from run_ckpt.storage.shards import Shard
+from run_ckpt.storage.shards import Shard, read_folder
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.writer import ShardWriter
 from run_ckpt.tools.verify.files import file_faults
@@ -90,6 +91,9 @@ def _write_component(checkpoint: Checkpoint, folder: Folder, steps: Rewrite, pro
         files[name] = describe_bytes(data)
     if steps.manifest:
         folder.write(MANIFEST_NAME, steps.manifest(files).encode())
+        check_structure(folder.path)
+    else:
+        read_folder(folder.path)
 
 
 def _new_header(shard: Shard, steps: Rewrite) -> Header:

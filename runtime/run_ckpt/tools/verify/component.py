@@ -7,15 +7,15 @@ from typing import TypeVar
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.manifest import Layer
-from run_ckpt.contract.manifest_checks import read_checked_manifest
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
-from run_ckpt.storage.checks import config_faults, header_faults
+from run_ckpt.storage.checks import config_faults, header_faults, index_faults, unlisted_faults
 from run_ckpt.storage.components import Checkpoint, find_components
+from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import read_folder
 from run_ckpt.storage.threads import map_threads
-from run_ckpt.tools.verify.files import file_faults, index_faults, source_faults, unlisted_faults
+from run_ckpt.tools.verify.files import file_faults, source_faults
 from run_ckpt.tools.verify.tensors import (
     Measured,
     code_faults,

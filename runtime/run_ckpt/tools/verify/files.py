@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, HEATMAP_NAME, INDEX_SUFFIX, SUFFIX
-from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
+from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.manifest_checks import spec_faults
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.hashing import hash_path
-from run_ckpt.storage.json_files import make_index, read_json_object
+from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder
 
 _REFETCH = "Fetch it again, or convert again."
@@ -36,39 +36,6 @@ def file_faults(folder: Path, files: Mapping[str, Mapping[str, Any]], authority:
             if digest != files[name]["blake3"]:
                 says = f"BLAKE3 is {digest[:12]}..., {authority} says {files[name]['blake3'][:12]}..."
                 faults.append(f"{name}: {says}: its bytes have changed. {_REFETCH}")
-    return faults
-
-
-def unlisted_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """Return a sentence for every file or folder the manifest does not list.
-
-    Names with a dot in front are free, and so is the model card.
-    """
-    listed = {*manifest.files, MANIFEST_NAME, CARD_NAME, HEATMAP_NAME}
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    return [f"{name}: not listed in the manifest. Remove it." for name in names if name not in listed]
-
-
-def index_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
-    """Return a sentence for everything in the index that is not exactly what the shards hold."""
-    listed = sorted(name for name in manifest.files if name.endswith(INDEX_SUFFIX))
-    name = folder.index_name
-    if name is None:
-        if len(folder.shards) > 1:
-            return [f"{len(folder.shards)} shards but no *{INDEX_SUFFIX}: from_pretrained finds none. {_REFETCH}"]
-        return [f"{missing}: not found where the index belongs. {_REFETCH}" for missing in listed]
-    if listed != [name]:
-        return [f"{name}: is the index here, but the manifest lists {listed}. {_REFETCH}"]
-    index, faults = read_json_object(folder.root / name)
-    if faults or index is None:
-        return faults
-    expected = make_index((tensor.spec, shard.name) for shard, tensor in folder.tensors())
-    if index.get("weight_map") != expected["weight_map"]:
-        faults.append(f"{name}: weight_map is not what the shards hold. {_REFETCH}")
-    if index.get("metadata") != expected["metadata"]:
-        faults.append(
-            f"{name}: metadata is {index.get('metadata')}, the tensors make {expected['metadata']}. {_REFETCH}"
-        )
     return faults
 
 
@@ -116,5 +83,5 @@ def _side_file_differences(manifest: Manifest, output: TensorFolder, source_path
             continue
         if not (source_path / name).is_file():
             yield f"{name}: the source has no such file. Give the SOURCE it was made from."
-        elif (source_path / name).read_bytes() != (output.root / name).read_bytes():
+        elif hash_path(source_path / name) != hash_path(output.root / name):
             yield f"{name}: differs from the source's. Convert again."

@@ -1,0 +1,104 @@
+"""The JSON types of a manifest's fields: whoever reads one further can trust them."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from run_ckpt.contract.tensors import DTYPE_BITS
+
+Check = Callable[[Any], bool]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _anything(_: Any) -> bool:
+    return True
+
+
+def _dtype(value: Any) -> bool:
+    return isinstance(value, str) and value in DTYPE_BITS
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _map_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+_SPEC: dict[str, Check] = {"dtype": _dtype, "shape": _list_of(_count)}
+_LAYER: dict[str, Check] = {
+    **dict.fromkeys(
+        ("module", "source_tensor", "source_dtype", "scale_rule", "format", "layout", "granularity"), _text
+    ),
+    "sqnr_db": _optional(_number),
+    "max_abs_error": _number,
+    "tensors": _map_of(_text),
+    "scale_shape": _list_of(_count),
+    "fused_group": _optional(_text),
+    "method": _optional(_text),
+    "decided_by": _map_of(_optional(_text)),
+    "output_sqnr_db": _optional(_map_of(_optional(_number))),
+}
+_RECIPE: dict[str, Check] = {
+    **dict.fromkeys(("format", "layout", "granularity", "scale_rule", "dialect", "naming", "preset"), _optional(_text)),
+    **dict.fromkeys(("class_name", "recipe", "calibration", "method", "target"), _optional(_text)),
+    **dict.fromkeys(("static", "allow_unaligned_k", "swap_weight_nibbles"), _optional(_flag)),
+    "ignore": _optional(_list_of(_text)),
+    "rules": _optional(_list_of(_list_of(_text))),
+}
+_SOURCE: dict[str, Check] = {"name": _text, "revision": _optional(_text), "card": _optional(_map_of(_anything))}
+# Table of the manifest -> the fields of each of its entries.
+_TABLES: dict[str, dict[str, Check]] = {
+    "layers": _LAYER,
+    "kept": {**_SPEC, "reason": _text, "decided_by": _map_of(_optional(_text))},
+    "fused_scales": {**_SPEC, "role": _text, "members": _list_of(_text)},
+}
+
+
+def type_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where a manifest, as JSON, holds a value of another type than its field has.
+
+    A field that may be missing may be null. Raises KeyError for a table that is missing.
+    """
+    yield from _fields("tool", document["tool"], {"name": _text, "version": _text})
+    yield from _fields("source", document["source"], _SOURCE)
+    yield from _fields("recipe", document["recipe"], _RECIPE)
+    for table in ("unquantized_linears", "targets"):
+        if not _map_of(_optional(_text))(document[table]):
+            yield table
+    for table, checks in _TABLES.items():
+        entries = document[table]
+        if not isinstance(entries, dict):
+            yield table
+            continue
+        for name, entry in entries.items():
+            yield from _fields(f"{table}: {name}", entry, checks)
+
+
+def _fields(where: str, entry: Any, checks: Mapping[str, Check]) -> Iterator[str]:
+    if not isinstance(entry, dict):
+        yield where
+        return
+    for key, check in checks.items():
+        if not check(entry.get(key)):
+            yield f"{where}: {key}"

@@ -1,0 +1,31 @@
+"""The manifest of a converted component, read from its folder."""
+
+from pathlib import Path
+
+from run_ckpt.contract.errors import FaultsError, ManifestError
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from run_ckpt.contract.manifest_checks import manifest_faults
+from run_ckpt.storage.files import MAX_MANIFEST_NBYTES, read_small
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest in ``folder``. Raises ManifestError where it is missing or as parse_manifest."""
+    path = folder / MANIFEST_NAME
+    try:
+        data = read_small(path, MAX_MANIFEST_NBYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ManifestError(
+            f"{folder}: no {MANIFEST_NAME}. This is no finished result of convert-ckpt; run convert-ckpt on the source."
+        ) from error
+    except OSError as error:
+        raise ManifestError(f"{path}: can't be read: {error.strerror}. Fetch it again, or convert again.") from error
+    return parse_manifest(path, data)
+
+
+def read_checked_manifest(folder: Path) -> Manifest:
+    """Return the manifest in ``folder``. Raises ManifestError, or FaultsError where it contradicts itself."""
+    manifest = read_manifest(folder)
+    faults = manifest_faults(manifest)
+    if faults:
+        raise FaultsError(f"{folder / MANIFEST_NAME}: contradicts itself", faults)
+    return manifest
