@@ -13,22 +13,8 @@ from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, IND
 from run_ckpt.storage.files import leads_outside
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder, read_folder
+from run_ckpt.storage.side_files import WEIGHT_SUFFIXES, is_side_file
 
-# Weights in other containers and other variants are not carried along.
-_WEIGHT_SUFFIXES = (
-    SUFFIX,
-    INDEX_SUFFIX,
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".msgpack",
-    ".h5",
-    ".index.json",
-)
-_LARGEST_SIDE_FILE_NBYTES = 64 * 2**20
 _QUANTIZED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _QUANTIZED_NAMES = re.compile(
     r".*\.(weight_scale|weight_scale_inv|weight_scale_2|weight_packed|input_scale|qweight|qzeros|scales|absmax"
@@ -89,16 +75,6 @@ def open_component(path: Path) -> Component:
     return component
 
 
-def is_side_file(path: Path) -> bool:
-    """True for a small file that is carried along as it is."""
-    return (
-        not path.name.startswith(".")
-        and path.name != CONFIG_NAME
-        and not path.name.endswith(_WEIGHT_SUFFIXES)
-        and path.stat().st_size <= _LARGEST_SIDE_FILE_NBYTES
-    )
-
-
 def _class_name(config: dict[str, Any]) -> Any:
     architectures = config.get("architectures") or []
     names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [architectures])]
@@ -114,7 +90,7 @@ def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
             notes.append(f"{entry.name}: left out, it describes the source; run-ckpt card writes the result's")
         elif is_side_file(entry):
             files.append(entry)
-        elif not entry.name.endswith(_WEIGHT_SUFFIXES):
+        elif not entry.name.endswith(WEIGHT_SUFFIXES):
             notes.append(f"{entry.name}: left out, over 64 MiB")
         elif not entry.name.endswith((SUFFIX, INDEX_SUFFIX)):
             notes.append(f"{entry.name}: left out, weights in another container")

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from convert_ckpt.source.component import is_side_file
 from convert_ckpt.source.store import Retry, Store, read_file, read_range
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX, join_names, unsafe_file_name
 from run_ckpt.storage.components import PIPELINE_INDEX_NAME
 from run_ckpt.storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES
+from run_ckpt.storage.side_files import is_side_file
 
 # Most headers fit, so that a shard's header takes one request.
 _HEADER_GUESS_NBYTES = 128 * 2**10

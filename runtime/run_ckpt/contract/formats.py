@@ -195,7 +195,7 @@ E2M1 = ElementFormat(
     "e2m1", "U8", per_byte=2, largest=E2M1_VALUES[-1], nan_magnitude=None, facts={"nibble_order": "low_is_even_k"}
 )
 E4M3 = ElementFormat("e4m3fn", "F8_E4M3", per_byte=1, largest=E4M3_MAX, nan_magnitude=E4M3_NAN_MAGNITUDE)
-E8M0 = ScaleFormat("e8m0", "U8", readable=("U8",), facts={"scale_bias": E8M0_BIAS})
+E8M0 = ScaleFormat("e8m0", "U8", readable=("U8", "F8_E8M0"), facts={"scale_bias": E8M0_BIAS})
 F32 = ScaleFormat("f32", "F32", readable=("F32", "BF16", "F16"))
 E4M3_SCALE = ScaleFormat("e4m3fn", "F8_E4M3", readable=("F8_E4M3",), facts={"tensor_scale_format": "f32"})
 

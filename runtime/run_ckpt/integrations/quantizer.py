@@ -7,7 +7,7 @@ from torch import nn
 
 from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, FaultsError
-from run_ckpt.loading.foreign import READABLE_METHODS, is_ours, layers_in_config
+from run_ckpt.contract.foreign import READABLE_METHODS, is_ours, layers_in_config
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.replace import replace_linears
 

@@ -3,20 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from run_ckpt.contract.dialects.table import PRIVATE_KEY
-from run_ckpt.contract.errors import CheckpointError, FaultsError, ManifestError
-from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
-from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
-from run_ckpt.contract.tensors import TensorSpec
-from run_ckpt.loading.foreign import layers_in_headers
+from run_ckpt.contract.errors import CheckpointError, FaultsError
+from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.storage.checks import config_faults
-from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
+from run_ckpt.storage.components import Checkpoint, open_checkpoint
+from run_ckpt.storage.foreign import open_foreign
 from run_ckpt.storage.hashing import describe_file
-from run_ckpt.storage.json_files import read_config
-from run_ckpt.storage.reader import TensorReader
-from run_ckpt.storage.shards import read_folder
 
 
 @contextmanager
@@ -34,14 +28,13 @@ def open_to_load(path: Path) -> Iterator[Checkpoint]:
                 raise FaultsError(f"{path}: changed since its manifest was written", faults)
             yield checkpoint
         return
-    components = find_components(path)
-    if "" not in components:
-        raise CheckpointError(f"{path}: holds {', '.join(components)}. Load one of them: {path / min(components)}.")
-    config = _read_quantization_config(path)
-    folder = read_folder(path)
-    manifest = _declared_manifest(path, config, {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()})
-    with TensorReader(folder) as reader:
-        yield Checkpoint(path, manifest, folder, reader)
+    with open_foreign(path) as checkpoint:
+        if checkpoint.stacked:
+            raise CheckpointError(
+                f"{path}: its experts are stacked ({min(checkpoint.stacked)}), which no layer here takes."
+                " run-ckpt dequantize writes them as numbers."
+            )
+        yield checkpoint
 
 
 def _changed_files(checkpoint: Checkpoint) -> list[str]:
@@ -66,38 +59,3 @@ def _changed_files(checkpoint: Checkpoint) -> list[str]:
         for name in sorted(listed_shards - {shard.name for shard in checkpoint.folder.shards})
     ]
     return faults
-
-
-def _read_quantization_config(path: Path) -> dict[str, Any]:
-    config = (read_config(path) or {}).get(CONFIG_KEY)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{path}: no {MANIFEST_NAME}, and no usable {CONFIG_KEY} in {CONFIG_NAME}."
-            " Give the folder of a quantized component."
-        )
-    private = config.get(PRIVATE_KEY, {})
-    if not isinstance(private, dict):
-        raise CheckpointError(f"{path}: {CONFIG_KEY}: {PRIVATE_KEY} is not an object. Fetch {CONFIG_NAME} again.")
-    if "manifest" in private:
-        raise ManifestError(f"{path}: lacks its {MANIFEST_NAME}. Fetch the whole folder, or convert again.")
-    return config
-
-
-def _declared_manifest(path: Path, config: dict[str, Any], specs: dict[str, TensorSpec]) -> Manifest:
-    """Return a manifest that says of another tool's checkpoint what loading needs to know."""
-    try:
-        layers = layers_in_headers(config, specs)
-    except FaultsError as error:
-        raise FaultsError(f"{path}: the quantized weights can't be read", error.faults) from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    coded = {name for layer in layers.values() for name in layer.tensors.values()}
-    return Manifest(
-        tool={"name": str(config["quant_method"])},
-        source={},
-        recipe={"dialect": config["quant_method"]},
-        layers=layers,
-        kept={name: KeptTensor(spec, "not quantized") for name, spec in specs.items() if name not in coded},
-        fused_scales={},
-        unquantized_linears={},
-    )

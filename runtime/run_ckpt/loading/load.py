@@ -71,8 +71,9 @@ def _build_model(path: Path) -> nn.Module:
 
 def _match(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Slot]:
     specs = {tensor.spec.name: tensor.spec for _, tensor in checkpoint.folder.tensors()}
-    # What repeats scales for consumers that fuse layers is no tensor of the model.
-    wanted = {name: spec for name, spec in specs.items() if name not in checkpoint.manifest.fused_scales}
+    # What repeats scales for consumers that fuse layers, or scales activations elsewhere, is no tensor of the model.
+    aside = checkpoint.manifest.fused_scales.keys() | checkpoint.unused
+    wanted = {name: spec for name, spec in specs.items() if name not in aside}
     matched, faults = match_slots(parameter_slots(model), wanted, _coded(checkpoint))
     if faults:
         raise FaultsError(f"{checkpoint.path}: does not fit {type(model).__name__}", faults)

@@ -1,8 +1,8 @@
 """A conversion's result: which components it holds, and one of them opened."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
@@ -53,12 +53,17 @@ def _no_transformer(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A converted component, open. From open_checkpoint its headers are exactly what its manifest implies."""
+    """A quantized component, open. From open_checkpoint its headers are exactly what its manifest implies.
+
+    unused, stacked: of another tool's, see ForeignTensors.
+    """
 
     path: Path
     manifest: Manifest
     folder: TensorFolder
     reader: TensorReader
+    unused: frozenset[str] = frozenset()
+    stacked: Mapping[str, int] = field(default_factory=dict)
 
 
 @contextmanager

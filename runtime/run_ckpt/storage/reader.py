@@ -49,6 +49,10 @@ class TensorReader:
         """Return the spec of a stored tensor, None where there is none of that name."""
         return self._places[name][1].spec if name in self._places else None
 
+    def stored_spec(self, name: str) -> TensorSpec:
+        """Return the spec of a tensor that is stored."""
+        return self._places[name][1].spec
+
     def shard_name(self, name: str) -> str:
         return self._places[name][0].name
 

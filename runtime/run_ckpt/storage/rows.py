@@ -16,6 +16,8 @@ SLAB_ELEMENTS = 2**18
 
 # Of the tensors of a quantized layer.
 STORED_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+# Of the scales of other tools. E8M0 is a byte here, whatever the file calls it.
+_SCALE_DTYPES = {**STORED_DTYPES, "F8_E8M0": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16}
 _SECOND = {TENSOR_SCALE, INVERSE_TENSOR_SCALE}
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -55,11 +57,10 @@ def read_padded_scales(reader: TensorReader, layer: Layer, rows: slice) -> Tenso
 
     rows: multiples of the layout's scale tile. The scales are the grid's rows and columns; all else is padding.
     """
-    spec = layer.specs()[WEIGHT_SCALE]
-    dtype = STORED_DTYPES[spec.dtype]
-    row_nbytes = spec.nbytes // spec.shape[0]
+    spec = reader.stored_spec(layer.tensors[WEIGHT_SCALE])
+    row_nbytes = spec.nbytes // layer.scale_shape[0]
     raw = reader.read(spec.name, rows.start * row_nbytes, (rows.stop - rows.start) * row_nbytes)
-    return layer.scheme.layout.scale.unshuffle(raw.view(dtype).reshape(rows.stop - rows.start, -1))
+    return layer.scheme.layout.scale.unshuffle(raw.view(_SCALE_DTYPES[spec.dtype]).reshape(rows.stop - rows.start, -1))
 
 
 def read_scalar(reader: TensorReader, layer: Layer, role: str) -> float:
@@ -70,7 +71,11 @@ def read_scalar(reader: TensorReader, layer: Layer, role: str) -> float:
 def decode_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Tensor:
     """Return rows start..stop of a quantized weight as float32 [n, K]."""
     scales = read_scales(reader, layer, start, stop)
-    second = {role: reader.read_all(layer.tensors[role]).view(torch.float32) for role in _SECOND & layer.tensors.keys()}
+    second = {
+        role: reader.read_all(name).view(_SCALE_DTYPES[reader.stored_spec(name).dtype]).float()
+        for role, name in layer.tensors.items()
+        if role in _SECOND
+    }
     return dequantize(read_codes(reader, layer, start, stop), scales, layer.scheme, tensor_scale(second))
 
 

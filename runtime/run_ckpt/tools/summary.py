@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from run_ckpt.contract.manifest import KeptTensor, Layer, Manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Layer, Manifest
 from run_ckpt.contract.module_names import block_pattern
+from run_ckpt.contract.tensors import DTYPE_BITS
+from run_ckpt.storage.foreign import read_foreign_manifest
 from run_ckpt.storage.manifest_file import read_checked_manifest
 
 
@@ -87,11 +89,12 @@ class Inspection:
 
 
 def inspect_component(name: str, path: Path, *, every_layer: bool) -> Inspection:
-    """Return what the manifest in ``path`` says. every_layer: one row for each, nothing collapsed.
+    """Return what the manifest in ``path`` says, or what another tool's config and headers do.
 
-    Raises ManifestError where there is no readable manifest, FaultsError where it contradicts itself.
+    every_layer: one row for each, nothing collapsed. Raises ManifestError where a manifest can't be read, FaultsError
+    where it, or headers and config, contradict themselves.
     """
-    manifest = read_checked_manifest(path)
+    manifest = read_checked_manifest(path) if (path / MANIFEST_NAME).exists() else read_foreign_manifest(path)
     layers = [_layer_row(layer) for layer in manifest.layers.values()]
     kept = [
         _kept_row(module, manifest.kept[f"{module}.weight"])
@@ -119,7 +122,7 @@ def summarize(name: str, manifest: Manifest) -> CheckpointSummary:
         dialect=manifest.dialect,
         layout=_list(layer.scheme.layout.name for layer in layers),
         target_arch=_list(layer.scheme.layout.target_arch for layer in layers),
-        source_nbytes=_total_nbytes(manifest.source["files"]),
+        source_nbytes=_total_nbytes(manifest.source["files"]) or _plain_nbytes(manifest),
         output_nbytes=_total_nbytes(manifest.files),
         n_layers=len(layers),
         n_tensors=len(layers) + len(manifest.kept),
@@ -168,6 +171,13 @@ def _group(rows: list[Row], alike: Callable[[Row], Row]) -> list[tuple[str, list
 
 def _total_nbytes(files: Mapping[str, Mapping[str, Any]]) -> int:
     return sum(entry["nbytes"] for entry in files.values())
+
+
+def _plain_nbytes(manifest: Manifest) -> int:
+    """Return the bytes of the tensors before they were quantized."""
+    layers = manifest.layers.values()
+    quantized = sum(layer.N * layer.K * DTYPE_BITS[layer.source_dtype] // 8 for layer in layers)
+    return quantized + sum(kept.spec.nbytes for kept in manifest.kept.values())
 
 
 def _list(names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
-"""`run-ckpt dequantize`: a converted checkpoint back as a plain one that from_pretrained loads."""
+"""`run-ckpt dequantize`: a quantized checkpoint, of whatever tool, as a plain one that from_pretrained loads."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from run_ckpt.contract.manifest import WEIGHT, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.foreign import open_quantized
 from run_ckpt.storage.json_files import read_config
 from run_ckpt.storage.rows import TORCH_DTYPES, cut_rows, decode_rows
 from run_ckpt.storage.shards import MAIN_STEMS
@@ -25,35 +27,46 @@ def dequantize(output: Path, target: Path, *, dtype: str, progress: Progress) ->
     """Write ``output`` to ``target`` with its quantized weights as numbers, under their source's names.
 
     dtype: "bfloat16", or "source" for the dtype each weight had in the source. Everything that was
-    copied stays bit for bit; scales, manifest and quantization_config are left out.
+    copied stays bit for bit; scales, manifest and quantization_config are left out. ``output`` may be another tool's.
     """
-    rewrite(output, target, partial(_plan, dtype=DTYPES[dtype]), progress)
+    rewrite(output, target, partial(_plan, dtype=DTYPES[dtype]), progress, open_quantized)
 
 
 def _plan(checkpoint: Checkpoint, *, dtype: str | None) -> Rewrite:
     manifest = checkpoint.manifest
-    replaced: dict[str, tuple[TensorSpec, ...]] = dict.fromkeys(manifest.fused_scales, ())
+    replaced: dict[str, tuple[TensorSpec, ...]] = dict.fromkeys([*manifest.fused_scales, *checkpoint.unused], ())
     for layer in manifest.layers.values():
         replaced.update(dict.fromkeys(layer.tensors.values(), ()))
-        replaced[layer.tensors[WEIGHT]] = (_plain_spec(layer, dtype),)
+        replaced[layer.tensors[WEIGHT]] = (_plain_spec(checkpoint, layer, dtype),)
     config = read_config(checkpoint.path)
     config = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY} or None
     return Rewrite(replaced, partial(_write_layer, dtype=dtype), PT_METADATA, config, partial(_shard_name, checkpoint))
 
 
-def _plain_spec(layer: Layer, dtype: str | None) -> TensorSpec:
-    return TensorSpec(layer.source_tensor, dtype or layer.source_dtype, (layer.N, layer.K))
+def _plain_spec(checkpoint: Checkpoint, layer: Layer, dtype: str | None) -> TensorSpec:
+    n_stacked = checkpoint.stacked.get(layer.module)
+    shape = (n_stacked, layer.K, layer.N // n_stacked) if n_stacked else (layer.N, layer.K)
+    return TensorSpec(layer.source_tensor, dtype or layer.source_dtype, shape)
 
 
 def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, *, dtype: str | None) -> None:
-    spec = _plain_spec(layer, dtype)
+    spec = _plain_spec(checkpoint, layer, dtype)
     target = TORCH_DTYPES[spec.dtype]
     largest = torch.finfo(target).max
-    for start, stop in cut_rows(layer):
+    is_stacked = layer.module in checkpoint.stacked
+    for start, stop in _cut_matrices(layer, spec) if is_stacked else cut_rows(layer):
         decoded = decode_rows(checkpoint.reader, layer, start, stop)
+        decoded = decoded.T if is_stacked else decoded
         # A scale rule may round the largest weights up, in F16 past the largest number.
         values = decoded.clamp_(-largest, largest).to(target).contiguous().view(torch.uint8).numpy()
         writer.write(spec.name, start * layer.K * DTYPE_BITS[spec.dtype] // 8, values.data)
+
+
+def _cut_matrices(layer: Layer, spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the rows of each matrix that is stacked in a layer."""
+    n_rows = spec.shape[-1]
+    for start in range(0, layer.N, n_rows):
+        yield start, start + n_rows
 
 
 def _shard_name(checkpoint: Checkpoint, name: str) -> str:

@@ -1,28 +1,30 @@
 """A converted checkpoint written anew, shard by shard: the frame that dequantize and relayout share."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.errors import FaultsError
-from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults
 from run_ckpt.storage.checks import check_structure
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
-from run_ckpt.storage.files import read_small
+from run_ckpt.storage.files import leads_outside, read_small
 from run_ckpt.storage.folders import Folder
+from run_ckpt.storage.foreign import ABOUT_QUANTIZATION
 from run_ckpt.storage.hashing import describe_bytes
 from run_ckpt.storage.header import Header, build_header
 from run_ckpt.storage.json_files import config_text, index_text, make_index
 from run_ckpt.storage.partial import PartialFolder
 from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard, read_folder
+from run_ckpt.storage.side_files import is_side_file
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.writer import ShardWriter
 from run_ckpt.tools.verify.files import file_faults
@@ -48,7 +50,13 @@ class Rewrite:
     manifest: Callable[[dict[str, dict[str, Any]]], str] | None = None
 
 
-def rewrite(output: Path, target: Path, plan: Callable[[Checkpoint], Rewrite], progress: Progress) -> None:
+def rewrite(
+    output: Path,
+    target: Path,
+    plan: Callable[[Checkpoint], Rewrite],
+    progress: Progress,
+    open_component: Callable[[Path], AbstractContextManager[Checkpoint]] = open_checkpoint,
+) -> None:
     """Write every component of ``output`` to ``target`` as ``plan`` says, which appears complete or not at all.
 
     Before a byte is written all components are planned, and their files hashed: a damaged shard must
@@ -59,7 +67,7 @@ def rewrite(output: Path, target: Path, plan: Callable[[Checkpoint], Rewrite], p
         raise FaultsError("nothing was written", faults)
     components = find_components(output)
     for name, path in components.items():
-        with open_checkpoint(path) as checkpoint:
+        with open_component(path) as checkpoint:
             plan(checkpoint)
             files = checkpoint.manifest.files
             progress.start(f"hash {name}".strip(), sum(entry["nbytes"] for entry in files.values()))
@@ -68,7 +76,7 @@ def rewrite(output: Path, target: Path, plan: Callable[[Checkpoint], Rewrite], p
         raise FaultsError("nothing was written: the checkpoint is damaged", faults)
     with _build_folder(target) as result:
         for name, path in components.items():
-            with open_checkpoint(path) as checkpoint, result.open_folder(name, make=True) as folder:
+            with open_component(path) as checkpoint, result.open_folder(name, make=True) as folder:
                 progress.start(f"write {name}".strip(), sum(s.header.file_nbytes for s in checkpoint.folder.shards))
                 _write_component(checkpoint, folder, plan(checkpoint), progress)
 
@@ -83,7 +91,7 @@ def _write_component(checkpoint: Checkpoint, folder: Folder, steps: Rewrite, pro
             _write_tensors(checkpoint, shard, steps, writer, progress)
             files[name] = writer.finish()
     contents = {name: text.encode() for name, text in _texts(checkpoint, headers, steps).items()}
-    for name in sorted(checkpoint.manifest.files):
+    for name in sorted(_side_files(checkpoint)):
         if name not in {*files, *contents, CONFIG_NAME} and not name.endswith((SUFFIX, INDEX_SUFFIX)):
             contents[name] = read_small(checkpoint.path / name)
     for name, data in contents.items():
@@ -94,6 +102,14 @@ def _write_component(checkpoint: Checkpoint, folder: Folder, steps: Rewrite, pro
         check_structure(folder.path)
     else:
         read_folder(folder.path)
+
+
+def _side_files(checkpoint: Checkpoint) -> Iterable[str]:
+    """Return the names of files to copy: those that the manifest lists, or what lies beside another tool's shards."""
+    if checkpoint.manifest.files:
+        return checkpoint.manifest.files
+    entries = [entry for entry in checkpoint.path.iterdir() if entry.is_file() and is_side_file(entry)]
+    return {entry.name for entry in entries if not leads_outside(entry)} - {CARD_NAME, *ABOUT_QUANTIZATION}
 
 
 def _new_header(shard: Shard, steps: Rewrite) -> Header:

@@ -1,13 +1,15 @@
 """The layers of a checkpoint that has no manifest: from its quantization_config, with shapes or headers."""
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from run_ckpt.contract.dialects.dialect import NAMINGS, usual_scale_shape
 from run_ckpt.contract.dialects.table import DIALECTS, PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, FaultsError
-from run_ckpt.contract.formats import FORMATS, Scheme
+from run_ckpt.contract.formats import FORMATS, MX_BLOCK_SIZE, PLAIN_MXFP4, Scheme
 from run_ckpt.contract.layouts import LAYOUTS, PLAIN, Layout
 from run_ckpt.contract.manifest import (
     INPUT_SCALE,
@@ -22,7 +24,11 @@ from run_ckpt.contract.tensors import TensorSpec
 
 # A quant_method is the name of the dialect.
 READABLE_METHODS = tuple(name for name, dialect in DIALECTS.items() if dialect.config and dialect.is_open)
+# Names of other tools for what a dialect of ours spells alike: ModelOpt's own, and those of FBGEMM's FP8 by row.
+_ALIASES = {"modelopt_fp8": "modelopt", "modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt", "fbgemm_fp8": "fp8"}
 _CODE_DTYPES = {quant_format.element.dtype for quant_format in FORMATS.values()}
+# Of tensors that are nothing but codes: one of them without a scale can't be read.
+_PURE_CODES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SPELLINGS = [
     dialect.suffixes(scheme, naming)
     for dialect in DIALECTS.values()
@@ -33,6 +39,34 @@ _WEIGHT_SUFFIXES = tuple(sorted({f".{suffixes[WEIGHT]}" for suffixes in _SPELLIN
 _SCALE_SUFFIXES = tuple(sorted({f".{suffixes[WEIGHT_SCALE]}" for suffixes in _SPELLINGS}))
 # Beside a weight and its scale; named as their roles.
 _MORE_SCALES = (TENSOR_SCALE, INVERSE_TENSOR_SCALE, INPUT_SCALE)
+# Scales of activations and of the KV cache: no part of a weight.
+_OF_ACTIVATIONS = re.compile(
+    r".*\.((input|output|[qkv]|kv|prob)_scale|input_global_scale|input_scale_ub|input_quantizer\..*"
+    r"|output_quantizer\..*|[qkv]_bmm_quantizer\..*)"
+)
+# Beside a weight, what makes it another one than its codes and scales say.
+_BEYOND = {
+    "pre_quant_scale": "its inputs are scaled by channel (AWQ, SmoothQuant)",
+    "weight_zero_point": "it has zero points",
+    "weight_g_idx": "its columns are permuted",
+    "weight_quantizer.zero_point": "it has zero points",
+}
+# MXFP4 experts of gpt-oss: codes [experts, N, K / 32, 16] and scales [experts, N, K / 32] of a tensor [experts, K, N].
+_BLOCKS, _SCALES = "_blocks", "_scales"
+
+
+@dataclass(frozen=True)
+class ForeignTensors:
+    """What the tensors of a quantized checkpoint are, whoever wrote it.
+
+    ``layers``: module -> layer; one stands for the tensor ``source_tensor``. ``unused``: tensors of quantization that
+    no weight needs. ``stacked``: module -> how many matrices lie one below the other in it, where the tensor that it
+    stands for holds each of them transposed.
+    """
+
+    layers: dict[str, Layer]
+    unused: frozenset[str] = frozenset()
+    stacked: Mapping[str, int] = field(default_factory=dict)
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:
@@ -65,41 +99,73 @@ def layers_in_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     return layers
 
 
-def layers_in_headers(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Layer]:
-    """Return module -> layer for every quantized weight among ``specs``, whoever wrote them.
+def read_tensors(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], source_dtype: str = "BF16"
+) -> ForeignTensors:
+    """Return what the tensors of a quantized checkpoint are, told by their names, dtypes and shapes.
 
-    MXFP4 is a weight U8 [N, K/2] with a scale U8 [N, K/32] (padded in layout ``aiter``, which the config
-    must declare); FP8 is F8_E4M3 [N, K] with a float scale: one number, N, or one for each 128 x 128.
-    Raises CheckpointError for an unknown quant_method, FaultsError with a sentence for each weight or
-    scale that is neither or has no partner.
+    E2M1 codes are U8 [N, K/2], E4M3 codes F8_E4M3 [N, K]; which format that is, its scales say: U8, one for 32 along
+    K (padded in layout ``aiter``, which a config of ours must declare), F8_E4M3, one for 16, or floats: one number, N,
+    or one for each 128 x 128. source_dtype: of the weights that they stand for.
+    Raises CheckpointError for an unknown quant_method, FaultsError with a sentence for each weight or scale that is
+    none of these, has no partner, or is not all there is to its weight.
     """
     _check(config)
-    layers, faults, scales = {}, [], set()
+    layers, stacked, faults, claimed = {}, {}, [], set()
     for name, spec in specs.items():
-        suffix = next((suffix for suffix in _WEIGHT_SUFFIXES if name.endswith(suffix)), None)
-        if suffix is None or spec.dtype not in _CODE_DTYPES:
+        found = _partners(name, specs) if spec.dtype in _CODE_DTYPES else None
+        if found is None:
             continue
-        module = name.removesuffix(suffix)
-        beside = [module + end for end in _SCALE_SUFFIXES if module + end in specs]
-        scales |= set(beside)
+        module, beside = found
+        claimed |= {name, *beside}
+        faults += [f"{name}: {why}. It can't be read." for end, why in _BEYOND.items() if f"{module}.{end}" in specs]
         if len(beside) != 1:
             faults.append(f"{name}: {len(beside)} weight scales beside it, one is needed. Fetch the checkpoint again.")
             continue
         tensors = {WEIGHT: name, WEIGHT_SCALE: beside[0]}
         tensors |= {role: f"{module}.{role}" for role in _MORE_SCALES if f"{module}.{role}" in specs}
         try:
-            layers[module] = _read_layer(module, tensors, specs, _layout(config))
+            if name.endswith(_BLOCKS):
+                layers[module], stacked[module] = _read_experts(module, tensors, specs)
+            else:
+                layers[module] = _read_layer(module, tensors, specs, _layout(config))
         except ValueError as error:
             faults.append(f"{name}: {error}.")
-    orphans = sorted(name for name in specs if name.endswith(_SCALE_SUFFIXES) and name not in scales)
-    faults += [f"{name}: a scale without a quantized weight. Fetch the checkpoint again." for name in orphans]
+    for name, spec in sorted(specs.items()):
+        if name not in claimed and name.endswith(_SCALE_SUFFIXES):
+            faults.append(f"{name}: a scale without a quantized weight. Fetch the checkpoint again.")
+        elif name not in claimed and spec.dtype in _PURE_CODES:
+            faults.append(f"{name}: {spec.dtype} {list(spec.shape)}, codes without a scale beside them.")
     if faults or not layers:
         raise FaultsError("the quantized weights can't be read", faults or ["there is none among the tensors."])
-    return layers
+    layers = {module: replace(layer, source_dtype=source_dtype) for module, layer in layers.items()}
+    coded = {name for layer in layers.values() for name in layer.tensors.values()}
+    unused = frozenset(name for name in specs if name not in coded and _OF_ACTIVATIONS.fullmatch(name))
+    return ForeignTensors(layers, unused, stacked)
+
+
+def _partners(name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, list[str]] | None:
+    """Return the module of a tensor of codes and the weight scales beside it, None where its name is not a weight's."""
+    if name.endswith(_BLOCKS):
+        module = name.removesuffix(_BLOCKS)
+        return module, [module + _SCALES] * (module + _SCALES in specs)
+    suffix = next((suffix for suffix in _WEIGHT_SUFFIXES if name.endswith(suffix)), None)
+    if suffix is None:
+        return None
+    module = name.removesuffix(suffix)
+    return module, [module + end for end in _SCALE_SUFFIXES if module + end in specs]
+
+
+def dialect_name(config: Mapping[str, Any]) -> str:
+    """Return the dialect of ours that spells tensors as the writer of a quantization_config does."""
+    producer = config.get("producer")
+    by_producer = producer.get("name") if isinstance(producer, dict) else None
+    method = str(config.get("quant_method") or by_producer)
+    return _ALIASES.get(method, method)
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    method = config.get("quant_method")
+    method = dialect_name(config)
     if method not in READABLE_METHODS:
         raise CheckpointError(f"quant_method {method!r} is none that is read here: {', '.join(READABLE_METHODS)}.")
     version = config[PRIVATE_KEY].get("schema_version") if is_ours(config) else SCHEMA_VERSION
@@ -143,6 +209,18 @@ def _read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, Tensor
         f"{weight.dtype} {list(weight.shape)} with a scale {scale.dtype} {list(scale.shape)} is no {labels} in layout"
         f" {layout}, whose scale is {' or '.join(known)}"
     )
+
+
+def _read_experts(module: str, tensors: dict[str, str], specs: Mapping[str, TensorSpec]) -> tuple[Layer, int]:
+    """Return the layer of all experts, one below the other, and their number. Raises ValueError."""
+    weight, scale = specs[tensors[WEIGHT]].shape, specs[tensors[WEIGHT_SCALE]].shape
+    if len(weight) != 4 or weight[3] != MX_BLOCK_SIZE // 2 or scale != weight[:3]:
+        raise ValueError(f"{list(weight)} with scales {list(scale)} are no experts in MXFP4")
+    n_experts, rows, n_blocks, _ = weight
+    layer = _record(
+        module, PLAIN_MXFP4, (n_experts * rows, n_blocks * MX_BLOCK_SIZE), tensors, (n_experts * rows, n_blocks)
+    )
+    return replace(layer, source_tensor=module), n_experts
 
 
 def _stored_scale_shape(N: int, K: int, scheme: Scheme, stored: tuple[int, ...]) -> tuple[int, ...] | None:
