@@ -68,6 +68,7 @@ def write_input(
         "n_rows": np.array([100, 50]),
         "mean": np.zeros(K),
         "amax": np.full(K, amax),
+        "weight_amax": np.ones(K),
         "hessian.diagonal": hessian.diagonal(),
         "held_out.diagonal": held_out.diagonal(),
         "hessian.correlations": correlations(hessian, block_size) if block_size else np.empty(0),

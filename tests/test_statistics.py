@@ -101,6 +101,14 @@ def test_mean_and_amax_are_those_of_all_samples(recorded: tuple[Block, dict[str,
     assert statistics["down"].read("n_rows").tolist() == [6 * N_TOKENS, 2 * N_TOKENS]
 
 
+def test_the_largest_weight_of_a_column_is_that_of_all_layers_that_share_it(
+    recorded: tuple[Block, dict[str, InputStatistics]],
+) -> None:
+    model, statistics = recorded
+    columns = torch.cat([model.q.weight, model.k.weight, model.v.weight]).abs().amax(0)
+    np.testing.assert_array_equal(statistics["k"].read("weight_amax"), columns.detach().float())
+
+
 def test_the_file_names_the_model_and_its_weights(recorded: tuple[Block, dict[str, InputStatistics]]) -> None:
     model, statistics = recorded
     assert statistics["v"].model == "Block"

@@ -2,13 +2,14 @@
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -129,12 +130,12 @@ class Recorder:
         self._folder.mkdir(parents=True, exist_ok=True)
         while self._sums:
             leader, sums = self._sums.popitem()
-            members = [name for name, other in self._leader_of.items() if other == leader]
+            members = {name: self._layers[name] for name, other in self._leader_of.items() if other == leader}
             write_statistics(
                 self._folder,
-                sums.tensors(),
+                {**sums.tensors(), "weight_amax": _weight_amax(members.values())},
                 model=type(self._model).__name__,
-                layers={name: _identity(self._layers[name]) for name in members},
+                layers={name: _identity(layer) for name, layer in members.items()},
                 block_size=sums.block_size,
                 settings=self._settings,
             )
@@ -248,3 +249,12 @@ def _identity(layer: nn.Linear) -> LayerIdentity:
         row = layer.weight.detach()[0].bfloat16().cpu().view(torch.uint8)
         first_row = hashlib.sha256(row.numpy().tobytes()).hexdigest()
     return LayerIdentity(layer.out_features, first_row)
+
+
+def _weight_amax(layers: Iterable[nn.Linear]) -> np.ndarray:
+    """Return float32 [K], zeros where a weight could not be read."""
+    weights = [layer.weight.detach() for layer in layers]
+    if any(weight.is_meta for weight in weights):
+        return np.zeros(weights[0].shape[1], np.float32)
+    columns = torch.stack([weight.abs().amax(0).float().cpu() for weight in weights])
+    return columns.amax(0).numpy()

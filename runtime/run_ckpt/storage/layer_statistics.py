@@ -5,6 +5,8 @@ Layers that are given the same tensor (q, k and v; gate and up) share a file, na
     n_rows                I64 [2]   rows summed up, and rows held out
     mean                  F32 [K]   of each channel, all rows together
     amax                  F32 [K]   largest magnitude of each channel, all rows together
+    weight_amax           F32 [K]   largest magnitude of each column of the layers' weights, all layers together (0: not
+                                    known)
     hessian.diagonal      F32 [K]   mean square of each channel, of the rows summed up
     hessian.correlations  F16 [C]   mean(x_i x_j) / sqrt(diagonal_i diagonal_j) for j < i, row by row: of the whole
                                     matrix, or of one block of columns after the other; C = 0 without
@@ -188,7 +190,7 @@ def _to_matrix(diagonal: np.ndarray, below: np.ndarray) -> np.ndarray:
 def _specs(K: int, block_size: int) -> dict[str, TensorSpec]:
     count = sum(n_below_diagonal(stop - start) for start, stop in block_ranges(K, block_size))
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"n_rows": ("I64", (2,)), "mean": ("F32", (K,))}
-    shapes["amax"] = ("F32", (K,))
+    shapes["amax"] = shapes["weight_amax"] = ("F32", (K,))
     for name in _SUMS:
         shapes[f"{name}.diagonal"] = ("F32", (K,))
         shapes[f"{name}.correlations"] = ("F16", (count,))
@@ -223,7 +225,7 @@ def _value_faults(statistics: InputStatistics) -> Iterator[str]:
     for count, what in zip(statistics.read("n_rows"), ("summed up", "held out"), strict=True):
         if count <= 0:
             yield f"no rows were {what}."
-    for name in ("mean", "amax", *(f"{name}.diagonal" for name in _SUMS)):
+    for name in ("mean", "amax", "weight_amax", *(f"{name}.diagonal" for name in _SUMS)):
         values = statistics.read(name)
         n_bad = int(np.count_nonzero(~np.isfinite(values)))
         if n_bad:
