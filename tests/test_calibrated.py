@@ -25,7 +25,7 @@ from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.rows import decode_rows
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint
-from tests.converted import SCHEMES
+from tests.converted import SCHEMES, edit_manifest, edit_tensor, reseal
 
 QKV = tuple(f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv")
 DOWN = "model.layers.0.mlp.down_proj"
@@ -214,6 +214,38 @@ def test_verify_finds_no_fault_in_codes_that_are_not_the_nearest(
     assert not report.faults
 
 
+def test_verify_finds_scales_that_are_not_the_rules(source: Path, stats: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", format="mxfp4", calibration=stats, scale_rule="floor")
+    edit_manifest(tmp_path / "out", lambda manifest: manifest["layers"][DOWN].update(scale_rule="even"))
+    (report,) = verify_output(tmp_path / "out", source, Silent())
+    assert any(f"{DOWN}: " in fault and "scales are not those of rule even" in fault for fault in report.faults)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_verify_finds_fp8_scales_that_are_not_the_rules(
+    granularity: str, source: Path, stats: Path, tmp_path: Path
+) -> None:
+    convert(source, tmp_path / "out", format="fp8", granularity=granularity, calibration=stats, static=False)
+    layer = QKV[0]
+    (scale,) = (name for name in load_all(tmp_path / "out") if name.startswith(f"{layer}.weight_scale"))
+
+    def edit(data: bytearray) -> None:
+        data[0] ^= 1
+
+    edit_tensor(tmp_path / "out", scale, edit)
+    reseal(tmp_path / "out")
+    (report,) = verify_output(tmp_path / "out", source, Silent())
+    wanted = "its scale is" if granularity == "tensor" else "1 scales are not those of rule amax_over_448"
+    assert any(f"{layer}: {wanted}" in fault for fault in report.faults)
+
+
+def test_a_method_whose_own_errors_speak_against_it_is_a_fault(source: Path, stats: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", format="mxfp4", calibration=stats)
+    edit_manifest(tmp_path / "out", lambda manifest: manifest["layers"][DOWN].update(method="rtn"))
+    (report,) = verify_output(tmp_path / "out", source, Silent())
+    assert "speak for the other" in report.faults[0]
+
+
 def test_blocks_of_columns_have_their_own_correlations(source: Path, tmp_path: Path) -> None:
     stats = write_all(tmp_path / "stats", source, block_size=96)
     convert(source, tmp_path / "out", format="mxfp4", calibration=stats)
@@ -312,9 +344,11 @@ def test_statistics_of_the_same_model_with_other_weights_are_refused(source: Pat
     weights = {name: weight + 1 for name, weight in load_all(source).items()}
     config = json.loads((source / "config.json").read_text())
     other = save_checkpoint(tmp_path / "other", [weights], config)
-    with pytest.raises(CheckpointError, match="other weights"):
-        convert(other, tmp_path / "out", format="mxfp4", calibration=stats)
-    assert not (tmp_path / "out").exists()
+    for options in ({"format": "mxfp4"}, {"format": "fp8", "static": True, "method": "rtn"}):
+        with pytest.raises(FaultsError, match=r"4 found(.|\n)*other weights"):
+            convert(other, tmp_path / "out", **options, calibration=stats)
+    # Their first rows are read before anything is written.
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_stopped_run_does_not_go_on_with_other_statistics(source: Path, tmp_path: Path) -> None:

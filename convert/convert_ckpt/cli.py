@@ -71,6 +71,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
     "--method", type=click.Choice(METHODS), help="How codes are chosen.  [default: gptq if there are statistics]"
 )
 @click.option("--static", is_flag=True, help="FP8 with static activation scales, by --calibration.")
+@click.option("--fold", is_flag=True, help="Smooth inputs, where folding that into the layer before is exact.")
 @click.option("--max-size", metavar="SIZE", help="Raise layers to FP8 or BF16 as far as 4GB, say, has room for it.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Raise layers until the predicted SQNR is that high.")
 @click.option(

@@ -63,6 +63,9 @@ class Options:
     static: bool = False
     """Give FP8 layers a static activation scale; a calibration file of ranges does so anyway."""
 
+    fold: bool = False
+    """Smooth the layers' inputs by their statistics, where folding that into the layer before is exact."""
+
     allow_unaligned_k: bool = False
     """Quantize to shuffled MXFP4 also where K is a multiple of 64 but not of 256, for which AITER tunes no kernel."""
 
@@ -95,11 +98,12 @@ class Options:
         _check_choice("--dialect", self.dialect, (None, *DIALECTS))
         _check_choice("--method", self.method, (None, *METHODS))
         self._check_budget()
-        if not self.calibration and (self.static or self.method == GPTQ):
-            asked = "--static" if self.static else f"--method {GPTQ}"
+        if not self.calibration and (self.static or self.fold or self.method == GPTQ):
+            asked = "--static" if self.static else "--fold" if self.fold else f"--method {GPTQ}"
             raise UsageError(f"{asked}: needs --calibration DIR, the statistics that run-ckpt calibrate records.")
-        if self.method == GPTQ and not self.has_statistics:
-            raise UsageError(f"--method {GPTQ}: {self.calibration} is a file of ranges. Give a folder of statistics.")
+        if (self.method == GPTQ or self.fold) and not self.has_statistics:
+            asked = "--fold" if self.fold else f"--method {GPTQ}"
+            raise UsageError(f"{asked}: {self.calibration} is a file of ranges. Give a folder of statistics.")
 
     def _check_budget(self) -> None:
         if self.max_size is not None and self.min_sqnr is not None:

@@ -14,6 +14,7 @@ from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.plan.policy import Assignment, Choice, curve, least_damage, least_size
 from convert_ckpt.plan.recipe import Decision
 from convert_ckpt.plan.sensitivities import read_sensitivities
+from convert_ckpt.run.identity import check_identity
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.decided_by import BUDGET, DecidedBy
 from run_ckpt.contract.errors import FaultsError, UsageError
@@ -66,7 +67,10 @@ def plan_checkpoint(opened: OpenedSource, options: Options, predict: Predict) ->
     for name in opened.components:
         try:
             source = opened.open_component(name)
-            components.append(ComponentPlan(name, source, make_plan(source, options)))
+            plan = make_plan(source, options)
+            if not opened.store:
+                check_identity(plan, source.folder)
+            components.append(ComponentPlan(name, source, plan))
         except FaultsError as error:
             faults += error.faults
         except UsageError as error:

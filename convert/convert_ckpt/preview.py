@@ -110,7 +110,7 @@ def _line(tensor: TensorPlan) -> _Line:
     shape = f"{tensor.spec.dtype} {list(tensor.spec.shape)}"
     layer = tensor.layer
     if layer is None:
-        return _Line(name, shape, "copied", tensor.reason)
+        return _Line(name, shape, "folded" if tensor.fold else "copied", tensor.reason)
     return _Line(name, shape, f"{layer.format} {layer.scheme.detail}", tensor.reason)
 
 

@@ -4,8 +4,7 @@ Either a folder of statistics (storage.layer_statistics), or a file of ranges: s
 F32, or ModelOpt's backbone.pt (storage.modelopt).
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from convert_ckpt.plan.runtime_names import runtime_names
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.errors import CheckpointError, MissingPackageError, UsageError
 from run_ckpt.contract.file_names import SUFFIX
+from run_ckpt.contract.folds import Fold
 from run_ckpt.contract.formats import E4M3_MAX
 from run_ckpt.contract.manifest import GPTQ, Layer
 from run_ckpt.storage.files import open_to_read
-from run_ckpt.storage.hashing import hash_path
+from run_ckpt.storage.hashing import hash_parts, hash_path
 from run_ckpt.storage.header import read_header
 from run_ckpt.storage.layer_statistics import InputStatistics, read_statistics
 from run_ckpt.storage.modelopt import AMAX, MODELOPT_SUFFIXES, read_modelopt_ranges
@@ -46,6 +46,16 @@ class Calibration:
     def hessians(self) -> Mapping[str, InputStatistics]:
         """The statistics by which codes are chosen."""
         return self.statistics if self.gptq else {}
+
+    def folded(self, folds: Iterable[Fold]) -> "Calibration":
+        """Return it with the ranges that inputs have after these folds."""
+        ranges = dict(self.ranges)
+        for fold in folds:
+            for module in (name.removesuffix(".weight") for name in fold.readers):
+                if module in ranges:
+                    amax = np.ldexp(self.statistics[module].read("amax"), -np.array(fold.exponents))
+                    ranges[module] = _HEADROOM * float(amax.max())
+        return replace(self, ranges=ranges)
 
     def input_scales(self, layers: Mapping[str, Layer]) -> dict[str, np.float32]:
         """Return module -> range / 448 in float32, one value within a fused group (its largest); {} if not static."""
@@ -79,10 +89,10 @@ def read_calibration(context: PlanContext) -> Calibration:
         raise UsageError(f"--calibration {path}: {error}") from error
     ranges = {module: _HEADROOM * found.amax for module, found in statistics.items()}
     gptq = options.method == GPTQ or (options.method is None and all(found.block_size for found in statistics.values()))
-    if not gptq and not options.static:
+    if not gptq and not options.static and not options.fold:
         raise UsageError(
             f"--calibration {path}: without --method {GPTQ}, which needs correlations, it decides nothing unless"
-            " --static asks for activation scales."
+            " --static asks for activation scales, or --fold for smoothing."
         )
     return Calibration(path.name, ranges, statistics, options.static, gptq)
 
@@ -105,16 +115,18 @@ def calibration_digest(path: Path) -> str:
     """Return a hash of a file of ranges, or of what tells a folder of statistics from others."""
     if path.is_file():
         return hash_path(path)
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*" + SUFFIX)):
-        header = read_header(file)
-        digest.update(header.data)
-        with open(open_to_read(file), "rb") as opened:
-            for tensor in header.tensors:
-                if tensor.spec.dtype == "F32":  # the diagonals too, which no other correlations go with
-                    opened.seek(tensor.offset)
-                    digest.update(opened.read(tensor.spec.nbytes))
-    return digest.hexdigest()
+    return hash_parts(part for file in sorted(path.rglob("*" + SUFFIX)) for part in _telling_parts(file))
+
+
+def _telling_parts(file: Path) -> Iterator[bytes]:
+    """Yield the header and all but the correlations, as no others go with the same diagonals."""
+    header = read_header(file)
+    yield header.data
+    with open(open_to_read(file), "rb") as opened:
+        for tensor in header.tensors:
+            if tensor.spec.dtype == "F32":
+                opened.seek(tensor.offset)
+                yield opened.read(tensor.spec.nbytes)
 
 
 def _component_folder(folder: Path, component: str) -> Path:

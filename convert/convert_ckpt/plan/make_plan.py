@@ -9,6 +9,7 @@ from convert_ckpt.options import Options
 from convert_ckpt.plan.calibration import Calibration, calibration_faults, read_calibration
 from convert_ckpt.plan.context import PlanContext, find_dialect
 from convert_ckpt.plan.decisions import choose_rules, decide_formats, make_layers
+from convert_ckpt.plan.folds import find_folds, fold_faults
 from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
 from convert_ckpt.plan.recipe import KEEP, Decision, FusedGroup, Rule
 from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
@@ -17,6 +18,7 @@ from convert_ckpt.source.component import Component
 from run_ckpt.contract.decided_by import BY_KIND
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import FaultsError
+from run_ckpt.contract.folds import Fold, folds_by_tensor
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.manifest_checks import repeated_names
@@ -49,9 +51,12 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
     faults = calibration_faults(calibration, source, layers)
     if calibration.static:
         layers = {module: _with_input_scale(layer) for module, layer in layers.items()}
-    scales = calibration.input_scales(layers) if not faults else {}
-    tensors = _make_tensors(source, layers, decisions, calibration)
+    found = find_folds(context, layers, calibration)
+    faults += fold_faults(context, found)
+    scales = calibration.folded(found.folds).input_scales(layers) if not faults else {}
+    tensors = _make_tensors(source, layers, decisions, calibration, found.folds)
     manifest = _make_manifest(context, rules, dialect.name, layers, tensors, chosen)
+    manifest = replace(manifest, folds=found.folds)
     repeated = _fused_scales(layers, groups)
     if _takes_fused_scales(context, manifest):
         manifest = replace(manifest, fused_scales=repeated)
@@ -65,8 +70,8 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
         raise FaultsError(f"{source.name}: can't be converted as asked", faults)
     manifest = replace(manifest, targets={name: verdict.reason for name, verdict in verdicts.items()})
     files = _make_files(tensors, manifest)
-    warnings = (*source.notes, *target_notes(context, verdicts))
-    return Plan(tensors, files, manifest, scales, warnings)
+    warnings = (*source.notes, *found.notes, *target_notes(context, verdicts))
+    return Plan(tensors, files, manifest, scales, warnings, calibration.statistics)
 
 
 def _nothing_to_convert(decisions: Mapping[str, Decision]) -> str:
@@ -91,15 +96,21 @@ def _with_input_scale(layer: Layer) -> Layer:
 
 
 def _make_tensors(
-    source: Component, layers: Mapping[str, Layer], decisions: Mapping[str, Decision], calibration: Calibration
+    source: Component,
+    layers: Mapping[str, Layer],
+    decisions: Mapping[str, Decision],
+    calibration: Calibration,
+    folds: tuple[Fold, ...],
 ) -> tuple[TensorPlan, ...]:
     tensors = []
+    fold_of = folds_by_tensor(folds)
     for shard, stored in source.folder.tensors():
         module = linear_module(stored.spec)
         decision = decisions[module] if module else Decision(KEEP, reason_not_linear(stored.spec), BY_KIND)
         layer = layers.get(module) if module else None
         statistics = calibration.hessians.get(layer.module) if layer else None
-        tensors.append(TensorPlan(shard.name, stored, layer, decision.reason, decision.decided_by, statistics))
+        fold = fold_of.get(stored.spec.name)
+        tensors.append(TensorPlan(shard.name, stored, layer, decision.reason, decision.decided_by, statistics, fold))
     return tuple(tensors)
 
 

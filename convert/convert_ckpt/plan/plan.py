@@ -1,12 +1,14 @@
 """The records of a plan: the checkpoint without its bytes, every output tensor with its place and its reason."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.decided_by import DecidedBy
+from run_ckpt.contract.folds import TensorFold
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import Header, StoredTensor
@@ -17,7 +19,8 @@ from run_ckpt.storage.layer_statistics import InputStatistics
 class TensorPlan:
     """One source tensor: where it lies and what it becomes.
 
-    ``layer`` is None where it is copied; ``statistics``, of the layer's input, are there where they choose its codes.
+    ``layer`` is None where it is copied; ``statistics``, of the layer's input, are there where they choose its codes;
+    ``fold`` is what changes its values before.
     """
 
     shard: str
@@ -26,6 +29,7 @@ class TensorPlan:
     reason: str
     decided_by: DecidedBy
     statistics: InputStatistics | None = None
+    fold: TensorFold | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -51,7 +55,7 @@ class Plan:
     """All decisions for one component. ``tensors`` keep the source's order: by shard, by offset.
 
     ``manifest`` is complete but for the measured errors and the files. ``input_scales`` maps a
-    module to its static activation scale.
+    module to its static activation scale, ``statistics`` to those of its input that were given.
     """
 
     tensors: tuple[TensorPlan, ...]
@@ -59,6 +63,7 @@ class Plan:
     manifest: Manifest
     input_scales: dict[str, np.float32]
     warnings: tuple[str, ...]
+    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
 
     def file_of_tensors(self) -> dict[str, str]:
         """Return output tensor -> name of its file."""

@@ -34,6 +34,32 @@ class FusedPattern:
 
 
 @dataclass(frozen=True)
+class FoldPattern:
+    """Linears whose common input comes from a norm or a modulation that nothing else reads.
+
+    ``writer`` is the norm, whose weight and bias are [K]; or the linear layer of the modulation, whose rows are
+    ``n_chunks`` chunks of K, of which number ``shift`` and ``scale`` make norm(x) * (1 + scale) + shift. ``classes``:
+    the only model classes in which that is so; (): all of the preset.
+    """
+
+    layers: tuple[str, ...]
+    writer: str
+    n_chunks: int = 1
+    shift: int | None = None
+    scale: int | None = None
+    classes: tuple[str, ...] = ()
+
+    @property
+    def is_modulation(self) -> bool:
+        return self.scale is not None
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The chunks that are divided."""
+        return tuple(chunk for chunk in (self.shift, self.scale) if chunk is not None) or (0,)
+
+
+@dataclass(frozen=True)
 class Runtime:
     """What one target's runtime makes of the linears of a class.
 
@@ -61,6 +87,7 @@ class Preset:
 
     ``keep`` maps a pattern on module names to the reason why these are sensitive; ``embeddings`` are patterns of
     tables that look like linear weights but are none; ``runtimes`` maps a target to what it makes of the linears.
+    ``folds`` are those that are exact in the class's graph.
     """
 
     name: str
@@ -69,6 +96,7 @@ class Preset:
     keep: dict[str, str]
     embeddings: tuple[str, ...]
     fused: tuple[FusedPattern, ...]
+    folds: tuple[FoldPattern, ...]
     runtimes: dict[str, Runtime]
 
     def runtime(self, target: str) -> Runtime:
@@ -100,6 +128,7 @@ def load_preset(name: str) -> Preset:
             FusedPattern(tuple(entry["members"]), entry.get("scale_name"), entry.get("block_scale", False))
             for entry in table.get("fused", [])
         ),
+        folds=tuple(_fold_pattern(**entry) for entry in table.get("fold", [])),
         runtimes={
             target: Runtime(**{**entry, "keep": _reasons(entry.get("keep", {}))})
             for target, entry in table.get("runtimes", {}).items()
@@ -109,6 +138,12 @@ def load_preset(name: str) -> Preset:
 
 def _reasons(patterns_of: dict[str, list[str]]) -> dict[str, str]:
     return {pattern: reason for reason, patterns in patterns_of.items() for pattern in patterns}
+
+
+def _fold_pattern(
+    layers: list[str], norm: str = "", modulation: str = "", classes: tuple[str, ...] = (), **chunks: int
+) -> FoldPattern:
+    return FoldPattern(tuple(layers), norm or modulation, classes=tuple(classes), **chunks)
 
 
 def find_preset(class_name: str | None) -> Preset:

@@ -1,6 +1,5 @@
 """A layer whose codes are chosen by statistics of its input: by GPTQ, where they are better than the nearest ones."""
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -13,11 +12,14 @@ from threadpoolctl import threadpool_limits
 
 from convert_ckpt.methods.gptq import Factor, NotPositiveDefiniteError, Rounded, factorize, round_rows
 from convert_ckpt.methods.grid import ROWS_AT_ONCE, Grid
+from convert_ckpt.plan.plan import TensorPlan
 from convert_ckpt.run.buffers import Buffers
+from convert_ckpt.run.folded import scale_hessian
 from convert_ckpt.run.slab import ErrorSums, TensorWrite, decode_grid, encode_on_grid, is_finite, quantize, to_float
 from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.folds import TensorFold
 from run_ckpt.contract.manifest import GPTQ, RTN, WEIGHT, WEIGHT_SCALE, Layer, sqnr_db
-from run_ckpt.storage.layer_statistics import InputStatistics
+from run_ckpt.storage.layer_statistics import InputStatistics, block_ranges
 
 # Layers that share an input follow each other, and workers are few.
 _INPUTS_KEPT = 2
@@ -61,21 +63,22 @@ class CalibratedQuantizer:
     def quantize(
         self,
         bits: np.ndarray,
-        layer: Layer,
-        statistics: InputStatistics,
+        tensor: TensorPlan,
         buffers: Buffers,
         tensor_scale: np.ndarray | None,
     ) -> Calibrated:
         """Return the codes of GPTQ, or the nearest ones where the held out samples say that these are better.
 
         bits, tensor_scale: of the whole weight, as for slab.quantize. Raises CheckpointError where the statistics are
-        of another weight or not positive definite.
+        not positive definite.
         """
+        layer, statistics = tensor.layer, tensor.statistics
+        assert layer is not None
+        assert statistics is not None
         writes, errors, largest = quantize(bits, layer, 0, buffers, tensor_scale)
         if not is_finite(largest):
             return Calibrated(writes, errors, largest, {})
-        _check_identity(bits, layer, statistics)
-        known = self._input(statistics)
+        known = self._input(statistics, tensor.fold)
         scales = next(write.data for write in writes if write.role == WEIGHT_SCALE)
         grid = decode_grid(bits, layer, scales, tensor_scale)
         codes = np.empty_like(next(write.data for write in writes if write.role == WEIGHT))
@@ -92,7 +95,7 @@ class CalibratedQuantizer:
         errors = ErrorSums(total.squared_error, errors.squared_signal, total.largest_error)
         return Calibrated(writes, errors, largest, {**measured, "method": GPTQ})
 
-    def _input(self, statistics: InputStatistics) -> _Input:
+    def _input(self, statistics: InputStatistics, fold: TensorFold | None) -> _Input:
         path = statistics.path
         with self._lock:
             future = self._inputs.get(path)
@@ -103,21 +106,30 @@ class CalibratedQuantizer:
                     del self._inputs[next(iter(self._inputs))]
         if mine:
             try:
-                future.set_result(_read_input(statistics))
+                future.set_result(_read_input(statistics, fold))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
 
 
-def _read_input(statistics: InputStatistics) -> _Input:
+def _read_input(statistics: InputStatistics, fold: TensorFold | None) -> _Input:
+    """All layers of a file are in the same fold, see plan/folds.py."""
     try:
-        factors = [factorize(block) for block in statistics.hessian()]
+        factors = [factorize(block) for block in _read_hessian(statistics, fold, held_out=False)]
     except NotPositiveDefiniteError as error:
         raise CheckpointError(
             f"{statistics.path.name}: not positive definite, as no sum of squares is. Record it again with run-ckpt"
             " calibrate."
         ) from error
-    return _Input(factors, statistics.hessian(held_out=True))
+    return _Input(factors, _read_hessian(statistics, fold, held_out=True))
+
+
+def _read_hessian(statistics: InputStatistics, fold: TensorFold | None, *, held_out: bool) -> list[np.ndarray]:
+    blocks = statistics.hessian(held_out=held_out)
+    if fold is None or fold.columns is None:
+        return blocks
+    columns = (fold.columns[start:stop] for start, stop in block_ranges(statistics.K, statistics.block_size))
+    return [scale_hessian(block, part) for block, part in zip(blocks, columns, strict=True)]
 
 
 def _round_all(
@@ -141,19 +153,3 @@ def _round_all(
         largest_error = max(largest_error, done.largest_error)
     signal, output_error, nearest_error, squared_error = sums.tolist()
     return Rounded(np.empty(0), signal, output_error, nearest_error, squared_error, largest_error)
-
-
-def _check_identity(bits: np.ndarray, layer: Layer, statistics: InputStatistics) -> None:
-    expected = statistics.layers[layer.module].first_row_sha256
-    row = bits[0] if bits.itemsize == 2 else _round_to_bf16(bits[0])
-    if expected is not None and hashlib.sha256(row.tobytes()).hexdigest() != expected:
-        raise CheckpointError(
-            f"{layer.module}: {statistics.path.name} is of a model with other weights (its first row differs)."
-            " Calibrate this one."
-        )
-
-
-def _round_to_bf16(bits: np.ndarray) -> np.ndarray:
-    """The upper halves of float32 bits, nearest, ties to even."""
-    unsigned = bits.view(np.uint32)
-    return ((unsigned + 0x7FFF + ((unsigned >> 16) & 1)) >> 16).astype(np.uint16)

@@ -31,6 +31,8 @@ import numpy as np
 
 from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
 from convert_ckpt.run.buffers import Buffers
+from convert_ckpt.run.folded import fold_bits
+from convert_ckpt.run.identity import identity_fault
 from convert_ckpt.run.output_files import OutputFiles
 from convert_ckpt.run.readers import ShardReaders
 from convert_ckpt.run.schedule import Slab, list_slabs, scale_group, still_finished
@@ -45,7 +47,7 @@ from convert_ckpt.run.slab import (
 )
 from convert_ckpt.run.wait import Signal
 from convert_ckpt.source.shards import LocalShards, ShardProvider
-from run_ckpt.contract.errors import NonFiniteError
+from run_ckpt.contract.errors import CheckpointError, NonFiniteError
 from run_ckpt.contract.manifest import INPUT_SCALE, sqnr_db
 from run_ckpt.progress import Progress
 from run_ckpt.storage.folders import Folder
@@ -151,7 +153,7 @@ class Engine:
         self._readers.read(slab, raw)
         self._readers.hash(slab, raw)
         if slab.action == "copy":
-            self._outputs.write(slab.tensor.spec.name, slab.start, raw)
+            self._outputs.write(slab.tensor.spec.name, slab.start, _fold(slab, raw) if slab.tensor.fold else raw)
         elif slab.action == "scan":
             self._scan(slab, raw)
         else:
@@ -162,7 +164,7 @@ class Engine:
 
     def _scan(self, slab: Slab, raw: np.ndarray) -> None:
         assert slab.tensor.layer is not None
-        largest = largest_magnitude(weight_bits(raw, slab.tensor.spec.dtype, slab.tensor.layer.K))
+        largest = largest_magnitude(_fold(slab, raw))
         self._check_finite(slab.tensor, largest)
         group = scale_group(slab.tensor)
         assert group is not None
@@ -173,10 +175,12 @@ class Engine:
     def _quantize(self, slab: Slab, raw: np.ndarray, buffers: Buffers) -> None:
         layer = slab.tensor.layer
         assert layer is not None
-        bits = weight_bits(raw, slab.tensor.spec.dtype, layer.K)
+        if slab.row == 0 and (fault := identity_fault(self._plan, slab.tensor, raw)):
+            raise CheckpointError(fault)
+        bits = _fold(slab, raw)
         scale = self._tensor_scale(slab) if slab.action == "encode" else None
         if self._calibrated and slab.tensor.statistics:
-            done = self._calibrated.quantize(bits, layer, slab.tensor.statistics, buffers, scale)
+            done = self._calibrated.quantize(bits, slab.tensor, buffers, scale)
             writes, errors, largest = done.writes, done.errors, done.largest
             self._measured[layer.module] = done.measured
         else:
@@ -230,6 +234,12 @@ class Engine:
         error = math.fsum(part.squared_error for part in errors)
         measured = {"sqnr_db": sqnr_db(signal, error), "max_abs_error": max(part.largest for part in errors)}
         return {**measured, **self._measured.get(module, {})}
+
+
+def _fold(slab: Slab, raw: np.ndarray) -> np.ndarray:
+    """Return the bits of a slab's rows, see weight_bits, as folds leave them."""
+    spec = slab.tensor.spec
+    return fold_bits(weight_bits(raw, spec.dtype, math.prod(spec.shape[1:])), slab.tensor.fold, slab.row)
 
 
 def _progress(slab: Slab) -> int:

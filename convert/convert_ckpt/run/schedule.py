@@ -7,7 +7,6 @@ from typing import Literal
 
 from convert_ckpt.plan.plan import Plan, TensorPlan
 from convert_ckpt.source.shards import FetchStep
-from run_ckpt.contract.tensors import DTYPE_BITS
 
 # Unless one tile of rows is larger: large enough to hide the cost of a call, small enough that what one core reads,
 # hashes, quantizes and writes stays in its share of the caches (per-tensor FP8: 8 MiB took 60 % more CPU time).
@@ -20,7 +19,7 @@ Action = Literal["copy", "quantize", "scan", "encode"]
 
 @dataclass(frozen=True)
 class Slab:
-    """``nbytes`` bytes of a source tensor from byte ``start``; rows from ``row`` on if it is a weight.
+    """``nbytes`` bytes of a source tensor from byte ``start``; rows from ``row`` on if it is a weight or folded.
 
     copy and quantize read and write; a weight with a scale of its own is read twice, to scan its amax and to
     encode it. ``hash_order`` numbers the slabs that together are all bytes of a source shard; it is None for
@@ -172,9 +171,9 @@ def split(tensor: TensorPlan, *, whole: bool = False) -> Iterator[tuple[int, int
     """Yield (start, nbytes, row) of the slabs of a tensor, or of it as one slab. An empty tensor is one too."""
     nbytes = tensor.spec.nbytes
     step, row_nbytes = SLAB_NBYTES, 0
-    if tensor.layer:
-        row_nbytes = tensor.layer.K * DTYPE_BITS[tensor.spec.dtype] // 8
-        multiple = tensor.layer.scheme.row_multiple
+    if tensor.layer or tensor.fold:
+        row_nbytes = nbytes // tensor.spec.shape[0]
+        multiple = tensor.layer.scheme.row_multiple if tensor.layer else 1
         step = max(1, SLAB_NBYTES // (row_nbytes * multiple)) * multiple * row_nbytes
     if whole:
         step = max(1, nbytes)

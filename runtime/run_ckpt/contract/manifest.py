@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from run_ckpt.contract.decided_by import BY_FORMAT, BY_KIND, DecidedBy
 from run_ckpt.contract.errors import ManifestError
+from run_ckpt.contract.folds import Fold, FoldedRows
 from run_ckpt.contract.formats import QuantFormat, Scheme, read_scheme
 from run_ckpt.contract.manifest_types import type_faults
 from run_ckpt.contract.tensors import TensorSpec
@@ -106,7 +107,7 @@ class FusedScale:
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """A tensor copied bit for bit, and why."""
+    """A tensor copied bit for bit, but for what a fold changes, and why."""
 
     spec: TensorSpec
     reason: str
@@ -122,6 +123,7 @@ class Manifest:
     ``targets`` maps a target to the reason why this result is not for it, None where it is.
     ``files`` maps each file of the folder but the manifest to its size (``nbytes``) and hash (``blake3``), and so
     does ``source["files"]`` each source shard; with its ``sha256`` too where a store stated that.
+    ``folds`` say where values are not the source's.
     """
 
     tool: dict[str, str]
@@ -133,6 +135,7 @@ class Manifest:
     unquantized_linears: dict[str, str | None]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     targets: dict[str, str | None] = field(default_factory=dict)
+    folds: tuple[Fold, ...] = ()
 
     @property
     def dialect(self) -> str:
@@ -170,6 +173,7 @@ class Manifest:
             "unquantized_linears": self.unquantized_linears,
             "targets": self.targets,
             "files": self.files,
+            **({"folds": [_fold_to_json(fold) for fold in self.folds]} if self.folds else {}),
         }
         return seal_manifest(document)
 
@@ -234,6 +238,7 @@ def _from_json(document: dict[str, Any]) -> Manifest:
         unquantized_linears=document["unquantized_linears"],
         files=document["files"],
         targets=document["targets"],
+        folds=tuple(_fold_from_json(entry) for entry in document.get("folds", [])),
     )
 
 
@@ -255,6 +260,17 @@ def _layer_from_json(entry: dict[str, Any]) -> Layer:
             f" ({ {key: entry.get(key) for key in wrong} }). Use the tool version that the manifest names."
         )
     return layer
+
+
+def _fold_to_json(fold: Fold) -> dict[str, Any]:
+    """Its channels in one line: a list would take one for each."""
+    writers = [asdict(part) for part in fold.writers]
+    return {"exponents": " ".join(map(str, fold.exponents)), "writers": writers, "readers": list(fold.readers)}
+
+
+def _fold_from_json(entry: dict[str, Any]) -> Fold:
+    exponents = tuple(map(int, entry["exponents"].split()))
+    return Fold(exponents, tuple(FoldedRows(**part) for part in entry["writers"]), tuple(entry["readers"]))
 
 
 def _spec(name: str, entry: dict[str, Any]) -> TensorSpec:

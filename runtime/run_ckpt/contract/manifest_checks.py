@@ -106,11 +106,30 @@ def _layer_faults(name: str, layer: Layer, recipe: Mapping[str, Any]) -> Iterato
     shape = dialect.scale_shape(layer.N, layer.K, scheme)
     if layer.scale_shape != shape:
         yield f"scale_shape is {list(layer.scale_shape)}, it should be {list(shape)}"
-    if layer.method not in (None, *METHODS) or (layer.method and set(layer.output_sqnr_db or ()) != set(METHODS)):
-        yield f"method {layer.method!r}, output_sqnr_db {layer.output_sqnr_db}: not as any version writes it"
+    measured = layer.output_sqnr_db or {}
+    numbers = [value for value in measured.values() if value is not None]
+    if layer.method not in (None, *METHODS) or (layer.method and set(measured) != set(METHODS)):
+        yield f"method {layer.method!r}, output_sqnr_db {measured}: not as any version writes it"
+    elif layer.method and len(numbers) == len(METHODS) and measured[layer.method] != max(numbers):
+        yield f"method {layer.method}, though the output errors {measured} speak for the other"
 
 
 def _reference_faults(manifest: Manifest) -> Iterator[str]:
+    sources = {
+        layer.source_tensor: TensorSpec(layer.source_tensor, "", (layer.N, layer.K))
+        for layer in manifest.layers.values()
+    }
+    sources |= {name: kept.spec for name, kept in manifest.kept.items()}
+    for fold in manifest.folds:
+        K = len(fold.exponents)
+        wrong = [name for name in fold.readers if name not in sources or sources[name].shape[1:] != (K,)]
+        wrong += [
+            part.tensor
+            for part in fold.writers
+            if part.tensor not in manifest.kept or not 0 <= part.first <= sources[part.tensor].shape[0] - K
+        ]
+        if wrong or max(fold.exponents, default=1) > 0:
+            yield f"a fold of {K} channels does not fit {wrong or 'any layer'}"
     for name in repeated_names(manifest):
         yield f"{name} is listed more than once"
     for name, fused in manifest.fused_scales.items():

@@ -1,7 +1,7 @@
 """BLAKE3 of files, as the manifest records it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +66,14 @@ def hash_file(fd: int) -> str:
     """Return the BLAKE3 of an open file, hexadecimal."""
     digest = blake3()
     _add(digest, fd, _ignore)
+    return digest.hexdigest()
+
+
+def hash_parts(parts: Iterable[bytes]) -> str:
+    """Return the BLAKE3 of bytes that follow each other, hexadecimal."""
+    digest = blake3()
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 

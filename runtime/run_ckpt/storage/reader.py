@@ -27,10 +27,11 @@ def read_fully(fd: int, view: memoryview, offset: int, name: str) -> None:
         view, offset = view[n_read:], offset + n_read
 
 
-def cut_bytes(nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, count) of the slabs of a tensor that is only copied or compared."""
-    for start in range(0, nbytes, COPY_NBYTES):
-        yield start, min(COPY_NBYTES, nbytes - start)
+def cut_bytes(nbytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield (start, count) of the slabs of a tensor that is only copied or compared, cut at ``multiple`` bytes."""
+    step = max(1, COPY_NBYTES // multiple) * multiple
+    for start in range(0, nbytes, step):
+        yield start, min(step, nbytes - start)
 
 
 class TensorReader:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
+from run_ckpt.contract.folds import folds_by_tensor
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
@@ -25,6 +26,7 @@ from run_ckpt.tools.verify.tensors import (
     measure,
     measured_faults,
     scale_faults,
+    tensor_scale_faults,
 )
 
 Read = TypeVar("Read")
@@ -131,10 +133,15 @@ def _compare_source(
         kept = [kept.spec for kept in manifest.kept.values() if _both_hold(reader, source, kept.spec.name)]
         nbytes = sum(layer.N * layer.K * DTYPE_BITS[layer.source_dtype] // 8 for layer in layers)
         progress.start(_label("compare", name), nbytes + sum(spec.nbytes for spec in kept))
-        measured = map_threads(lambda layer: measure(reader, source, layer, progress), layers)
+        fold_of = folds_by_tensor(manifest.folds)
+        measured = map_threads(
+            lambda layer: measure(reader, source, layer, fold_of.get(layer.source_tensor), progress), layers
+        )
         for result in measured:
             faults += measured_faults(result)
-        copied = map_threads(lambda spec: copy_fault(reader, source, spec.name, progress), kept)
+        if len(layers) == len(manifest.layers):
+            faults += tensor_scale_faults(reader, measured)
+        copied = map_threads(lambda spec: copy_fault(reader, source, spec.name, fold_of.get(spec.name), progress), kept)
         faults += [fault for fault in copied if fault]
     return measured
 

@@ -1,12 +1,14 @@
 """Tensors of a converted checkpoint: what no scale or code may be, and how far the weights are from the source's."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from run_ckpt.contract.codec import fp8_scale, quantize
+from run_ckpt.contract.folds import TensorFold
 from run_ckpt.contract.formats import E8M0, E8M0_NAN
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest, sqnr_db
 from run_ckpt.progress import Progress
@@ -18,8 +20,10 @@ from run_ckpt.storage.rows import (
     read_codes,
     read_padded_scales,
     read_scalar,
+    read_scales,
     read_source_rows,
 )
+from run_ckpt.tools.verify.folded import fold_rows, fold_stored
 
 # The manifest rounds to 0.01 dB; the order of the sums may turn the last digit.
 _SQNR_TOLERANCE_DB = 0.011
@@ -27,11 +31,17 @@ _SQNR_TOLERANCE_DB = 0.011
 
 @dataclass(frozen=True)
 class Measured:
-    """How far a layer's decoded weight is from the source's, measured here."""
+    """How far a layer's decoded weight is from the source's, measured here.
+
+    ``amax`` is the source's. ``n_wrong_scales``: those that its blocks don't give; 0 where the scale follows from the
+    whole weight.
+    """
 
     layer: Layer
     sqnr_db: float | None
     max_abs_error: float
+    amax: float
+    n_wrong_scales: int
 
 
 def scale_faults(reader: TensorReader, layer: Layer) -> list[str]:
@@ -90,21 +100,28 @@ def fused_scale_fault(reader: TensorReader, manifest: Manifest, fused: FusedScal
     return f"{name}: does not repeat the {fused.role} of {', '.join(fused.members)}. Convert again."
 
 
-def measure(reader: TensorReader, source: TensorReader, layer: Layer, progress: Progress) -> Measured:
-    """Decode a whole weight and compare it with the source's own values.
+def measure(
+    reader: TensorReader, source: TensorReader, layer: Layer, fold: TensorFold | None, progress: Progress
+) -> Measured:
+    """Decode a whole weight and compare it with the source's own values, as ``fold`` leaves them.
 
-    Both in float32, the difference too; squares are summed in float64.
+    Both in float32, the difference too; squares are summed in float64. Codes need not be the nearest ones, scales have
+    to be those of the scale rule.
     """
-    signals, errors, largest = [], [], 0.0
+    signals, errors, largest, amax, n_wrong = [], [], 0.0, 0.0, 0
     for start, stop in cut_rows(layer):
         raw = read_source_rows(source, layer, start, stop)
-        weight = raw.float()
+        weight = fold_rows(raw.float(), fold, start)
+        amax = max(amax, *map(abs, (value.item() for value in torch.aminmax(weight))))
+        if not layer.scheme.has_tensor_scale:
+            scales = quantize(weight, layer.scheme, layer.scale_rule)[1]
+            n_wrong += int((scales != read_scales(reader, layer, start, stop)).sum())
         difference = weight - decode_rows(reader, layer, start, stop)
         signals.append(_squared_sum(weight))
         errors.append(_squared_sum(difference))
         largest = max(largest, *map(abs, (value.item() for value in torch.aminmax(difference))))
         progress.advance(raw.nbytes)
-    return Measured(layer, sqnr_db(math.fsum(signals), math.fsum(errors)), largest)
+    return Measured(layer, sqnr_db(math.fsum(signals), math.fsum(errors)), largest, amax, n_wrong)
 
 
 def measured_faults(measured: Measured) -> list[str]:
@@ -116,15 +133,37 @@ def measured_faults(measured: Measured) -> list[str]:
         faults.append(
             f"{layer.module}: the largest error is {measured.max_abs_error}, the manifest says {layer.max_abs_error}."
         )
+    if measured.n_wrong_scales:
+        faults.append(f"{layer.module}: {measured.n_wrong_scales} scales are not those of rule {layer.scale_rule}.")
     return [fault + " Codes, scales, source or manifest were changed: convert again." for fault in faults]
 
 
-def copy_fault(reader: TensorReader, source: TensorReader, name: str, progress: Progress) -> str | None:
-    """Return a sentence if a copied tensor is not bit for bit the source's."""
+def tensor_scale_faults(reader: TensorReader, measured: Iterable[Measured]) -> Iterator[str]:
+    """Yield a sentence for each layer whose one scale is not the rule's of its fused group's largest magnitude."""
+    largest: dict[str, float] = {}
+    alone = [result for result in measured if result.layer.scheme.is_per_tensor]
+    for result in alone:
+        group = result.layer.fused_group or result.layer.module
+        largest[group] = max(largest.get(group, 0.0), result.amax)
+    for result in alone:
+        layer = result.layer
+        expected = fp8_scale(torch.tensor(largest[layer.fused_group or layer.module])).item()
+        scale = read_scalar(reader, layer, WEIGHT_SCALE)
+        if scale != expected:
+            yield f"{layer.module}: its scale is {scale}, rule {layer.scale_rule} gives {expected}. Convert again."
+
+
+def copy_fault(
+    reader: TensorReader, source: TensorReader, name: str, fold: TensorFold | None, progress: Progress
+) -> str | None:
+    """Return a sentence if a copied tensor is not bit for bit the source's, as ``fold`` leaves it."""
     spec = source.spec(name)
     assert spec is not None
-    for start, count in cut_bytes(spec.nbytes):
+    row_nbytes = spec.nbytes // spec.shape[0] if fold else 1
+    for start, count in cut_bytes(spec.nbytes, row_nbytes):
         data, original = reader.read(name, start, count), source.read(name, start, count)
+        if fold:
+            original = fold_stored(original, spec, fold, start // row_nbytes)
         if not torch.equal(data, original):
             byte = start + int((data != original).nonzero()[0])
             return f"{reader.shard_name(name)}: {name}: differs from the source from byte {byte} on. Convert again."
