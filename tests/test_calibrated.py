@@ -235,7 +235,7 @@ def test_verify_finds_fp8_scales_that_are_not_the_rules(
     edit_tensor(tmp_path / "out", scale, edit)
     reseal(tmp_path / "out")
     (report,) = verify_output(tmp_path / "out", source, Silent())
-    wanted = "its scale is" if granularity == "tensor" else "1 scales are not those of rule amax_over_448"
+    wanted = "its weight_scale is" if granularity == "tensor" else "1 scales are not those of rule amax_over_448"
     assert any(f"{layer}: {wanted}" in fault for fault in report.faults)
 
 

@@ -71,12 +71,18 @@ def read_scalar(reader: TensorReader, layer: Layer, role: str) -> float:
 def decode_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Tensor:
     """Return rows start..stop of a quantized weight as float32 [n, K]."""
     scales = read_scales(reader, layer, start, stop)
+    second = read_tensor_scale(reader, layer)
+    return dequantize(read_codes(reader, layer, start, stop), scales, layer.scheme, second)
+
+
+def read_tensor_scale(reader: TensorReader, layer: Layer) -> Tensor | None:
+    """Return what the scales of blocks are multiplied by, float32 [1]; None where a format has one level of scales."""
     second = {
         role: reader.read_all(name).view(_SCALE_DTYPES[reader.stored_spec(name).dtype]).float()
         for role, name in layer.tensors.items()
         if role in _SECOND
     }
-    return dequantize(read_codes(reader, layer, start, stop), scales, layer.scheme, tensor_scale(second))
+    return tensor_scale(second)
 
 
 def read_source_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Tensor:

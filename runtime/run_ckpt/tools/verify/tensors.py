@@ -7,10 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from run_ckpt.contract.codec import fp8_scale, quantize
+from run_ckpt.contract.codec import fp8_scale, nvfp4_tensor_scale, quantize
 from run_ckpt.contract.folds import TensorFold
-from run_ckpt.contract.formats import E8M0, E8M0_NAN
-from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest, sqnr_db
+from run_ckpt.contract.formats import E8M0, E8M0_NAN, F32_TINY, NVFP4_LARGEST
+from run_ckpt.contract.manifest import (
+    INVERSE_TENSOR_SCALE,
+    TENSOR_SCALE,
+    WEIGHT,
+    WEIGHT_SCALE,
+    FusedScale,
+    Layer,
+    Manifest,
+    sqnr_db,
+)
 from run_ckpt.progress import Progress
 from run_ckpt.storage.reader import TensorReader, cut_bytes
 from run_ckpt.storage.rows import (
@@ -22,6 +31,7 @@ from run_ckpt.storage.rows import (
     read_scalar,
     read_scales,
     read_source_rows,
+    read_tensor_scale,
 )
 from run_ckpt.tools.verify.folded import fold_rows, fold_stored
 
@@ -33,7 +43,7 @@ _SQNR_TOLERANCE_DB = 0.011
 class Measured:
     """How far a layer's decoded weight is from the source's, measured here.
 
-    ``amax`` is the source's. ``n_wrong_scales``: those that its blocks don't give; 0 where the scale follows from the
+    ``amax`` is the source's. ``n_wrong_scales``: those that its blocks don't give; 0 where one scale follows from the
     whole weight.
     """
 
@@ -113,9 +123,9 @@ def measure(
         raw = read_source_rows(source, layer, start, stop)
         weight = fold_rows(raw.float(), fold, start)
         amax = max(amax, *map(abs, (value.item() for value in torch.aminmax(weight))))
-        if not layer.scheme.has_tensor_scale:
-            scales = quantize(weight, layer.scheme, layer.scale_rule)[1]
-            n_wrong += int((scales != read_scales(reader, layer, start, stop)).sum())
+        if not layer.scheme.is_per_tensor:
+            scales = quantize(weight, layer.scheme, layer.scale_rule, read_tensor_scale(reader, layer))[1]
+            n_wrong += int((scales.float() != read_scales(reader, layer, start, stop).float()).sum())
         difference = weight - decode_rows(reader, layer, start, stop)
         signals.append(_squared_sum(weight))
         errors.append(_squared_sum(difference))
@@ -139,18 +149,20 @@ def measured_faults(measured: Measured) -> list[str]:
 
 
 def tensor_scale_faults(reader: TensorReader, measured: Iterable[Measured]) -> Iterator[str]:
-    """Yield a sentence for each layer whose one scale is not the rule's of its fused group's largest magnitude."""
+    """Yield a sentence for each scale of a whole weight that its fused group's largest magnitude does not give."""
     largest: dict[str, float] = {}
-    alone = [result for result in measured if result.layer.scheme.is_per_tensor]
-    for result in alone:
+    whole = [result for result in measured if result.layer.scheme.has_tensor_scale]
+    for result in whole:
         group = result.layer.fused_group or result.layer.module
         largest[group] = max(largest.get(group, 0.0), result.amax)
-    for result in alone:
+    for result in whole:
         layer = result.layer
-        expected = fp8_scale(torch.tensor(largest[layer.fused_group or layer.module])).item()
-        scale = read_scalar(reader, layer, WEIGHT_SCALE)
-        if scale != expected:
-            yield f"{layer.module}: its scale is {scale}, rule {layer.scale_rule} gives {expected}. Convert again."
+        amax = torch.tensor([largest[layer.fused_group or layer.module]])
+        roles = {WEIGHT_SCALE} if layer.scheme.is_per_tensor else {TENSOR_SCALE, INVERSE_TENSOR_SCALE}
+        for role in roles & layer.tensors.keys():
+            scale, right = read_scalar(reader, layer, role), _TENSOR_SCALES[role](amax).item()
+            if scale != right:
+                yield f"{layer.module}: its {role} is {scale}, rule {layer.scale_rule} gives {right}. Convert again."
 
 
 def copy_fault(
@@ -169,6 +181,20 @@ def copy_fault(
             return f"{reader.shard_name(name)}: {name}: differs from the source from byte {byte} on. Convert again."
         progress.advance(count)
     return None
+
+
+def _inverse_tensor_scale(amax: Tensor) -> Tensor:
+    # A number divided by a tensor would be its reciprocal, rounded, times the number.
+    largest = torch.tensor(NVFP4_LARGEST)
+    return torch.where(amax / largest >= F32_TINY, largest / amax, torch.ones_like(amax))
+
+
+# Of a whole weight, given its largest magnitude.
+_TENSOR_SCALES = {
+    WEIGHT_SCALE: fp8_scale,
+    TENSOR_SCALE: nvfp4_tensor_scale,
+    INVERSE_TENSOR_SCALE: _inverse_tensor_scale,
+}
 
 
 def _e8m0_faults(reader: TensorReader, layer: Layer) -> list[str]:
