@@ -11,6 +11,7 @@ from torch import Tensor
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import RunSummary, convert_checkpoint
 from convert_ckpt.plan.preset import GENERIC, find_preset
+from convert_ckpt.run.share import Share
 from run_ckpt.progress import Silent
 
 FLUX_DIGITS = Path(__file__).parents[1] / "examples" / "flux-digits"
@@ -43,11 +44,18 @@ def random_weight(N: int, K: int, dtype: torch.dtype = torch.bfloat16, seed: int
     return weight.to(dtype)
 
 
-def convert(source: Path, output: Path, n_workers: int = 2, restart: bool = False, **options: object) -> RunSummary:
+def convert(
+    source: Path,
+    output: Path,
+    n_workers: int = 2,
+    restart: bool = False,
+    share: Share | None = None,
+    **options: object,
+) -> RunSummary:
     """Convert with the options of the command; classes that tests make up take the generic preset."""
     options.setdefault("preset", None if _knows_class(source) else GENERIC)
     return convert_checkpoint(
-        source, output, Options(**options), n_workers=n_workers, restart=restart, progress=Silent()
+        source, output, Options(**options), n_workers=n_workers, restart=restart, progress=Silent(), share=share
     )
 
 

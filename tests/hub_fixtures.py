@@ -8,6 +8,7 @@ import pytest
 
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import RunSummary, convert_checkpoint
+from convert_ckpt.run.share import Share
 from convert_ckpt.source.opened import Selection
 from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.manifest import MANIFEST_NAME
@@ -64,6 +65,7 @@ def convert_remote(
     progress: Progress | None = None,
     components: tuple[str, ...] = (),
     keep_source: bool = False,
+    share: Share | None = None,
     **options: object,
 ) -> RunSummary:
     """Convert with the options of the command."""
@@ -75,6 +77,7 @@ def convert_remote(
         restart=restart,
         progress=progress or Silent(),
         selection=Selection(components, keep_source),
+        share=share,
     )
 
 

@@ -42,7 +42,7 @@ def positions(slabs: list[Slab], action: str) -> dict[str, list[int]]:
 
 
 def test_every_byte_is_read_in_order_and_every_weight_encoded_once(plan: Plan) -> None:
-    slabs = list_slabs(plan, set(), set())
+    slabs = list_slabs(plan, set())
     for tensor in plan.tensors:
         readings = {slab.action for slab in slabs if slab.tensor is tensor}
         for action in readings:
@@ -58,19 +58,19 @@ def test_every_byte_is_read_in_order_and_every_weight_encoded_once(plan: Plan) -
 
 
 def test_a_group_is_encoded_after_its_last_scan(plan: Plan) -> None:
-    slabs = list_slabs(plan, set(), set())
+    slabs = list_slabs(plan, set())
     scans, encodes = positions(slabs, "scan"), positions(slabs, "encode")
     assert scans.keys() == encodes.keys()
     assert all(min(encodes[group]) > max(scans[group]) for group in scans)
 
 
 def test_encoding_alternates_with_reading_on(plan: Plan) -> None:
-    slabs = list_slabs(plan, set(), set())
+    slabs = list_slabs(plan, set())
     first_encode = next(i for i, slab in enumerate(slabs) if slab.action == "encode")
     rest = [slab.action == "encode" for slab in slabs[first_encode:]]
     assert rest[:9] == [True, True, False] * 3
 
 
 def test_a_shard_begins_when_all_of_the_one_before_is_read(plan: Plan) -> None:
-    first_readings = [slab.tensor.shard for slab in list_slabs(plan, set(), set()) if slab.hash_order is not None]
+    first_readings = [slab.tensor.shard for slab in list_slabs(plan, set()) if slab.hash_order is not None]
     assert first_readings == sorted(first_readings)

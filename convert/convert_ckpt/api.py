@@ -9,6 +9,7 @@ from typing import Any
 
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import Preview, RunSummary, convert_checkpoint, preview_checkpoint
+from convert_ckpt.run.share import NOTHING, Share, parse_share
 from convert_ckpt.source.opened import Selection
 from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.errors import UsageError
@@ -45,6 +46,8 @@ def convert(
     restart: bool = False,
     workers: int | None = None,
     max_memory: int | str | None = None,
+    part: str | None = None,
+    finalize: bool = False,
     push_to_hub: str | None = None,
     push_at_end: bool = False,
     revision: str | None = None,
@@ -68,6 +71,9 @@ def convert(
     workers: threads. Default: one more than there are cores, at most 8.
     max_memory: bytes, or a size such as "8GB", that layers may take together whose codes are chosen by statistics.
         Default: half of the machine's.
+    part: make this share of the shards, such as "3/16", and leave the others to calls on other machines that share
+        ``output``, in any order. The one that finds all shards finished publishes.
+    finalize: make nothing, publish what the parts made; the call for when no part found all shards finished.
 
     push_to_hub: repo owner/name to upload the result to, each shard as soon as it is finished.
     push_at_end: upload all shards at the end instead.
@@ -115,6 +121,7 @@ def convert(
         restart=restart,
         progress=progress,
         selection=Selection(_strings(component), keep_source),
+        share=_choose_share(part, finalize, restart=restart, push_to_hub=push_to_hub),
     )
     place = {"revision": revision, "private": private, "commit_message": commit_message, "overwrite": overwrite}
     if push_to_hub is None:
@@ -165,6 +172,16 @@ def _count_workers(workers: int | None) -> int:
     if workers < 1:
         raise UsageError(f"--workers {workers}: at least one thread is needed.")
     return workers
+
+
+def _choose_share(part: str | None, finalize: bool, **others: object) -> Share | None:
+    if part is None and not finalize:
+        return None
+    asked = "finalize" if finalize else "part"
+    for name, value in {**others, **({"part": part} if finalize else {})}.items():
+        if value:
+            raise UsageError(f"--{asked}: does not go with --{name.replace('_', '-')}.")
+    return parse_share(part) if part else NOTHING
 
 
 def _refuse_unused(push_options: dict[str, Any]) -> None:

@@ -89,6 +89,8 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")
 @click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: cores + 1, at most 8]")
 @click.option("--max-memory", metavar="SIZE", help="For layers done by GPTQ, such as 8GB.  [default: half of it]")
+@click.option("--part", metavar="I/N", help="Make the I-th of N shares; the last run to end publishes.")
+@click.option("--finalize", is_flag=True, help="Publish what runs with --part made, and make nothing.")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the result, each shard as soon as it is finished.")
 @click.option("--push-at-end", is_flag=True, help="Upload all shards at the end instead.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to; made if missing.  [default: main]")

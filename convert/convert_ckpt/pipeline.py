@@ -20,14 +20,15 @@ from convert_ckpt.plan.target_costs import target_costs
 from convert_ckpt.planning import Planned, plan_checkpoint
 from convert_ckpt.prediction import predict_damages
 from convert_ckpt.preview import plan_json, plan_lines
-from convert_ckpt.run.component import ShardListener, convert_component, is_published
+from convert_ckpt.run.component import Conversion, ShardListener, is_published
 from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.fingerprint import fingerprint
-from convert_ckpt.run.memory import check_memory, default_max_memory, memory_lines, n_workers_within
+from convert_ckpt.run.memory import check_memory, default_max_memory, memory_lines
 from convert_ckpt.run.partial_output import PREDICTION, Staging
+from convert_ckpt.run.share import NOTHING, Share
 from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open_source
 from convert_ckpt.source.reference import Reference
-from run_ckpt.contract.errors import FaultsError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.targets import TARGETS
 from run_ckpt.progress import Progress
@@ -46,7 +47,8 @@ class RunSummary:
     ``n_layers`` counts the quantized layers by format, ``format`` is the one that was asked for,
     ``targets`` are those that it is right for.
     ``n_converted`` of ``n_tensors`` tensors were quantized, the others copied. Sizes are those of all shards.
-    ``n_files_resumed`` shards were finished by an earlier, stopped run. ``pushed`` says what was uploaded.
+    ``n_files_resumed`` shards were finished by an earlier, stopped run. ``pushed`` says what was uploaded. ``share`` is
+    None where OUTPUT is published; else the share that was made, after which ``n_files_missing`` were still to come.
     """
 
     output: str
@@ -60,8 +62,13 @@ class RunSummary:
     n_files_resumed: int
     seconds: float
     pushed: Pushed | None = None
+    share: Share | None = None
+    n_files_missing: int = 0
 
     def __str__(self) -> str:
+        if self.share:
+            rest = f"{self.n_files_missing} files are to come" if self.n_files_missing else "other runs are at work"
+            return f"Part {self.share} of {self.output} is finished in {self.seconds:.3g} s; {rest}, the last publishes"
         formats = self.format
         if len(self.n_layers) > 1:
             formats = " and ".join(f"{name} ({count})" for name, count in sorted(self.n_layers.items()))
@@ -78,6 +85,7 @@ class RunSummary:
         """Return the fields as JSON values; of the push its URL."""
         values = asdict(replace(self, pushed=None))
         del values["pushed"]
+        values["share"] = str(self.share) if self.share else None
         return {**values, **({"pushed_to": self.pushed.url} if self.pushed else {})}
 
 
@@ -136,16 +144,17 @@ def convert_checkpoint(
     selection: Selection = EVERYTHING,
     listener: ShardListener | None = None,
     max_memory: int | None = None,
+    share: Share | None = None,
 ) -> RunSummary:
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped.
 
     max_memory: bytes for layers whose codes are chosen by statistics; default: half of the machine's.
     listener: gets each shard as soon as it is finished, those of the earlier run first.
+    share: what to make of the files; other runs make the others, at the same time or not, and the last one publishes.
     """
     started = time.monotonic()
-    n_resumed = 0
     max_memory = max_memory or default_max_memory()
-    staging = Staging(output)
+    staging = Staging(output, shared=share is not None)
     if restart or not staging.may_be_published():
         check_output(reference, output)
     with staging:
@@ -164,12 +173,28 @@ def convert_checkpoint(
             check_memory(plans, max_memory)
             for line in plan_lines(opened, checkpoint, {}) if opened.store else _short_lines(checkpoint):
                 progress.log(line)
+            conversion = Conversion(opened, plans, staging, n_workers, max_memory, progress, listener)
+            if share == NOTHING and (missing := conversion.missing()):
+                faults = [
+                    f"{name}: no run has finished it. Run its part, or all of it without --part." for name in missing
+                ]
+                raise FaultsError("nothing was published", faults)
             staging.adopt(fingerprint(opened, plans, options), restart=restart and not options.has_budget)
+            staging.share()
             if listener:
                 listener.start(join_names(planned.name, file.name) for planned in plans for file in planned.plan.files)
-            for planned in plans:
-                n_at_once = n_workers_within(max_memory, planned.plan, n_workers)
-                n_resumed += convert_component(opened, planned, staging, n_at_once, progress, listener)
+            n_resumed = conversion.make(share)
+            if share:
+                missing = conversion.missing()
+                if missing or not staging.take_alone():
+                    if share == NOTHING:
+                        raise CheckpointError(
+                            f"{staging.folder}: others are at work on it; the last of them publishes."
+                        )
+                    summary = _summarize(output, options, plans, n_resumed, time.monotonic() - started)
+                    return replace(summary, share=share, n_files_missing=len(missing))
+                conversion.make()  # nothing but a look at what the others made
+            conversion.complete()
             if listener:
                 listener.stop()
             for planned in plans:

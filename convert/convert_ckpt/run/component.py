@@ -1,14 +1,18 @@
-"""One component: what an earlier run finished is taken over, the rest converted, then the small files written."""
+"""The components of a run: what an earlier one finished is taken over, the rest made, then the small files written."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.run.engine import Engine, FileRecord
 from convert_ckpt.run.fingerprint import check_unchanged, shard_identities
+from convert_ckpt.run.memory import n_workers_within
 from convert_ckpt.run.partial_output import Staging
+from convert_ckpt.run.schedule import narrow
+from convert_ckpt.run.share import Share, files_of_share
 from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.errors import ManifestError
@@ -20,6 +24,9 @@ from run_ckpt.storage.hashing import describe_entry
 from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.units import format_nbytes
 
+# A disk or a network file system answers several readers faster than one.
+_HASHED_AT_ONCE = 4
+
 
 class ShardListener(Protocol):
     """Told which shards will come, of each that is finished (from any thread), and before they get another path."""
@@ -29,71 +36,108 @@ class ShardListener(Protocol):
     def stop(self) -> None: ...
 
 
-def convert_component(
-    opened: OpenedSource,
-    planned: ComponentPlan,
-    staging: Staging,
-    n_workers: int,
-    progress: Progress,
-    listener: ShardListener | None,
-) -> int:
-    """Convert one component into the staging folder; return how many files were finished before."""
-    with staging.open_result(planned.name) as folder:
-        before = shard_identities(opened, planned)
-        component = planned.name or "root"
-        records = _take_over(staging.read_records(component), folder, progress)
-        n_resumed = len(records)
+@dataclass(frozen=True)
+class Conversion:
+    """What a run makes of ``plans`` in ``staging``, as a whole or a share of it.
 
-        def hand_over(name: str, record: FileRecord) -> None:
-            if listener:
-                listener.add(join_names(planned.name, name), folder.path / name, record.file["nbytes"])
+    max_memory: bytes for layers whose codes are chosen by statistics. ``listener`` gets each shard as soon as it is
+    finished, those of an earlier run first.
+    """
 
-        def on_file(name: str, record: FileRecord) -> None:
-            staging.write_record(component, name, asdict(record))
-            records[name] = record
-            progress.log(f"wrote {join_names(planned.name, name)} ({format_nbytes(record.file['nbytes'])})")
-            hand_over(name, record)
+    opened: OpenedSource
+    plans: list[ComponentPlan]
+    staging: Staging
+    n_workers: int
+    max_memory: int
+    progress: Progress
+    listener: ShardListener | None = None
 
-        for name, record in records.items():
-            hand_over(name, record)
+    def make(self, share: Share | None = None) -> int:
+        """Make the files of a share (None: all) that are not there yet; return how many were."""
+        names = files_of_share(self.plans, share)
+        return sum(self._make_files(planned, names[planned.name]) for planned in self.plans if names[planned.name])
 
-        shards = planned.source.folder.shards
-        provider = opened.provide_shards(planned.name, shards, staging.fetched / component, progress)
-        engine = Engine(planned.plan, shards, folder, records.copy(), on_file, progress, provider)
-        progress.start(f"convert {planned.name}".strip(), engine.progress_nbytes)
-        engine.run(n_workers)
-        check_unchanged(before, shard_identities(opened, planned))
-        side_files = write_side_files(folder, planned.source, planned.plan)
-        sources = {
-            name: {**entry, **opened.stated_sha256(planned.name, name)}
-            for record in records.values()
-            for name, entry in record.sources.items()
-        }
-        manifest = _complete_manifest(planned.plan.manifest, records, side_files, sources)
-        folder.write(MANIFEST_NAME, manifest.to_json().encode())
-        return n_resumed
+    def missing(self) -> list[str]:
+        """Return the names of the files that no run has finished."""
+        return [
+            join_names(planned.name, name)
+            for planned in self.plans
+            for name in sorted({file.name for file in planned.plan.files} - self._records(planned).keys())
+        ]
+
+    def complete(self) -> None:
+        """Write the small files of the components, whose shards are all finished; the manifests last."""
+        for planned in self.plans:
+            with self.staging.open_result(planned.name) as folder:
+                side_files = write_side_files(folder, planned.source, planned.plan)
+                manifest = _complete_manifest(self.opened, planned, self._records(planned), side_files)
+                folder.write(MANIFEST_NAME, manifest.to_json().encode())
+
+    def _make_files(self, planned: ComponentPlan, names: set[str]) -> int:
+        component = _folder_name(planned)
+        with self.staging.open_result(planned.name) as folder:
+            before = shard_identities(self.opened, planned)
+            records = self._records(planned)
+            intact = _check({name: records[name] for name in records.keys() & names}, folder, self.progress)
+
+            def hand_over(name: str, record: FileRecord) -> None:
+                if self.listener:
+                    self.listener.add(join_names(planned.name, name), folder.path / name, record.file["nbytes"])
+
+            def on_file(name: str, record: FileRecord) -> None:
+                self.staging.write_record(component, name, asdict(record))
+                self.progress.log(f"wrote {join_names(planned.name, name)} ({format_nbytes(record.file['nbytes'])})")
+                hand_over(name, record)
+
+            for name in sorted(intact):
+                hand_over(name, records[name])
+
+            shards = planned.source.folder.shards
+            provider = self.opened.provide_shards(planned.name, shards, self.staging.fetched / component, self.progress)
+            group_amax = {group: bits for record in records.values() for group, bits in record.group_amax.items()}
+            plan = narrow(planned.plan, names - intact, group_amax)
+            engine = Engine(plan, shards, folder, group_amax, on_file, self.progress, provider)
+            self.progress.start(f"convert {planned.name}".strip(), engine.progress_nbytes)
+            engine.run(n_workers_within(self.max_memory, plan, self.n_workers))
+            check_unchanged(before, shard_identities(self.opened, planned))
+            return len(intact)
+
+    def _records(self, planned: ComponentPlan) -> dict[str, FileRecord]:
+        found = self.staging.read_records(_folder_name(planned))
+        return {name: FileRecord(**entry) for name, entry in found.items()}
 
 
-def _take_over(records: dict[str, dict[str, Any]], folder: Folder, progress: Progress) -> dict[str, FileRecord]:
-    """Return the records of those files of an earlier run that are still as it wrote them."""
-    progress.start("check what is there", sum(entry["file"]["nbytes"] for entry in records.values()))
-    intact = {}
-    for name, entry in records.items():
-        if describe_entry(folder, name) == entry["file"]:
-            intact[name] = FileRecord(**entry)
-        else:
+def _folder_name(planned: ComponentPlan) -> str:
+    return planned.name or "root"
+
+
+def _check(records: dict[str, FileRecord], folder: Folder, progress: Progress) -> set[str]:
+    """Return those of the files of an earlier run, or of others, that are still as they were written."""
+    progress.start("check what is there", sum(record.file["nbytes"] for record in records.values()))
+
+    def is_intact(name: str) -> bool:
+        if not (intact := describe_entry(folder, name) == records[name].file):
             progress.log(f"{name}: is no longer as it was written; it is converted again")
-        progress.advance(entry["file"]["nbytes"])
-    return intact
+        progress.advance(records[name].file["nbytes"])
+        return intact
+
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        return {name for name, intact in zip(records, pool.map(is_intact, records), strict=True) if intact}
 
 
 def _complete_manifest(
-    manifest: Manifest,
-    records: Mapping[str, FileRecord],
+    opened: OpenedSource,
+    planned: ComponentPlan,
+    records: dict[str, FileRecord],
     side_files: dict[str, dict[str, Any]],
-    sources: dict[str, dict[str, Any]],
 ) -> Manifest:
+    manifest = planned.plan.manifest
     measured = {module: entry for record in records.values() for module, entry in record.layers.items()}
+    sources = {
+        name: {**entry, **opened.stated_sha256(planned.name, name)}
+        for record in records.values()
+        for name, entry in record.sources.items()
+    }
     return replace(
         manifest,
         source={**manifest.source, "files": sources},

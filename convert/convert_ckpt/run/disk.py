@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from convert_ckpt.plan.plan import ComponentPlan
@@ -27,14 +28,15 @@ def source_nbytes_here(opened: OpenedSource, plans: Sequence[ComponentPlan]) -> 
     if opened.store is None or opened.keep_source:
         return 0
     return max(
-        largest_at_once(list_fetches(list_slabs(planned.plan, set(), set())), _shard_nbytes(opened, planned))
-        for planned in plans
+        largest_at_once(list_fetches(list_slabs(planned.plan, ())), _shard_nbytes(opened, planned)) for planned in plans
     )
 
 
 def _disk_faults(opened: OpenedSource, plans: Sequence[ComponentPlan], staging: Staging) -> list[str]:
     output = sum(planned.plan.output_nbytes for planned in plans) + _SPARE_NBYTES
-    needed = {staging.folder: output + source_nbytes_here(opened, plans) - _nbytes_of(staging.result, staging.fetched)}
+    needed = {staging.folder: output - _nbytes_of(staging.result)}
+    if opened.store:
+        needed[staging.fetched] = source_nbytes_here(opened, plans) - _nbytes_of(staging.fetched)
     if opened.store and opened.store.cache and opened.keep_source:
         needed[opened.store.cache.folder] = _uncached_nbytes(opened, plans)
     on_disk: dict[int, list[tuple[Path, int]]] = {}
@@ -63,5 +65,9 @@ def _uncached_nbytes(opened: OpenedSource, plans: Sequence[ComponentPlan]) -> in
     return sum(sum(_shard_nbytes(opened, planned).values()) for planned in plans)
 
 
-def _nbytes_of(*folders: Path) -> int:
-    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+def _nbytes_of(folder: Path) -> int:
+    nbytes = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # renamed by a run on another part
+            nbytes += path.stat().st_size if path.is_file() else 0
+    return nbytes

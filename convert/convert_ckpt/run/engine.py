@@ -21,7 +21,7 @@ only for slabs that stand before it. So of those taken, the first one waits for 
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from convert_ckpt.run.folded import fold_bits
 from convert_ckpt.run.identity import identity_fault
 from convert_ckpt.run.output_files import OutputFiles
 from convert_ckpt.run.readers import ShardReaders
-from convert_ckpt.run.schedule import Slab, list_slabs, scale_group, still_finished
+from convert_ckpt.run.schedule import Slab, list_slabs, scale_group
 from convert_ckpt.run.slab import (
     ErrorSums,
     TensorWrite,
@@ -71,10 +71,11 @@ class FileRecord:
 
 
 class Engine:
-    """One component's conversion.
+    """The making of a plan's files in ``folder``: of a whole component, or of a share of one (schedule.narrow).
 
-    ``finished`` holds the records of an earlier run. ``on_file`` is called for each finished file, from any thread;
-    ``progress`` is told the rest. ``provider`` brings the shards; by default they are where they say.
+    ``group_amax`` maps scale groups to the float32 bits of their amax, as far as they are known. ``on_file`` is called
+    for each finished file, from any thread; ``progress`` is told the rest. ``provider`` brings the shards; by default
+    they are where they say.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Engine:
         plan: Plan,
         shards: Iterable[Shard],
         folder: Folder,
-        finished: dict[str, FileRecord],
+        group_amax: Mapping[str, int],
         on_file: Callable[[str, FileRecord], None],
         progress: Progress,
         provider: ShardProvider | None = None,
@@ -91,9 +92,8 @@ class Engine:
         self._plan = plan
         self._on_file = on_file
         self._progress = progress
-        done = still_finished(plan, set(finished))
-        self._amax = {group: bits for record in finished.values() for group, bits in record.group_amax.items()}
-        self._slabs = list_slabs(plan, done, set(self._amax))
+        self._amax = dict(group_amax)
+        self._slabs = list_slabs(plan, self._amax.keys())
         self._n_taken = 0
         self._unscanned = Counter(scale_group(slab.tensor) for slab in self._slabs if slab.action == "scan")
         self._errors: defaultdict[str, list[ErrorSums]] = defaultdict(list)
@@ -101,7 +101,7 @@ class Engine:
         self._calibrated = self._make_calibrated()
         self._signal = Signal()
         self._readers = ShardReaders(shards, provider or LocalShards(shards), self._slabs, self._signal)
-        self._outputs = OutputFiles(plan, done, folder, self._slabs, self._signal, self._record)
+        self._outputs = OutputFiles(plan, folder, self._slabs, self._signal, self._record)
 
     @property
     def progress_nbytes(self) -> int:
@@ -109,7 +109,7 @@ class Engine:
         return sum(_progress(slab) for slab in self._slabs)
 
     def run(self, n_workers: int) -> None:
-        """Convert everything that is not finished. Raises the first error of any thread."""
+        """Make all files. Raises the first error of any thread."""
         largest = max((slab.nbytes for slab in self._slabs if not slab.tensor.statistics), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
         workers = ThreadPoolExecutor(n_workers, thread_name_prefix="worker")
@@ -244,4 +244,5 @@ def _fold(slab: Slab, raw: np.ndarray) -> np.ndarray:
 
 def _progress(slab: Slab) -> int:
     """A weight that is read twice counts by halves."""
-    return slab.nbytes // 2 if slab.action in ("scan", "encode") else slab.nbytes
+    is_read_twice = slab.action == "scan" or (slab.action == "encode" and slab.hash_order is None)
+    return slab.nbytes // 2 if is_read_twice else slab.nbytes

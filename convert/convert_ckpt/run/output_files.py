@@ -18,7 +18,7 @@ _N_THREADS = 2
 
 
 class OutputFiles:
-    """What the workers write: the files of ``plan`` that are not ``finished``. ``slabs`` are all that write to them.
+    """What the workers write: the files of ``plan``. ``slabs`` are all that write to them.
 
     ``on_finished`` is called with each file that is complete and durable, and with what the manifest says of it.
     """
@@ -26,14 +26,13 @@ class OutputFiles:
     def __init__(
         self,
         plan: Plan,
-        finished: set[str],
         folder: Folder,
         slabs: list[Slab],
         signal: Signal,
         on_finished: Callable[[FilePlan, dict[str, Any]], None],
     ):
-        self._files = {file.name: file for file in plan.files if file.name not in finished}
-        self._places = list_places(plan, finished)
+        self._files = {file.name: file for file in plan.files}
+        self._places = list_places(plan)
         self._folder = folder
         self._signal = signal
         self._on_finished = on_finished
@@ -42,8 +41,8 @@ class OutputFiles:
         self._background = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="finish")
 
     def write(self, tensor: str, offset: int, data: np.ndarray) -> None:
-        """Write to byte ``offset`` of an output tensor, wherever that is stored."""
-        for place in self._places[tensor]:
+        """Write to byte ``offset`` of an output tensor, wherever a file of the plan has it."""
+        for place in self._places.get(tensor, ()):
             self._writer(place.file).write(place.tensor, place.offset + offset, data.data)
 
     def count(self, slab: Slab) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from run_ckpt.contract.errors import PartialRunError
@@ -24,15 +26,21 @@ PREDICTION = "prediction"
 # In the order in which they are removed: as long as the fingerprint is there, it says what else may be.
 _NAMES = (_FETCHED, _RECORDS, _RESULT, _FINGERPRINT)
 
+_ASK_AGAIN_SECONDS = 0.1
+
 
 class Staging:
     """The folder OUTPUT.partial: the result so far, a record per finished shard, a fingerprint, fetched shards.
 
-    Use as a context manager; it holds a lock, so that two runs never share the folder.
+    Use as a context manager; it holds a lock, so that two runs never share the folder: only those that each make a
+    part of the result do (``shared``), once the first of them has called share().
     """
 
-    def __init__(self, output: Path):
-        self._partial = PartialFolder(output, "convert-ckpt")
+    def __init__(self, output: Path, *, shared: bool = False):
+        self._partial = PartialFolder(output, "convert-ckpt", shared=shared)
+        self._shared = shared
+        self._scratch = self._partial.path
+        self._temporary: TemporaryDirectory[str] | None = None
         self.output = self._partial.target
         self.folder = self._partial.path
 
@@ -42,13 +50,13 @@ class Staging:
 
     @property
     def fetched(self) -> Path:
-        """Where shards of a remote source lie, a folder for each component."""
-        return self.folder / _FETCHED
+        """Where shards of a remote source lie, a folder for each component; on this machine if the folder is shared."""
+        return self._scratch / _FETCHED
 
     @property
     def skeleton(self) -> Path:
         """Where a remote source is laid out for the plan, without its weights."""
-        return self.folder / _SKELETON
+        return self._scratch / _SKELETON
 
     def pinned_revision(self, reference: str) -> str | None:
         """Return the commit that an unfinished run of the same remote source began with."""
@@ -57,10 +65,19 @@ class Staging:
 
     def __enter__(self) -> "Staging":
         self._partial.__enter__()
+        while not (self._partial.is_alone or self._read_fingerprint()):  # the run that was let in first gave up
+            self._partial.__exit__()
+            time.sleep(_ASK_AGAIN_SECONDS)
+            self._partial.__enter__()
+        if self._shared:
+            self._temporary = TemporaryDirectory(prefix="convert-ckpt-")
+            self._scratch = Path(self._temporary.name)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._partial.names() <= {_SKELETON}:
+        if self._temporary:
+            self._temporary.cleanup()
+        if self._partial.is_alone and self._partial.names() <= {_SKELETON}:
             self._partial.discard([_SKELETON], parents=True)  # a run that was refused before it began leaves no trace
         self._partial.__exit__(*error)
 
@@ -70,7 +87,8 @@ class Staging:
         restart: throw away what is here instead, if a run of ours left it.
         """
         old = self._read_fingerprint()
-        self._refuse_foreign(old)
+        if self._partial.is_alone:  # else others are writing
+            self._refuse_foreign(old)
         for name in _NAMES if restart else ():
             self._partial.folder.remove(name)
         if restart or old is None:
@@ -81,6 +99,15 @@ class Staging:
                 f"{self.folder} holds an unfinished run with another source or other options:"
                 f" {'; '.join(differences)}. Repeat that command to finish it, or add --restart to throw it away."
             )
+
+    def share(self) -> None:
+        """Let the others in, where runs share the folder."""
+        if self._shared and self._partial.is_alone:
+            self._partial.share()
+
+    def take_alone(self) -> bool:
+        """Lock out all others of a shared folder, in order to publish; False where some are still at work."""
+        return self._partial.is_alone or self._partial.take_alone()
 
     def open_result(self, component: str) -> Folder:
         """Return the folder of the result in which a component is built."""
@@ -109,9 +136,12 @@ class Staging:
             folder.write(f"{file_name}.json", text.encode())
 
     def may_be_published(self) -> bool:
-        """True where a run may have been stopped after renaming the result and before it had cleaned up."""
+        """True where a run may have been stopped after renaming the result and before it had cleaned up.
+
+        Or where other runs that share the folder have made all parts.
+        """
         with suppress(OSError):
-            return self.folder.is_dir() and not self.result.exists() and self.output.exists()
+            return (self._shared or self.folder.is_dir()) and not self.result.exists() and self.output.exists()
         return False
 
     def publish(self) -> None:

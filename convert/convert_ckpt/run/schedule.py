@@ -1,8 +1,8 @@
 """The work of a plan as an ordered list of slabs: what to read, and what to do with it."""
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from convert_ckpt.plan.plan import Plan, TensorPlan
@@ -23,8 +23,9 @@ class Slab:
 
     copy and quantize read and write; a weight with a scale of its own is read twice, to scan its amax and to
     encode it. ``hash_order`` numbers the slabs that together are all bytes of a source shard; it is None for
-    a second reading. ``outputs`` are the files it writes to: none if only the scan is needed, two where
-    another file repeats its scale. A layer with statistics is quantized or encoded as one slab.
+    a second reading, and for one of a shard that is no file of the plan. ``outputs`` are the files it writes to: none
+    if only the scan is needed, two where another file repeats its scale. A layer with statistics is quantized or
+    encoded as one slab.
     """
 
     action: Action
@@ -50,30 +51,38 @@ class Place:
     offset: int = 0
 
 
-def list_places(plan: Plan, finished: set[str]) -> dict[str, list[Place]]:
-    """Return output tensor -> its places in files that are not ``finished``: its own, and one that repeats it."""
+def list_places(plan: Plan) -> dict[str, list[Place]]:
+    """Return output tensor -> its places in the files of ``plan``: its own, and one that repeats it."""
     file_of = plan.file_of_tensors()
     places = {name: [Place(file, name)] for name, file in file_of.items()}
-    for name, place in _repeated(plan, file_of):
-        places[name].append(place)
-    return {name: [place for place in found if place.file not in finished] for name, found in places.items()}
-
-
-def _repeated(plan: Plan, file_of: Mapping[str, str]) -> Iterator[tuple[str, Place]]:
-    """Yield each scale that a fused tensor repeats, and where (manifest.fused_scales)."""
     for fused in plan.manifest.fused_scales.values():
         offset = 0
         for member in fused.members:
             spec = plan.manifest.layers[member].specs()[fused.role]
-            yield spec.name, Place(file_of[fused.spec.name], fused.spec.name, offset)
+            places.setdefault(spec.name, []).append(Place(file_of[fused.spec.name], fused.spec.name, offset))
             offset += spec.nbytes
+    return places
 
 
-def still_finished(plan: Plan, finished: set[str]) -> set[str]:
-    """Return the finished files less those that have yet to repeat a scale in an unfinished one."""
-    file_of = plan.file_of_tensors()
-    owing = {file_of[name] for name, place in _repeated(plan, file_of) if place.file not in finished}
-    return finished - owing
+def narrow(plan: Plan, names: Collection[str], known_groups: Collection[str]) -> Plan:
+    """Return what of a plan it takes to make the files ``names``: their tensors, and others that they depend on.
+
+    These are the layers whose scale one of the files repeats, and the members of a scale group whose amax isn't known.
+    """
+    files = tuple(file for file in plan.files if file.name in names)
+    shards = {shard for file in files for shard in file.source_shards}
+    stored = {tensor.spec.name for file in files for tensor in file.header.tensors}
+    fused = {name: scale for name, scale in plan.manifest.fused_scales.items() if name in stored}
+    repeated = {member for scale in fused.values() for member in scale.members}
+
+    def is_needed(tensor: TensorPlan) -> bool:
+        return tensor.shard in shards or bool(tensor.layer and tensor.layer.module in repeated)
+
+    groups = {scale_group(tensor) for tensor in plan.tensors if is_needed(tensor)} - {None, *known_groups}
+    tensors = tuple(tensor for tensor in plan.tensors if is_needed(tensor) or scale_group(tensor) in groups)
+    layers = {tensor.layer.module: tensor.layer for tensor in tensors if tensor.layer}
+    manifest = replace(plan.manifest, layers=layers, fused_scales=fused)
+    return replace(plan, tensors=tensors, files=files, manifest=manifest)
 
 
 def scale_group(tensor: TensorPlan) -> str | None:
@@ -84,45 +93,33 @@ def scale_group(tensor: TensorPlan) -> str | None:
     return layer.fused_group or layer.module
 
 
-def list_slabs(plan: Plan, finished: set[str], known_groups: set[str]) -> list[Slab]:
-    """Return the slabs of all output files that are not ``finished``, shard by shard.
+def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
+    """Return the slabs of all files of a plan, shard by shard.
 
-    Each shard's bytes are hashed once and in order. The encoding of a scale group follows the scan of its last
-    member, so that a worker that waits for a scan waits for a slab that was taken before.
-    known_groups: groups whose amax is known from an earlier run.
+    The bytes of each shard that becomes one of the files are hashed once and in order. The encoding of a scale group
+    follows the scan of its last member, so that a worker that waits for a scan waits for a slab that was taken before.
+    known_groups: groups whose amax is known, so that nothing is scanned.
     """
-    output_of = {shard: file.name for file in plan.files for shard in file.source_shards}
-    places = list_places(plan, finished)
-
-    def outputs(tensor: TensorPlan) -> tuple[str, ...]:
-        names = tensor.layer.tensors.values() if tensor.layer else [tensor.spec.name]
-        return tuple(dict.fromkeys(place.file for name in names for place in places[name]))
-
-    members: dict[str, list[TensorPlan]] = {}
-    for tensor in plan.tensors:
-        if group := scale_group(tensor):
-            members.setdefault(group, []).append(tensor)
-    rescanned = {
-        group
-        for group, tensors in members.items()
-        if group not in known_groups and any(output_of[tensor.shard] not in finished for tensor in tensors)
-    }
+    places = list_places(plan)
+    hashed = {shard for file in plan.files for shard in file.source_shards}
     slabs: list[Slab] = []
-    encodes: dict[str, list[Slab]] = {group: [] for group in members}
+    encodes: dict[str, list[Slab]] = {}
     n_hashed: Counter[str] = Counter()
     for tensor in plan.tensors:
-        group = scale_group(tensor)
-        if output_of[tensor.shard] not in finished:
-            files = outputs(tensor)
-            action: Action = "copy" if tensor.layer is None else "scan" if group else "quantize"
-            for part in split(tensor, whole=bool(tensor.statistics) and action == "quantize"):
-                slabs.append(Slab(action, tensor, *part, n_hashed[tensor.shard], files))
-                n_hashed[tensor.shard] += 1
-            if group:
-                parts = split(tensor, whole=bool(tensor.statistics))
-                encodes[group] += [Slab("encode", tensor, *part, None, files) for part in parts]
-        elif group in rescanned:
-            slabs += [Slab("scan", tensor, *part, None, ()) for part in split(tensor)]
+        names = tensor.layer.tensors.values() if tensor.layer else [tensor.spec.name]
+        files = tuple(dict.fromkeys(place.file for name in names for place in places.get(name, ())))
+        group, whole = scale_group(tensor), bool(tensor.statistics)
+        action: Action = "copy" if tensor.layer is None else "encode" if group else "quantize"
+        if group and group not in known_groups:
+            if files:
+                encodes.setdefault(group, []).extend(
+                    Slab("encode", tensor, *part, None, files) for part in split(tensor, whole=whole)
+                )
+            action, whole = "scan", False
+        for part in split(tensor, whole=whole):
+            order = n_hashed[tensor.shard] if tensor.shard in hashed else None
+            slabs.append(Slab(action, tensor, *part, order, files))
+            n_hashed[tensor.shard] += 1
     return _with_encodes(slabs, encodes)
 
 
@@ -162,7 +159,7 @@ def _with_encodes(slabs: list[Slab], encodes: dict[str, list[Slab]]) -> list[Sla
         merged.append(slab)
         group = scale_group(slab.tensor)
         if group and last_scan.get(group) == i:
-            waiting += encodes[group]
+            waiting += encodes.get(group, ())
         merged += [waiting.popleft() for _ in range(min(_ENCODES_PER_SCAN, len(waiting)))]
     return [*merged, *waiting]
 

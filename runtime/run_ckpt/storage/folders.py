@@ -52,20 +52,27 @@ class Folder:
         """Return a descriptor that reads a regular file."""
         return open_to_read(name, follow=False, dir_fd=self._fd)
 
-    def lock(self, name: str) -> int | None:
+    def lock(self, name: str, *, shared: bool = False) -> int | None:
         """Return a descriptor of the file ``name``, made if missing, that locks other processes out until it is closed.
 
-        None where another process holds the lock, or removed the file meanwhile.
+        shared: wait, and lock out only those that want it for themselves. None where another process holds the lock,
+        or removed the file meanwhile.
         """
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), self.status(name)):
-                return fd
-        except (BlockingIOError, FileNotFoundError):
-            pass
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        except FileNotFoundError:  # the folder is gone
+            return None
+        if relock(fd, shared=shared, wait=shared) and self.holds(name, fd):
+            return fd
         os.close(fd)
         return None
+
+    def holds(self, name: str, fd: int) -> bool:
+        """True where the open file is the one that ``name`` stands for."""
+        try:
+            return os.path.samestat(os.fstat(fd), self.status(name))
+        except FileNotFoundError:
+            return False
 
     def create(self) -> tuple[str, int]:
         """Make a file; return its random name and a descriptor that writes it."""
@@ -144,6 +151,15 @@ class Folder:
 def open_folder(path: Path, *, follow: bool = True) -> Folder:
     """Return an open folder. follow: go where a link leads. Raises OSError where it is none."""
     return Folder(path, os.open(path, _FOLDER if follow else _FOLDER | os.O_NOFOLLOW))
+
+
+def relock(fd: int, *, shared: bool, wait: bool = False) -> bool:
+    """Change the lock of an open file. False where another process holds one; what was held before is then lost."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_temporary(name: str) -> bool:

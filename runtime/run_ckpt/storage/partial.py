@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from run_ckpt.contract.errors import CheckpointError
-from run_ckpt.storage.folders import Folder, is_temporary, open_folder, write_all
+from run_ckpt.storage.folders import Folder, is_temporary, open_folder, relock, write_all
 
 SUFFIX = ".partial"
 # Others may put something into a folder of this mode.
@@ -17,39 +17,25 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 class PartialFolder:
     """The folder TARGET.partial of the command ``tool``; a context manager that holds its lock.
 
+    shared: several processes work in it. The first ``is_alone`` until it calls share(), which the others wait for.
+
     It is ours where the lock file says so, or where it is empty. Nothing of anybody else is taken over or removed: a
     folder without that file, one that others may write to, and one with a link or device in it are refused.
     """
 
-    def __init__(self, target: Path, tool: str):
+    def __init__(self, target: Path, tool: str, *, shared: bool = False):
         self.target = Path(os.path.realpath(target))
         self.path = Path(f"{self.target}{SUFFIX}")
         self._tool = tool
+        self._shared = shared
         self._lock_name = f"{tool}.lock"
         self._mark = f"{tool} builds its result in this folder, and removes the folder when it is done.\n".encode()
 
     def __enter__(self) -> "PartialFolder":
         self._is_gone = False
         self._made = [parent for parent in self.path.parents if not parent.exists()]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            is_new = self._make()
-            self.folder = open_folder(self.path, follow=False)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path}: {error.strerror}. Choose a place where you may make a folder."
-            ) from error
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.folder.close)
-            if not (is_new or self._is_private()) or not self._is_ours():
-                raise CheckpointError(
-                    f"{self.path}: is in the way and not ours: it holds no unfinished run of {self._tool}, or others"
-                    " may write to it. Remove it, or choose another name for the result."
-                )
-            self._lock_fd = self._take_lock()
-            on_failure.callback(os.close, self._lock_fd)
-            _clean(self.folder)
-            on_failure.pop_all()
+        while not self._open():
+            pass
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,6 +69,48 @@ class PartialFolder:
         with contextlib.suppress(OSError):  # somebody else uses a folder by now
             for folder in [self.path, *(self._made if parents else ())]:
                 folder.rmdir()
+
+    def share(self) -> None:
+        """Let others in. Raises CheckpointError where a run that wants the folder for itself was quicker."""
+        self.is_alone = False
+        if not (relock(self._lock_fd, shared=True) and self.folder.holds(self._lock_name, self._lock_fd)):
+            raise self._busy()
+
+    def take_alone(self) -> bool:
+        """Lock all others out again; False where some are still at work. Then nothing may be written any more."""
+        self.is_alone = relock(self._lock_fd, shared=False) and self.folder.holds(self._lock_name, self._lock_fd)
+        if self.is_alone:
+            _clean(self.folder)
+        return self.is_alone
+
+    def _open(self) -> bool:
+        """Make or open the folder and take its lock; False where it was removed meanwhile."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            is_new = self._make()
+            self.folder = open_folder(self.path, follow=False)
+        except OSError as error:
+            if self._shared and isinstance(error, FileNotFoundError):
+                return False
+            raise CheckpointError(
+                f"{self.path}: {error.strerror}. Choose a place where you may make a folder."
+            ) from error
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.folder.close)
+            if not (is_new or self._is_private()) or not self._is_ours():
+                raise CheckpointError(
+                    f"{self.path}: is in the way and not ours: it holds no unfinished run of {self._tool}, or others"
+                    " may write to it. Remove it, or choose another name for the result."
+                )
+            fd = self._take_lock()
+            if fd is None:
+                return False
+            self._lock_fd = fd
+            on_failure.callback(os.close, self._lock_fd)
+            if self.is_alone:
+                _clean(self.folder)
+            on_failure.pop_all()
+        return True
 
     def _make(self) -> bool:
         """Make the folder; return False where something of that name is there."""
@@ -120,15 +148,22 @@ class PartialFolder:
         # Killed at once, a run leaves the lock alone, without its text.
         return mark == self._mark or (names == [self._lock_name] and self._mark.startswith(mark))
 
-    def _take_lock(self) -> int:
+    def _take_lock(self) -> int | None:
+        """Return the lock's descriptor, None where it is shared and was removed while this one waited for it."""
         fd = self.folder.lock(self._lock_name)
+        self.is_alone = fd is not None
         if fd is None:
-            raise CheckpointError(f"{self.path}: another run is at work on it. Wait for it or stop it.")
+            if self._shared:
+                return self.folder.lock(self._lock_name, shared=True)
+            raise self._busy()
         if os.fstat(fd).st_size != len(self._mark):
             write_all(fd, memoryview(self._mark), 0)
             os.fsync(fd)
             self.folder.sync()
         return fd
+
+    def _busy(self) -> CheckpointError:
+        return CheckpointError(f"{self.path}: another run is at work on it. Wait for it or stop it.")
 
 
 def _clean(folder: Folder) -> None:
