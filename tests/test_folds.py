@@ -17,9 +17,9 @@ from convert_ckpt.plan.preset import load_preset, preset_names
 from run_ckpt import load_quantized, record_statistics
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.contract.folds import Fold
-from run_ckpt.contract.manifest import read_manifest
 from run_ckpt.progress import Silent
 from run_ckpt.storage.layer_statistics import read_statistics
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, load_all, save_checkpoint
