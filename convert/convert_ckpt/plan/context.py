@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.preset import Preset, Runtime
 from convert_ckpt.plan.recipe import KEEP
 from convert_ckpt.plan.runtime_names import runtime_names
+from convert_ckpt.plan.shape_rules import linear_module
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.dialects.table import DIALECTS, choose_dialect, dialect_fault
@@ -29,6 +30,11 @@ class PlanContext:
     options: Options
     preset: Preset
     linears: dict[str, TensorSpec]
+
+    @cached_property
+    def swapped(self) -> set[str]:
+        """The linear modules whose rows are not in the order in which the source stores them."""
+        return {module for view in self.source.views if len(view.ranges) > 1 and (module := linear_module(view.spec))}
 
     @property
     def naming(self) -> str:

@@ -41,8 +41,7 @@ def choose_rules(source: Component, options: Options) -> tuple[PlanContext, list
     preset = load_preset(name) if name else find_preset(source.class_name)
     if preset.name == GENERIC and name is None:
         raise UsageError(_ask_for_preset(source))
-    specs = [tensor.spec for _, tensor in source.folder.tensors()]
-    linears = {module: spec for spec in specs if (module := linear_module(spec))}
+    linears = {module: view.spec for view in source.views if (module := linear_module(view.spec))}
     edges = edge_rules(linears, options.keep_first, options.keep_last)
     rules = [*ignore_rules(options.ignore), *edges, *recipe_rules]
     missing = unmatched_rules(linears, rules)
@@ -125,6 +124,8 @@ def _guarded(context: PlanContext, module: str, decision: Decision) -> Decision:
     if context.preset.name == GENERIC and split_name(module)[1] is None and not is_asked_for:
         reason = "outside the numbered blocks, and no preset knows this class"
         return Decision(KEEP, reason, DecidedBy(UNKNOWN_CLASS))
+    if module in context.swapped:
+        return Decision(KEEP, "its halves change places, which only a copy can do", DecidedBy(SHAPE))
     unfit = reason_to_keep(
         context.linears[module],
         context.options.scheme(decision.format),

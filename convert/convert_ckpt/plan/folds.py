@@ -11,9 +11,10 @@ import numpy as np
 
 from convert_ckpt.plan.calibration import Calibration
 from convert_ckpt.plan.context import PlanContext
-from convert_ckpt.plan.preset import FoldPattern, fill_pattern, pattern_regex
+from convert_ckpt.plan.preset import FoldPattern
 from run_ckpt.contract.folds import Fold, FoldedRows
 from run_ckpt.contract.manifest import Layer
+from run_ckpt.contract.module_names import fill_pattern, pattern_regex
 from run_ckpt.contract.tensors import TensorSpec
 
 # Of these dtypes a power of two takes nothing away, down to a range that no weight reaches.
@@ -41,7 +42,7 @@ class FoundFolds:
 def find_folds(context: PlanContext, layers: Mapping[str, Layer], calibration: Calibration) -> FoundFolds:
     """Return the folds of all layers that are quantized; none without --fold."""
     folds, refused = [], []
-    specs = {tensor.spec.name: tensor.spec for _, tensor in context.source.folder.tensors()}
+    specs = {view.spec.name: view.spec for view in context.source.views}
     for pattern in context.preset.folds if context.options.fold else ():
         if pattern.classes and context.source.class_name not in pattern.classes:
             continue

@@ -18,12 +18,14 @@ from convert_ckpt.source.component import Component
 from run_ckpt.contract.decided_by import BY_KIND
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import FaultsError
+from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.folds import Fold, folds_by_tensor
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.manifest_checks import repeated_names
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
+from run_ckpt.storage.shards import MAIN_STEMS
 from run_ckpt.version import VERSION
 
 TOOL_NAME = "convert-ckpt"
@@ -69,9 +71,9 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
     if faults:
         raise FaultsError(f"{source.name}: can't be converted as asked", faults)
     manifest = replace(manifest, targets={name: verdict.reason for name, verdict in verdicts.items()})
-    files = _make_files(tensors, manifest)
+    files = _make_files(source, tensors, manifest)
     warnings = (*source.notes, *found.notes, *target_notes(context, verdicts))
-    return Plan(tensors, files, manifest, scales, warnings, calibration.statistics)
+    return Plan(tensors, files, manifest, scales, warnings, calibration.statistics, _unused(source))
 
 
 def _nothing_to_convert(decisions: Mapping[str, Decision]) -> str:
@@ -104,13 +106,13 @@ def _make_tensors(
 ) -> tuple[TensorPlan, ...]:
     tensors = []
     fold_of = folds_by_tensor(folds)
-    for shard, stored in source.folder.tensors():
-        module = linear_module(stored.spec)
-        decision = decisions[module] if module else Decision(KEEP, reason_not_linear(stored.spec), BY_KIND)
+    for view in source.views:
+        module = linear_module(view.spec)
+        decision = decisions[module] if module else Decision(KEEP, reason_not_linear(view.spec), BY_KIND)
         layer = layers.get(module) if module else None
         statistics = calibration.hessians.get(layer.module) if layer else None
-        fold = fold_of.get(stored.spec.name)
-        tensors.append(TensorPlan(shard.name, stored, layer, decision.reason, decision.decided_by, statistics, fold))
+        fold = fold_of.get(view.spec.name)
+        tensors.append(TensorPlan(view, layer, decision.reason, decision.decided_by, statistics, fold))
     return tuple(tensors)
 
 
@@ -139,7 +141,7 @@ def _make_manifest(
     }
     return Manifest(
         tool={"name": TOOL_NAME, "version": VERSION},
-        source={"name": context.source.name, "revision": context.source.revision, **_card(context.source)},
+        source={"name": context.source.name, "revision": context.source.revision, **_source_facts(context.source)},
         recipe=recipe,
         layers=layers,
         kept={name: KeptTensor(tensor.spec, tensor.reason, tensor.decided_by) for name, tensor in kept.items()},
@@ -148,8 +150,14 @@ def _make_manifest(
     )
 
 
-def _card(source: Component) -> dict[str, Any]:
-    return {"card": source.card} if source.card else {}
+def _source_facts(source: Component) -> dict[str, Any]:
+    facts: dict[str, Any] = {"card": source.card} if source.card else {}
+    return {**facts, "tensors": source.translation.to_json()} if source.translation else facts
+
+
+def _unused(source: Component) -> tuple[TensorPlan, ...]:
+    views = source.translation.unused if source.translation else ()
+    return tuple(TensorPlan(view, None, f"no tensor of {source.class_name}", BY_KIND) for view in views)
 
 
 def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -> dict[str, FusedScale]:
@@ -170,8 +178,11 @@ def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -
     return fused
 
 
-def _make_files(tensors: tuple[TensorPlan, ...], manifest: Manifest) -> tuple[FilePlan, ...]:
-    """One output shard per source shard, or a single file where the dialect wants one."""
+def _make_files(source: Component, tensors: tuple[TensorPlan, ...], manifest: Manifest) -> tuple[FilePlan, ...]:
+    """One output shard per source shard, or a single file where the dialect wants one.
+
+    A translated file gets the name that diffusers looks for.
+    """
     outputs: dict[str, list[TensorSpec]] = {}
     shard_of: dict[str, str] = {}
     for tensor in tensors:
@@ -183,6 +194,8 @@ def _make_files(tensors: tuple[TensorPlan, ...], manifest: Manifest) -> tuple[Fi
         outputs[shard_of[fused.members[0]]].append(fused.spec)
     metadata = header_metadata(manifest)
     file_name = DIALECTS[manifest.dialect].file_name
+    if source.translation and len(outputs) == 1:
+        file_name = file_name or MAIN_STEMS[0] + SUFFIX
     if file_name:
         merged = [spec for specs in outputs.values() for spec in specs]
         return (FilePlan(file_name, build_header(merged, metadata), tuple(outputs)),)

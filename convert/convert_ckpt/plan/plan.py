@@ -11,8 +11,9 @@ from run_ckpt.contract.decided_by import DecidedBy
 from run_ckpt.contract.folds import TensorFold
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
-from run_ckpt.storage.header import Header, StoredTensor
+from run_ckpt.storage.header import Header
 from run_ckpt.storage.layer_statistics import InputStatistics
+from run_ckpt.storage.views import View
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,7 @@ class TensorPlan:
     ``fold`` is what changes its values before.
     """
 
-    shard: str
-    stored: StoredTensor
+    view: View
     layer: Layer | None
     reason: str
     decided_by: DecidedBy
@@ -33,7 +33,11 @@ class TensorPlan:
 
     @property
     def spec(self) -> TensorSpec:
-        return self.stored.spec
+        return self.view.spec
+
+    @property
+    def shard(self) -> str:
+        return self.view.shard
 
     @cached_property
     def output_nbytes(self) -> int:
@@ -55,7 +59,8 @@ class Plan:
     """All decisions for one component. ``tensors`` keep the source's order: by shard, by offset.
 
     ``manifest`` is complete but for the measured errors and the files. ``input_scales`` maps a
-    module to its static activation scale, ``statistics`` to those of its input that were given.
+    module to its static activation scale, ``statistics`` to those of its input that were given. ``unused`` are the
+    tensors that the output has no place for; they are read for the hash of their shards.
     """
 
     tensors: tuple[TensorPlan, ...]
@@ -64,6 +69,7 @@ class Plan:
     input_scales: dict[str, np.float32]
     warnings: tuple[str, ...]
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    unused: tuple[TensorPlan, ...] = ()
 
     def file_of_tensors(self) -> dict[str, str]:
         """Return output tensor -> name of its file."""
@@ -71,7 +77,7 @@ class Plan:
 
     @property
     def source_nbytes(self) -> int:
-        return sum(tensor.spec.nbytes for tensor in self.tensors)
+        return sum(tensor.spec.nbytes for tensor in (*self.tensors, *self.unused))
 
     @property
     def output_nbytes(self) -> int:

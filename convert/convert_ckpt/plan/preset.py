@@ -1,20 +1,13 @@
 """What is known of each model class: the data files in presets/, read into records."""
 
-import re
-import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.storage.files import read_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from run_ckpt.contract.module_names import pattern_regex
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 GENERIC = "generic"
@@ -153,23 +146,3 @@ def find_preset(class_name: str | None) -> Preset:
         if class_name and any(fnmatchcase(class_name, pattern) for pattern in preset.classes):
             return preset
     return load_preset(GENERIC)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return a TOML file's table. Raises UsageError where it cannot be read."""
-    try:
-        return tomllib.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not a readable TOML file ({error}). Correct it.") from error
-
-
-@cache
-def pattern_regex(pattern: str) -> re.Pattern[str]:
-    """Return the regex of a pattern in which ``*`` captures any run of characters."""
-    return re.compile("(.*)".join(re.escape(part) for part in pattern.split("*")))
-
-
-def fill_pattern(pattern: str, captured: tuple[str, ...]) -> str:
-    """Return ``pattern`` with its ``*`` replaced by the captured texts, in order."""
-    texts = iter(captured)
-    return re.sub(r"\*", lambda _: next(texts), pattern)

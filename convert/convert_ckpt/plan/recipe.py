@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from convert_ckpt.plan.preset import FusedPattern, Preset, fill_pattern, pattern_regex, read_toml
+from convert_ckpt.plan.preset import FusedPattern, Preset
+from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.decided_by import BY_FORMAT, EDGE, FUSED, IGNORE, PRESET, RECIPE, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS
-from run_ckpt.contract.module_names import split_name
+from run_ckpt.contract.module_names import fill_pattern, pattern_regex, split_name
 from run_ckpt.contract.tensors import TensorSpec
 
 KEEP = "keep"

@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from convert_ckpt.plan.preset import Runtime, fill_pattern, pattern_regex
+from convert_ckpt.plan.preset import Runtime
+from run_ckpt.contract.module_names import fill_pattern, pattern_regex
 from run_ckpt.contract.targets import PART, TEXT
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_ckpt.plan.candidates import Group, Prediction
-from convert_ckpt.plan.preset import read_toml
+from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import join_names
 

@@ -15,8 +15,8 @@ from convert_ckpt.source.shards import FetchStep, ShardProvider
 from run_ckpt.contract.errors import NonFiniteError
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.progress import Progress
-from run_ckpt.storage.header import StoredTensor
 from run_ckpt.storage.reader import read_fully
+from run_ckpt.storage.views import View
 
 # All layers in work together, as far as one alone does not take more.
 _IN_FLIGHT_NBYTES = 384 * 2**20
@@ -27,8 +27,7 @@ class _Weight:
     """A weight, where it lies, and what it would be in each format."""
 
     module: str
-    shard: str
-    stored: StoredTensor
+    view: View
     layers: Mapping[str, Layer]
 
 
@@ -37,9 +36,9 @@ def measure_damages(
 ) -> dict[str, dict[str, Damage]]:
     """Return layer -> format -> what its weights lose. Raises NonFiniteError for one that holds NaN or infinity."""
     weights = _list_weights(source, groups)
-    largest = max((weight.stored.spec.nbytes for weight in weights), default=1)
-    shards = list(dict.fromkeys(weight.shard for weight in weights))
-    progress.start("measure damage", sum(weight.stored.spec.nbytes for weight in weights))
+    largest = max((weight.view.spec.nbytes for weight in weights), default=1)
+    shards = list(dict.fromkeys(weight.view.shard for weight in weights))
+    progress.start("measure damage", sum(weight.view.spec.nbytes for weight in weights))
     # As in a conversion, one shard comes while the one before it is worked on.
     provider.start([FetchStep(shard, frozenset(shards[: max(0, i - 1)])) for i, shard in enumerate(shards)])
     found: dict[str, dict[str, Damage]] = {}
@@ -48,7 +47,7 @@ def measure_damages(
             for shard in shards:
                 fd = os.open(provider.wait(shard), os.O_RDONLY)
                 try:
-                    inside = [weight for weight in weights if weight.shard == shard]
+                    inside = [weight for weight in weights if weight.view.shard == shard]
                     measured = pool.map(_measure, inside, [fd] * len(inside), [progress] * len(inside))
                     found |= {weight.module: damages for weight, damages in zip(inside, measured, strict=True)}
                 finally:
@@ -67,23 +66,23 @@ def _list_weights(source: Component, groups: Iterable[Group]) -> list[_Weight]:
             for layer in layers:
                 candidates.setdefault(layer.source_tensor, {})[name] = layer
     weights = []
-    for shard, stored in source.folder.tensors():
-        if stored.spec.name in candidates:
-            possible = candidates[stored.spec.name]
-            weights.append(_Weight(next(iter(possible.values())).module, shard.name, stored, possible))
+    for view in source.views:
+        if view.spec.name in candidates:
+            possible = candidates[view.spec.name]
+            weights.append(_Weight(next(iter(possible.values())).module, view, possible))
     return weights
 
 
 def _measure(weight: _Weight, fd: int, progress: Progress) -> dict[str, Damage]:
-    spec = weight.stored.spec
+    spec = weight.view.spec
     raw = np.empty(spec.nbytes, np.uint8)
-    read_fully(fd, raw.data, weight.stored.offset, weight.shard)
+    read_fully(fd, raw.data, weight.view.offset, weight.view.shard)
     bits = weight_bits(raw, spec.dtype, spec.shape[1])
     largest = largest_magnitude(bits)
     if not is_finite(largest):
         raise NonFiniteError(
-            f"{weight.shard}: {spec.name} holds NaN or infinity, for which no code stands. Repair the source, or keep"
-            " this layer with --ignore."
+            f"{weight.view.shard}: {spec.name} holds NaN or infinity, for which no code stands. Repair the source, or"
+            " keep this layer with --ignore."
         )
     buffers, damages = Buffers(), {}
     for name, layer in weight.layers.items():

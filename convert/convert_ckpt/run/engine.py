@@ -156,7 +156,7 @@ class Engine:
             self._outputs.write(slab.tensor.spec.name, slab.start, _fold(slab, raw) if slab.tensor.fold else raw)
         elif slab.action == "scan":
             self._scan(slab, raw)
-        else:
+        elif slab.action != "hash":
             self._quantize(slab, raw, buffers)
         self._progress.advance(_progress(slab))
         self._readers.count(slab)

@@ -23,7 +23,7 @@ def check_identity(plan: Plan, source: TensorFolder) -> None:
             row = np.empty(tensor.spec.nbytes // tensor.layer.N, np.uint8)
             fd = open_to_read(shards[tensor.shard])
             try:
-                read_fully(fd, row.data, tensor.stored.offset, tensor.shard)
+                read_fully(fd, row.data, tensor.view.offset, tensor.shard)
             finally:
                 os.close(fd)
             faults.append(identity_fault(plan, tensor, row))

@@ -70,7 +70,7 @@ class ShardReaders:
 
     def describe_nonfinite(self, plan: TensorPlan) -> str:
         """Name the first element of a weight that is NaN or infinite."""
-        tensor = plan.stored
+        tensor = plan.view
         N, K = tensor.spec.shape
         row = np.empty(tensor.spec.nbytes // N, np.uint8)
         for n in range(N):

@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 from convert_ckpt.plan.plan import Plan, TensorPlan
@@ -14,18 +15,18 @@ SLAB_NBYTES = 2 * 2**20
 # Two encodes per scan, so the backlog shrinks.
 _ENCODES_PER_SCAN = 2
 
-Action = Literal["copy", "quantize", "scan", "encode"]
+Action = Literal["copy", "quantize", "scan", "encode", "hash"]
 
 
 @dataclass(frozen=True)
 class Slab:
     """``nbytes`` bytes of a source tensor from byte ``start``; rows from ``row`` on if it is a weight or folded.
 
-    copy and quantize read and write; a weight with a scale of its own is read twice, to scan its amax and to
-    encode it. ``hash_order`` numbers the slabs that together are all bytes of a source shard; it is None for
-    a second reading, and for one of a shard that is no file of the plan. ``outputs`` are the files it writes to: none
-    if only the scan is needed, two where another file repeats its scale. A layer with statistics is quantized or
-    encoded as one slab.
+    They lie at ``offset`` in the shard. copy and quantize read and write; a weight with a scale of its own is read
+    twice, to scan its amax and to encode it; hash reads what has no place in the output. ``hash_order`` numbers the
+    slabs that together are all bytes of a source shard; it is None for a second reading, and for one of a shard that
+    is no file of the plan. ``outputs`` are the files it writes to, or that wait for its hash: none if only the scan is
+    needed, two where another file repeats its scale. A layer with statistics is quantized or encoded as one slab.
     """
 
     action: Action
@@ -33,13 +34,9 @@ class Slab:
     start: int
     nbytes: int
     row: int
+    offset: int
     hash_order: int | None
     outputs: tuple[str, ...]
-
-    @property
-    def offset(self) -> int:
-        """Where the slab begins in its shard."""
-        return self.tensor.stored.offset + self.start
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,8 @@ def narrow(plan: Plan, names: Collection[str], known_groups: Collection[str]) ->
     tensors = tuple(tensor for tensor in plan.tensors if is_needed(tensor) or scale_group(tensor) in groups)
     layers = {tensor.layer.module: tensor.layer for tensor in tensors if tensor.layer}
     manifest = replace(plan.manifest, layers=layers, fused_scales=fused)
-    return replace(plan, tensors=tensors, files=files, manifest=manifest)
+    unused = tuple(tensor for tensor in plan.unused if tensor.shard in shards)
+    return replace(plan, tensors=tensors, files=files, manifest=manifest, unused=unused)
 
 
 def scale_group(tensor: TensorPlan) -> str | None:
@@ -101,15 +99,20 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     known_groups: groups whose amax is known, so that nothing is scanned.
     """
     places = list_places(plan)
-    hashed = {shard for file in plan.files for shard in file.source_shards}
+    hashed = {shard: file.name for file in plan.files for shard in file.source_shards}
+    unused = {tensor.spec.name for tensor in plan.unused}
     slabs: list[Slab] = []
     encodes: dict[str, list[Slab]] = {}
     n_hashed: Counter[str] = Counter()
-    for tensor in plan.tensors:
+    for tensor in sorted([*plan.tensors, *plan.unused], key=lambda tensor: (tensor.shard, tensor.view.offset)):
         names = tensor.layer.tensors.values() if tensor.layer else [tensor.spec.name]
         files = tuple(dict.fromkeys(place.file for name in names for place in places.get(name, ())))
         group, whole = scale_group(tensor), bool(tensor.statistics)
         action: Action = "copy" if tensor.layer is None else "encode" if group else "quantize"
+        if tensor.spec.name in unused:
+            if tensor.shard not in hashed:
+                continue
+            action, files = "hash", (hashed[tensor.shard],)
         if group and group not in known_groups:
             if files:
                 encodes.setdefault(group, []).extend(
@@ -164,16 +167,20 @@ def _with_encodes(slabs: list[Slab], encodes: dict[str, list[Slab]]) -> list[Sla
     return [*merged, *waiting]
 
 
-def split(tensor: TensorPlan, *, whole: bool = False) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, nbytes, row) of the slabs of a tensor, or of it as one slab. An empty tensor is one too."""
-    nbytes = tensor.spec.nbytes
+def split(tensor: TensorPlan, *, whole: bool = False) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (start, nbytes, row, offset in the shard) of the slabs of a tensor, in the order of the shard.
+
+    whole: as one slab. An empty tensor is one too.
+    """
     step, row_nbytes = SLAB_NBYTES, 0
     if tensor.layer or tensor.fold:
-        row_nbytes = nbytes // tensor.spec.shape[0]
+        row_nbytes = tensor.spec.nbytes // tensor.spec.shape[0]
         multiple = tensor.layer.scheme.row_multiple if tensor.layer else 1
         step = max(1, SLAB_NBYTES // (row_nbytes * multiple)) * multiple * row_nbytes
     if whole:
-        step = max(1, nbytes)
-    for start in range(0, max(nbytes, 1), step):
-        row = start // row_nbytes if row_nbytes else 0
-        yield start, min(step, nbytes - start), row
+        step = max(1, tensor.spec.nbytes)
+    first_bytes = accumulate((length for _, length in tensor.view.ranges), initial=0)
+    for (offset, length), first in sorted(zip(tensor.view.ranges, first_bytes, strict=False)):
+        for at in range(0, max(length, 1), step):
+            row = (first + at) // row_nbytes if row_nbytes else 0
+            yield first + at, min(step, length - at), row, offset + at

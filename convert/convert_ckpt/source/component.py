@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from convert_ckpt.source.original import Translation, translate
 from convert_ckpt.source.signatures import find_refusal
 from convert_ckpt.source.source_card import read_source_card
 from run_ckpt.contract.errors import FaultsError
@@ -14,6 +15,7 @@ from run_ckpt.storage.files import leads_outside
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.side_files import WEIGHT_SUFFIXES, is_side_file
+from run_ckpt.storage.views import View, whole_views
 
 _QUANTIZED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _QUANTIZED_NAMES = re.compile(
@@ -31,7 +33,8 @@ class Component:
     """One model component: its shards, its config.json and the small files beside them.
 
     ``name`` is a folder name or a Hub repo id, never a path; ``config`` is None without config.json;
-    ``card`` is what source_card.py takes from its model card.
+    ``card`` is what source_card.py takes from its model card. With a ``translation`` the tensors have diffusers' names,
+    and ``config`` is as diffusers would have written it.
     """
 
     folder: TensorFolder
@@ -41,6 +44,12 @@ class Component:
     side_files: tuple[Path, ...]
     notes: tuple[str, ...]
     card: dict[str, Any] = field(default_factory=dict)
+    translation: Translation | None = None
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The tensors to convert: as they are stored, or as a translation has them; by shard, by offset."""
+        return self.translation.views if self.translation else whole_views(self.folder)
 
     @property
     def class_name(self) -> str | None:
@@ -72,7 +81,11 @@ def open_component(path: Path) -> Component:
     faults += [refusal] if refusal else _quantized_faults(folder, config)
     if faults:
         raise FaultsError(f"{path.name}: can't be converted", faults)
-    return component
+    translation = translate(folder, component.class_name)
+    if translation is None:
+        return component
+    notes.append(translation.note)
+    return replace(component, config=translation.config, notes=tuple(notes), translation=translation)
 
 
 def _class_name(config: dict[str, Any]) -> Any:

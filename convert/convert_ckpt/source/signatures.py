@@ -67,15 +67,10 @@ _SIGNATURES = (
 )
 # Names that other programs than diffusers give the tensors of a class; "*" may be their prefix for the model.
 _ORIGINAL_NAMES = {
-    "Flux2Transformer2DModel": "*single_stream_modulation.lin.weight",
     "ChromaTransformer2DModel": "*distilled_guidance_layer.in_proj.weight",
-    "FluxTransformer2DModel": "*double_blocks.0.img_attn.norm.key_norm.scale",
-    "HunyuanVideoTransformer3DModel": "*double_blocks.0.img_attn_qkv.weight",
     "LTX2VideoTransformer3DModel": "*audio_patchify_proj.weight",
     "LTXVideoTransformer3DModel": "*patchify_proj.weight",
-    "WanTransformer3DModel": "*head.modulation",
     "Lumina2Transformer2DModel": "*layers.0.adaLN_modulation.1.weight",
-    "ZImageTransformer2DModel": "*layers.0.attention.qkv.weight",
     "SD3Transformer2DModel": "*joint_blocks.0.x_block.attn.qkv.weight",
     "MochiTransformer3DModel": "*blocks.0.attn.qkv_x.weight",
     "AuraFlowTransformer2DModel": "*double_layers.0.attn.w2q.weight",

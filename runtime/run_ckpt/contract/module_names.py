@@ -1,6 +1,7 @@
-"""Module names that lie in numbered blocks: ``transformer_blocks.3.attn.to_q``."""
+"""Names of modules and tensors: their numbered block (``transformer_blocks.3.attn.to_q``), and patterns on them."""
 
 import re
+from functools import cache
 
 _IN_BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<block>\d+)\.(?P<projection>.+)")
 
@@ -18,3 +19,15 @@ def block_pattern(name: str) -> str:
     """Return the name with its block number as ``*``, which like modules of all blocks share."""
     stack, block, projection = split_name(name)
     return name if block is None else ".".join(filter(None, (stack, "*", projection)))
+
+
+@cache
+def pattern_regex(pattern: str) -> re.Pattern[str]:
+    """Return the regex of a pattern in which ``*`` captures any run of characters."""
+    return re.compile("(.*)".join(re.escape(part) for part in pattern.split("*")))
+
+
+def fill_pattern(pattern: str, captured: tuple[str, ...]) -> str:
+    """Return ``pattern`` with its ``*`` replaced by the captured texts, in order."""
+    texts = iter(captured)
+    return re.sub(r"\*", lambda _: next(texts), pattern)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.shards import TensorFolder
+from run_ckpt.storage.views import View, whole_views
 
 if TYPE_CHECKING:  # convert-ckpt reads its source without torch
     from torch import Tensor
@@ -40,22 +41,23 @@ class TensorReader:
     A context manager: files are open from its start to its end.
     """
 
-    def __init__(self, folder: TensorFolder):
+    def __init__(self, folder: TensorFolder, views: Iterable[View] | None = None):
+        """views: the tensors by the names they are read under. Default: as they are stored."""
         self._folder = folder
-        self._places = {tensor.spec.name: (shard, tensor) for shard, tensor in folder.tensors()}
+        self._views = {view.spec.name: view for view in (whole_views(folder) if views is None else views)}
         self._fds: dict[str, int] = {}
         self._mapped: dict[str, Tensor] = {}
 
     def spec(self, name: str) -> TensorSpec | None:
         """Return the spec of a stored tensor, None where there is none of that name."""
-        return self._places[name][1].spec if name in self._places else None
+        return self._views[name].spec if name in self._views else None
 
     def stored_spec(self, name: str) -> TensorSpec:
         """Return the spec of a tensor that is stored."""
-        return self._places[name][1].spec
+        return self._views[name].spec
 
     def shard_name(self, name: str) -> str:
-        return self._places[name][0].name
+        return self._views[name].shard
 
     def read(self, name: str, start: int, nbytes: int) -> Tensor:
         """Return uint8 [nbytes]: bytes ``start``.. of tensor ``name``. Raises CheckpointError if the file ends."""
@@ -67,8 +69,10 @@ class TensorReader:
 
     def read_into(self, name: str, start: int, data: Tensor) -> None:
         """Fill ``data``, uint8 [nbytes] on the CPU, with bytes ``start``.. of tensor ``name``; raises as read."""
-        shard, stored = self._places[name]
-        read_fully(self._fds[shard.name], data.numpy().data, stored.offset + start, shard.name)
+        view, rest = self._views[name], data.numpy().data
+        for offset, nbytes in view.pieces(start, len(rest)):
+            read_fully(self._fds[view.shard], rest[:nbytes], offset, view.shard)
+            rest = rest[nbytes:]
 
     def mapped(self, name: str) -> Tensor:
         """Return uint8 [nbytes]: the whole tensor, mapped from its file and read when it is used, as safetensors does.
@@ -77,16 +81,17 @@ class TensorReader:
         """
         import torch
 
-        shard, stored = self._places[name]
-        if shard.name not in self._mapped:
+        view = self._views[name]
+        ((offset, nbytes),) = view.ranges
+        if view.shard not in self._mapped:
             access = mmap.PROT_READ | mmap.PROT_WRITE  # of pages that are our own as soon as they are written
-            mapped = mmap.mmap(self._fds[shard.name], shard.header.file_nbytes, flags=mmap.MAP_PRIVATE, prot=access)
-            self._mapped[shard.name] = torch.frombuffer(mapped, dtype=torch.uint8)
-        return self._mapped[shard.name][stored.offset : stored.end]
+            mapped = mmap.mmap(self._fds[view.shard], 0, flags=mmap.MAP_PRIVATE, prot=access)
+            self._mapped[view.shard] = torch.frombuffer(mapped, dtype=torch.uint8)
+        return self._mapped[view.shard][offset : offset + nbytes]
 
     def read_all(self, name: str) -> Tensor:
         """Return uint8 [nbytes]: the whole tensor. For scales of FP8 and other small ones."""
-        return self.read(name, 0, self._places[name][1].spec.nbytes)
+        return self.read(name, 0, self._views[name].spec.nbytes)
 
     def __enter__(self) -> TensorReader:
         self._fds = {shard.name: open_to_read(shard.path) for shard in self._folder.shards}

@@ -16,6 +16,7 @@ from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import read_folder
 from run_ckpt.storage.threads import map_threads
+from run_ckpt.storage.views import recorded_views
 from run_ckpt.tools.verify.files import file_faults, source_faults
 from run_ckpt.tools.verify.tensors import (
     Measured,
@@ -125,8 +126,9 @@ def _compare_source(
     if source_folder is None:
         return []
     progress.start(_label("hash source", name), sum(entry["nbytes"] for entry in manifest.source["files"].values()))
-    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, progress)
-    with TensorReader(source_folder) as source:
+    views = recorded_views(source_folder, manifest.source.get("tensors"))
+    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, views, progress)
+    with TensorReader(source_folder, views) as source:
         layers = [
             layer for layer in manifest.layers.values() if _is_stored(reader, layer) and _is_source(source, layer)
         ]

@@ -1,7 +1,7 @@
 """Files of a converted checkpoint against its manifest, config.json and index: every fault, as sentences."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from run_ckpt.progress import Progress
 from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder
+from run_ckpt.storage.views import View
 
 _REFETCH = "Fetch it again, or convert again."
 
@@ -40,27 +41,36 @@ def file_faults(folder: Path, files: Mapping[str, Mapping[str, Any]], authority:
 
 
 def source_faults(
-    manifest: Manifest, output: TensorFolder, source_path: Path, source: TensorFolder, progress: Progress
+    manifest: Manifest,
+    output: TensorFolder,
+    source_path: Path,
+    source: TensorFolder,
+    views: Collection[View],
+    progress: Progress,
 ) -> list[str]:
-    """Return a sentence for everything in SOURCE that is not what the checkpoint says it was made from."""
+    """Return a sentence for everything in SOURCE that is not what the checkpoint says it was made from.
+
+    views: the source's tensors under the names that they have in the checkpoint.
+    """
     files = manifest.source["files"]
+    is_translated = "tensors" in manifest.source
     faults = [
         f"source {shard.name}: the checkpoint was not made from it. Give the SOURCE it was made from."
         for shard in source.shards
-        if shard.name not in files
+        if shard.name not in files and not is_translated
     ]
     faults += [f"source {fault}" for fault in file_faults(source.root, files, "the manifest", progress)]
     expected = {
         layer.source_tensor: TensorSpec(layer.source_tensor, layer.source_dtype, (layer.N, layer.K))
         for layer in manifest.layers.values()
     } | {kept.spec.name: kept.spec for kept in manifest.kept.values()}
-    stored = {tensor.spec.name: tensor.spec for _, tensor in source.tensors()}
-    shard_of = {tensor.spec.name: f"source {shard.name}" for shard, tensor in source.tensors()}
+    stored = {view.spec.name: view.spec for view in views}
+    shard_of = {view.spec.name: f"source {view.shard}" for view in views}
     faults += spec_faults(expected, stored, shard_of, "the manifest")
     if source.index_name and output.index_name not in (source.index_name, None):
         faults.append(f"{output.index_name}: the source calls its index {source.index_name}. Convert again.")
     if source_path.is_dir():
-        faults += _config_difference(source_path, output.root)
+        faults += [] if is_translated else _config_difference(source_path, output.root)
         faults += _side_file_differences(manifest, output, source_path)
     return faults
 

@@ -1,0 +1,146 @@
+"""Checkpoints under other names than diffusers' (BFL, ComfyUI, Wan): told by their tensors, translated by a map."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from convert_ckpt.source.original_configs import config_of
+from convert_ckpt.source.toml_files import read_toml
+from run_ckpt.contract.errors import FaultsError
+from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.module_names import fill_pattern, pattern_regex
+from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.storage.shards import TensorFolder
+from run_ckpt.storage.views import Rows, View, all_rows, make_view, tensor_places
+
+_FOLDER = Path(__file__).parent / "originals"
+# What stands before the names of the model, also in a file that holds more than the model.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a tensor whose name matches ``pattern`` holds: ``targets`` by diffusers' names, one below the other.
+
+    ``*`` is the same text in all of them. ``is_swapped``: the upper and the lower half of the rows change places.
+    """
+
+    pattern: str
+    targets: tuple[str, ...]
+    is_swapped: bool = False
+
+
+@dataclass(frozen=True)
+class Original:
+    """How a class is called elsewhere. ``known_by`` are tensors that together no other class has.
+
+    A tensor that holds several is cut by rows: each but the last gets as many as the tensor ``hidden`` has.
+    """
+
+    class_name: str
+    known_by: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    hidden: str
+
+    def find_rule(self, name: str) -> tuple[Rule, list[str]] | None:
+        """Return the rule for a tensor and the names it gives, None where no rule knows it."""
+        for rule in self.rules:
+            if match := pattern_regex(rule.pattern).fullmatch(name):
+                return rule, [fill_pattern(target, match.groups()) for target in rule.targets]
+        return None
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A checkpoint as diffusers has it: tensors by shard and place, config.json, and the stored tensors left out."""
+
+    class_name: str
+    views: tuple[View, ...]
+    config: dict[str, Any]
+    unused: tuple[View, ...]
+
+    @property
+    def note(self) -> str:
+        """What a person should know of it."""
+        left_out = f"; {len(self.unused)} tensors have no place there" if self.unused else ""
+        return f"read as {self.class_name}, with names and {CONFIG_NAME} as diffusers has them{left_out}"
+
+    def to_json(self) -> dict[str, list[tuple[str, int, int]]]:
+        """Return name -> stored tensor, first row, last row + 1 of each part."""
+        return {view.spec.name: [(part.tensor, part.start, part.stop) for part in view.rows] for view in self.views}
+
+
+def translate(folder: TensorFolder, class_name: str | None) -> Translation | None:
+    """Return the checkpoint under diffusers' names, None where no map knows it, or where these are its names.
+
+    class_name: what config.json says. Raises FaultsError with the tensors that the map has no place for.
+    """
+    places = tensor_places(folder)
+    original, prefix = _find_original(places.keys())
+    if original is None or original.class_name == class_name:
+        return None
+    hidden = places[prefix + original.hidden][1].spec.shape[0] if original.hidden else 0
+    views: list[View] = []
+    unused: list[View] = []
+    unknown: list[str] = []
+    for name, (_, stored) in places.items():
+        found = original.find_rule(name.removeprefix(prefix))
+        if not name.startswith(prefix) or (found and not found[1]):
+            unused.append(make_view(name, [all_rows(stored.spec)], places))
+        elif found is None:
+            unknown.append(name)
+        else:
+            rule, targets = found
+            parts = _halves(stored.spec) if rule.is_swapped else _cut(stored.spec, len(targets), hidden)
+            views += [make_view(target, rows, places) for target, rows in zip(targets, parts, strict=True)]
+    if unknown:
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        raise FaultsError(
+            f"{folder.root.name}: can't be converted",
+            [
+                f"{', '.join(unknown[:_SHOWN])}{more}: no tensors of {original.class_name}, which the others are. Give"
+                " a checkpoint of that class, or one in diffusers' form."
+            ],
+        )
+    views.sort(key=lambda view: (view.shard, view.offset))
+    shapes = {view.spec.name: view.spec.shape for view in views}
+    return Translation(original.class_name, tuple(views), config_of(original.class_name, shapes), tuple(unused))
+
+
+def _halves(spec: TensorSpec) -> list[list[Rows]]:
+    """Return the rows of the one tensor that a stored one is with its halves exchanged."""
+    half, end = spec.shape[0] // 2, spec.shape[0]
+    return [[Rows(spec.name, half, end), Rows(spec.name, 0, half)]]
+
+
+def _cut(spec: TensorSpec, n_parts: int, hidden: int) -> list[list[Rows]]:
+    """Return the rows of each tensor that a stored one holds."""
+    bounds = [*(hidden * i for i in range(n_parts)), all_rows(spec).stop]
+    return [[Rows(spec.name, *rows)] for rows in pairwise(bounds)]
+
+
+def _find_original(names: Collection[str]) -> tuple[Original | None, str]:
+    for original in originals():
+        for prefix in _PREFIXES:
+            if all(prefix + name in names for name in original.known_by):
+                return original, prefix
+    return None, ""
+
+
+@cache
+def originals() -> tuple[Original, ...]:
+    """Return all maps."""
+    return tuple(_read_original(path) for path in sorted(_FOLDER.glob("*.toml")))
+
+
+def _read_original(path: Path) -> Original:
+    table = read_toml(path)
+    rules = [Rule(pattern, (target,)) for pattern, target in table["names"].items()]
+    rules += [Rule(pattern, tuple(targets)) for pattern, targets in table.get("split", {}).items()]
+    rules += [Rule(pattern, (target,), is_swapped=True) for pattern, target in table.get("swapped", {}).items()]
+    rules += [Rule(pattern, ()) for pattern in table.get("unused", ())]
+    return Original(table["class"], tuple(table["known_by"]), tuple(rules), table.get("hidden", ""))

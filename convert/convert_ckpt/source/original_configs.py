@@ -1,0 +1,163 @@
+"""config.json of a checkpoint that came without one: from the shapes of its tensors, under diffusers' names."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Wan's norms of q and k are as wide as all heads, so that no shape tells this; all published models have it.
+_WAN_HEAD_DIM = 128
+
+
+def config_of(class_name: str, shapes: Shapes) -> dict[str, Any]:
+    """Return config.json. What no shape tells is what all published models of the class have."""
+    return {"_class_name": class_name, **_CONFIGS[class_name](shapes)}
+
+
+def _flux1(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels = shapes["x_embedder.weight"]
+    out_channels = shapes["proj_out.weight"][0]
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    return {
+        "patch_size": 1,
+        "in_channels": in_channels,
+        "out_channels": None if out_channels == in_channels else out_channels,
+        "num_layers": _count(shapes, "transformer_blocks"),
+        "num_single_layers": _count(shapes, "single_transformer_blocks"),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "axes_dims_rope": _axes_16(head_dim),
+    }
+
+
+def _flux2(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels = shapes["x_embedder.weight"]
+    out_channels = shapes["proj_out.weight"][0]
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    return {
+        "patch_size": 1,
+        "in_channels": in_channels,
+        "out_channels": None if out_channels == in_channels else out_channels,
+        "num_layers": _count(shapes, "transformer_blocks"),
+        "num_single_layers": _count(shapes, "single_transformer_blocks"),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "timestep_guidance_channels": shapes["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
+        "mlp_ratio": shapes["transformer_blocks.0.ff.linear_out.weight"][1] / hidden,
+        "axes_dims_rope": [head_dim // 4] * 4,
+        "rope_theta": 2000,
+        "eps": 1e-6,
+        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+    }
+
+
+def _z_image(shapes: Shapes) -> dict[str, Any]:
+    dim, patch_dim = shapes["all_x_embedder.2-1.weight"]
+    (head_dim,) = shapes["layers.0.attention.norm_q.weight"]
+    return {
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": patch_dim // 4,
+        "dim": dim,
+        "n_layers": _count(shapes, "layers"),
+        "n_refiner_layers": _count(shapes, "noise_refiner"),
+        "n_heads": dim // head_dim,
+        "n_kv_heads": dim // head_dim,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "cap_feat_dim": shapes["cap_embedder.1.weight"][1],
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": [head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8],
+        "axes_lens": [1536, 512, 512],
+    }
+
+
+def _qwen_image(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels = shapes["img_in.weight"]
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    return {
+        "patch_size": 2,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // 4,
+        "num_layers": _count(shapes, "transformer_blocks"),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": hidden // head_dim,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "guidance_embeds": False,
+        "axes_dims_rope": _axes_16(head_dim),
+    }
+
+
+def _wan(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels, *patch = shapes["patch_embedding.weight"]
+    image_norm = shapes.get("condition_embedder.image_embedder.norm1.weight")
+    added = shapes.get("blocks.0.attn2.add_k_proj.weight")
+    return {
+        "patch_size": patch,
+        "num_attention_heads": hidden // _WAN_HEAD_DIM,
+        "attention_head_dim": _WAN_HEAD_DIM,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
+        "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
+        "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
+        "num_layers": _count(shapes, "blocks"),
+        "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": image_norm and image_norm[0],
+        "added_kv_proj_dim": added and added[1],
+        "rope_max_seq_len": 1024,
+    }
+
+
+def _hunyuan_video(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels, patch_size_t, patch_size, _ = shapes["x_embedder.proj.weight"]
+    out_channels = shapes["proj_out.weight"][0] // (patch_size_t * patch_size**2)
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    return {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "num_attention_heads": hidden // head_dim,
+        "attention_head_dim": head_dim,
+        "num_layers": _count(shapes, "transformer_blocks"),
+        "num_single_layers": _count(shapes, "single_transformer_blocks"),
+        "num_refiner_layers": _count(shapes, "context_embedder.token_refiner.refiner_blocks"),
+        "mlp_ratio": shapes["transformer_blocks.0.ff.net.2.weight"][1] / hidden,
+        "patch_size": patch_size,
+        "patch_size_t": patch_size_t,
+        "qk_norm": "rms_norm",
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "rope_theta": 256.0,
+        "rope_axes_dim": _axes_16(head_dim),
+        "image_condition_type": "latent_concat" if in_channels == 2 * out_channels + 1 else None,
+    }
+
+
+_CONFIGS: dict[str, Callable[[Shapes], dict[str, Any]]] = {
+    "FluxTransformer2DModel": _flux1,
+    "Flux2Transformer2DModel": _flux2,
+    "ZImageTransformer2DModel": _z_image,
+    "QwenImageTransformer2DModel": _qwen_image,
+    "WanTransformer3DModel": _wan,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
+}
+
+
+def _axes_16(head_dim: int) -> list[int]:
+    """The rotary axes of FLUX.1, Qwen-Image and HunyuanVideo: 16 for the first, of the rest a half for each other."""
+    return [16, (head_dim - 16) // 2, (head_dim - 16) // 2]
+
+
+def _count(shapes: Shapes, container: str) -> int:
+    """Return how many numbered blocks ``container`` has."""
+    behind = (name.removeprefix(f"{container}.") for name in shapes if name.startswith(f"{container}."))
+    return len({rest.partition(".")[0] for rest in behind})
