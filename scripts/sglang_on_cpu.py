@@ -7,18 +7,17 @@ process_weights_after_loading are SGLang's own, and so is the way in which it fi
 that do not load on a CPU are filled in: torchvision's operators, torchaudio.
 """
 
-import importlib.machinery
 import json
 import os
 import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from missing_libraries import fill_in_torchaudio, fill_in_torchvision
 
 # A registered model of each class: SGLang takes the pipeline's configuration from its name.
 MODEL_IDS = {
@@ -72,8 +71,8 @@ class SGLang:
 
     def __init__(self, folder: Path, persona: Persona | None, *, plugins: bool = True):
         """folder: a checkpoint of the class; persona: None for the CPU itself; plugins: False leaves out all."""
-        _fill_in_torchvision()
-        _fill_in_torchaudio()
+        fill_in_torchvision()
+        fill_in_torchaudio()
         os.environ["SGLANG_DIFFUSION_PLATFORM_OVERRIDE"] = "cpu"
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -180,30 +179,3 @@ def _emulate(persona: Persona) -> None:
     utils.scaled_fp8_quant = scaled_fp8_quant
     # The scales of NVFP4 are sent to the GPU as they are put in order.
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-
-
-def _fill_in_torchvision() -> None:
-    """Declare the operators whose library does not load beside a CPU build of torch."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT_ALIVE.append(library)
-
-
-_KEPT_ALIVE: list[object] = []
-
-
-def _fill_in_torchaudio() -> None:
-    """Put an empty torchaudio in place: it is imported, and never used to load a transformer."""
-
-    class Stub(types.ModuleType):
-        __path__: list[str] = []  # noqa: RUF012
-
-        def __getattr__(self, name: str) -> object:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return Stub(f"{self.__name__}.{name}")
-
-    stub = Stub("torchaudio")
-    stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None, is_package=True)
-    sys.modules["torchaudio"] = stub

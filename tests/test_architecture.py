@@ -42,6 +42,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "convert_ckpt/source/hub.py",
         "convert_ckpt/source/source_card.py",
         "run_ckpt/storage/hub_client.py",
+        "run_ckpt/tools/assemble.py",
         "run_ckpt/tools/publish/metadata.py",
         "run_ckpt/tools/publish/repository.py",
     ),

@@ -8,12 +8,15 @@ import pytest
 from convert_ckpt.api import plan_conversion
 from convert_ckpt.options import Options
 from run_ckpt.contract.dialects.table import DIALECTS
-from run_ckpt.contract.errors import FaultsError
+from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.contract.targets import TARGETS
+from run_ckpt.loading.linear import QuantizedLinear
+from run_ckpt.loading.load import load_quantized
 from run_ckpt.progress import Silent
 from run_ckpt.storage.manifest_file import read_manifest
+from run_ckpt.tools.assemble import assemble
 from run_ckpt.tools.publish.consumers import _CONSUMERS
 from run_ckpt.tools.rewrite.relayout import relayout
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, random_weight, save_checkpoint
@@ -139,3 +142,109 @@ def test_config_of_a_result_for_one_target_is_what_its_manifest_implies(tmp_path
     convert(FLUX_DIGITS, tmp_path / "out", format="fp8", granularity="channel", dialect="modelopt", target="run-ckpt")
     config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["quantization_config"]
     assert config["quant_algo"] == config["quant_type"] == "FP8_PER_CHANNEL_PER_TOKEN"
+
+
+OMNI = {"format": "fp8", "target": "vllm-omni"}
+
+
+def declared(folder: Path) -> dict[str, object]:
+    return json.loads((folder / CONFIG_NAME).read_text())["quantization_config"]  # type: ignore[no-any-return]
+
+
+def test_vllm_omni_gets_exactly_the_keys_that_its_fp8_config_takes(tmp_path: Path) -> None:
+    """Any other is a TypeError there; without the flag the codes are loaded as weights (vllm 0.30.0, Fp8Config)."""
+    convert(FLUX_DIGITS, tmp_path / "tensor", granularity="tensor", **OMNI)
+    convert(FLUX_DIGITS, tmp_path / "block", granularity="block", **OMNI)
+    tensor, block = declared(tmp_path / "tensor"), declared(tmp_path / "block")
+    assert tensor == {
+        "quant_method": "fp8",
+        "is_checkpoint_fp8_serialized": True,
+        "activation_scheme": "dynamic",
+        "ignored_layers": [],
+    }
+    assert block == tensor | {"weight_block_size": [128, 128]}
+    assert read_manifest(tmp_path / "tensor").targets["vllm-omni"] is None
+
+
+def test_flux1_double_blocks_stay_for_vllm_omni_alone(tmp_path: Path) -> None:
+    convert(FLUX_DIGITS, tmp_path / "out", **OMNI)
+    manifest = read_manifest(tmp_path / "out")
+    assert {name.split(".")[0] for name in manifest.layers} == {"single_transformer_blocks"}
+    reason = manifest.kept["transformer_blocks.0.attn.to_q.weight"].reason
+    assert reason == "vLLM-Omni builds it as a plain linear"
+
+
+def test_vllm_omni_per_channel_is_modelopts_with_a_scale_for_each_row(tmp_path: Path) -> None:
+    convert(FLUX_DIGITS, tmp_path / "out", **OMNI)
+    config = declared(tmp_path / "out")
+    assert (config["quant_method"], config["quant_algo"]) == ("modelopt", "FP8_PER_CHANNEL_PER_TOKEN")
+    assert {layer.scale_shape for layer in read_manifest(tmp_path / "out").layers.values()} == {(256,), (1024,)}
+    assert "text_encoder" in config["ignore"]
+
+
+WAN = {"_class_name": "WanTransformer3DModel"}
+WAN_NAMES = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+
+def wan(folder: Path) -> Path:
+    names = [f"blocks.{i}.{name}" for i in range(2) for name in WAN_NAMES] + ["proj_out"]
+    return save_checkpoint(
+        folder, [{f"{name}.weight": random_weight(64, 64, seed=i) for i, name in enumerate(names)}], WAN
+    )
+
+
+def test_vllm_omni_ignore_list_has_its_own_names(tmp_path: Path) -> None:
+    convert(wan(tmp_path / "in"), tmp_path / "out", ignore=("blocks.0.*",), **OMNI)
+    names = {"to_q", "to_k", "to_v", "to_qkv", "to_out.0", "to_out"}
+    expected = {f"blocks.0.attn1.{name}" for name in names}
+    expected |= {f"blocks.0.ffn.{name}" for name in ("net.0.proj", "net_0.proj", "net.2", "net_2")}
+    # proj_out is plain there and needs no entry.
+    assert set(declared(tmp_path / "out")["ignored_layers"]) == expected
+    assert "proj_out.weight" in read_manifest(tmp_path / "out").kept
+
+
+def test_what_vllm_omni_has_no_sound_form_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="vLLM-Omni does not read that of a WanTransformer3DModel"):
+        convert(wan(tmp_path / "wan"), tmp_path / "out", granularity="channel", **OMNI)
+    names = ["transformer_blocks.0.attn.to_q", "proj_out"]
+    weights = {f"{name}.weight": random_weight(64, 64) for name in names}
+    hunyuan = save_checkpoint(tmp_path / "in", [weights], {"_class_name": "HunyuanVideoTransformer3DModel"})
+    with pytest.raises(UsageError, match="vLLM-Omni was not seen to load a HunyuanVideoTransformer3DModel"):
+        convert(hunyuan, tmp_path / "out", **OMNI)
+
+
+def test_z_image_has_no_fused_scales_for_vllm_omni(tmp_path: Path) -> None:
+    names = [f"layers.0.attention.to_{name}" for name in "qkv"]
+    weights = {f"{name}.weight": random_weight(64, 64) for name in names}
+    source = save_checkpoint(tmp_path / "in", [weights], {"_class_name": "ZImageTransformer2DModel"})
+    convert(source, tmp_path / "omni", granularity="tensor", **OMNI)
+    convert(source, tmp_path / "sglang", format="fp8")
+    omni, sglang = read_manifest(tmp_path / "omni"), read_manifest(tmp_path / "sglang")
+    assert not omni.fused_scales
+    assert sglang.fused_scales
+    assert (sglang.targets["sglang"], omni.targets["vllm-omni"]) == (None, None)
+    assert sglang.targets["vllm-omni"]
+    assert omni.targets["sglang"]
+
+
+def test_our_loader_reads_a_result_for_vllm_omni(tmp_path: Path) -> None:
+    convert(FLUX_DIGITS, tmp_path / "out", granularity="tensor", **OMNI)
+    model = load_quantized(tmp_path / "out")
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 15
+
+
+def test_assemble_makes_a_whole_pipeline(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    for name in ("transformer", "vae"):
+        (base / name).mkdir(parents=True)
+    (base / "vae" / "config.json").write_text("{}")
+    (base / "flux.safetensors").write_bytes(b"")
+    (base / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "x"], "vae": ["diffusers", "y"]}))
+    convert(FLUX_DIGITS, tmp_path / "out", **OMNI)
+    assemble(tmp_path / "out", tmp_path / "pipeline", str(base))
+    assert sorted(path.name for path in (tmp_path / "pipeline").iterdir()) == ["model_index.json", "transformer", "vae"]
+    assert declared(tmp_path / "pipeline" / "transformer") == declared(tmp_path / "out")
+    (base / "model_index.json").write_text("{}")
+    with pytest.raises(FaultsError, match="has no transformer"):
+        assemble(tmp_path / "out", tmp_path / "other", str(base))
+    assert not (tmp_path / "other").exists()

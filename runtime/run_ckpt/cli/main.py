@@ -10,7 +10,7 @@ from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.cli.compare import compare
 from run_ckpt.cli.explain import diff, explain
 from run_ckpt.cli.publish import card, push, report
-from run_ckpt.cli.rewrite import dequantize, relayout
+from run_ckpt.cli.rewrite import assemble, dequantize, relayout
 from run_ckpt.cli.run import bench, generate
 from run_ckpt.version import VERSION
 
@@ -36,6 +36,7 @@ def run_ckpt() -> None:
       run-ckpt diff flux-mxfp4 flux-fp8
       run-ckpt dequantize flux-mxfp4 flux-bf16
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
+      run-ckpt assemble flux-fp8 flux-pipeline --model-path FLUX
       run-ckpt report flux-mxfp4 --output report.html
       run-ckpt calibrate --model-path FLUX --output stats
       run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 --prompt "a cat" --output cat.png
@@ -52,6 +53,7 @@ for _command in (
     diff,
     dequantize,
     relayout,
+    assemble,
     calibrate,
     generate,
     compare,

@@ -1,4 +1,4 @@
-"""The commands of `run-ckpt` that write a converted checkpoint anew: dequantize and relayout."""
+"""The commands of `run-ckpt` that write a converted checkpoint anew: dequantize, relayout and assemble."""
 
 from pathlib import Path
 
@@ -58,3 +58,22 @@ def relayout(output: Path, folder: Path, layout: str, dialect: str | None) -> No
     with show_progress() as progress:
         write(output, folder, layout=layout, dialect=dialect, progress=progress)
     click.echo(f"Wrote {output} to {folder} in layout {layout}.")
+
+
+@click.command()
+@click.argument("output", type=_FOLDER)
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option("--model-path", required=True, help="The pipeline: a folder or a Hub repo, in diffusers' layout.")
+def assemble(output: Path, folder: Path, model_path: str) -> None:
+    """Make DIR a whole pipeline of links: the transformers of OUTPUT, and all else of --model-path.
+
+    For servers that take a pipeline's folder and no transformer by itself, such as vLLM-Omni.
+
+    \b
+    Example:
+      run-ckpt assemble qwen-fp8 qwen-pipeline --model-path Qwen/Qwen-Image
+    """
+    from run_ckpt.tools.assemble import assemble as link
+
+    link(output, folder, model_path)
+    click.echo(f"Assembled {folder} of {output} and {model_path}.")

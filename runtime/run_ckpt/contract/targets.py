@@ -75,6 +75,10 @@ class Target:
 # Where SGLang and diffusers both find the names of a row-wise FP8 file. Ran: SGLang 0.5.23 --transformer-weights-path
 # and diffusers 0.42.1 from_single_file.
 _ROWWISE = ("flux1", "flux2", "qwen-image")
+# vLLM-Omni 0.30.0 has no pipeline for HunyuanVideo 1.0; under modelopt it rebuilds Wan's transformers by a name that it
+# looks up wrongly; and it hands FP8 on to FLUX.2's text encoder, which only modelopt can ignore.
+_OMNI_MODELOPT = ("flux1", "flux2", "ltx2", "qwen-image", "z-image")
+_OMNI_FP8 = ("flux1", "ltx2", "qwen-image", "wan", "z-image")
 # Whose quantization_config may hold our key, by which our loader and plug-ins know what is quantized.
 _OWN = ("fp8", "mxfp4", "modelopt", "quark", "compressed-tensors")
 _FP8_SCHEMES = (TENSOR_FP8, CHANNEL_FP8, BLOCK_FP8)
@@ -118,6 +122,32 @@ _TARGETS = (
             Reading("sglang-llm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
             Reading("sglang-llm", "transformers", ("fp8",), (BLOCK_FP8,), not_for=_LLAMA, is_loud=False),
             Reading("sglang-llm", "transformers", ("fp8", "modelopt"), (TENSOR_FP8,)),
+        ),
+    ),
+    Target(
+        "vllm-omni",
+        "vLLM-Omni",
+        (
+            Reading(
+                "vllm-omni",
+                "diffusers",
+                ("modelopt",),
+                (CHANNEL_FP8, TENSOR_FP8),
+                _OMNI_MODELOPT,
+                matching=TEXT,
+                dequantizes=(CHANNEL_FP8, TENSOR_FP8),
+                is_loud=False,
+                fused_scales=False,
+            ),
+            Reading(
+                "vllm-omni",
+                "diffusers",
+                ("vllm-omni",),
+                presets=_OMNI_FP8,
+                matching=NAME,
+                is_loud=False,
+                fused_scales=False,
+            ),
         ),
     ),
     Target(

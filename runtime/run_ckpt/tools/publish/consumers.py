@@ -50,6 +50,15 @@ _CONSUMERS = (
         "sglang >= 0.5.23",
     ),
     Consumer(
+        "vllm-omni",
+        "vLLM-Omni",
+        "sh",
+        """hf download {repo_id} --local-dir {folder}
+run-ckpt assemble {folder} {folder}-pipeline --model-path {base}
+vllm serve {folder}-pipeline --omni""",
+        "vllm-omni 0.30",
+    ),
+    Consumer(
         "diffusers-file",
         "diffusers",
         "python",
