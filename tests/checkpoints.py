@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert_ckpt.options import Options
-from convert_ckpt.pipeline import RunSummary, convert_checkpoint
+from convert_ckpt.pipeline import convert_checkpoint
 from convert_ckpt.plan.preset import GENERIC, find_preset
 from convert_ckpt.run.share import Share
+from convert_ckpt.run_summary import RunSummary
 from run_ckpt.progress import Silent
 
 FLUX_DIGITS = Path(__file__).parents[1] / "examples" / "flux-digits"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from convert_ckpt.options import Options
-from convert_ckpt.pipeline import RunSummary, convert_checkpoint
+from convert_ckpt.pipeline import convert_checkpoint
 from convert_ckpt.run.share import Share
+from convert_ckpt.run_summary import RunSummary
 from convert_ckpt.source.opened import Selection
 from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.manifest import MANIFEST_NAME

@@ -158,14 +158,15 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refusal as refusal:
             status, value = refusal.status, {"error": refusal.message}
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}
-        data = json.dumps(value).encode()
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         for name, text in {**headers, "Content-Type": "application/json", "Content-Length": str(len(data))}.items():
             self.send_header(name, text)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
-    do_GET = do_POST = do_PUT = _answer
+    do_GET = do_HEAD = do_POST = do_PUT = _answer
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -183,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str, query: dict[str, str], body: bytes, headers: dict[str, str]) -> Any:
         for method, pattern, handle in _ROUTES:
             match = re.fullmatch(pattern, path)
-            if method == self.command and match:
+            if method == self.command.replace("HEAD", "GET") and match:
                 if not path.startswith(_OPEN_TO_ALL):
                     self._check_token(writes=method != "GET")
                 with self.hub.lock:
@@ -242,6 +243,15 @@ def _tree(hub: Hub, match: re.Match[str], query: dict[str, str], body: bytes, he
         here = f"{hub.url}/api/models/{match['repo']}/tree/{match['rev']}"
         headers["Link"] = f'<{here}?recursive=True&cursor={start + _PAGE}>; rel="next"'
     return entries[start : start + _PAGE]
+
+
+def _file(hub: Hub, match: re.Match[str], query: dict[str, str], body: bytes, headers: dict[str, str]) -> Any:
+    commit = _commit_at(hub, match)
+    if match["path"] not in commit.files:
+        raise _Refusal(404, "EntryNotFound", "Entry not found")
+    blob = commit.files[match["path"]]
+    headers.update({"ETag": f'"{blob.git_oid}"', "X-Repo-Commit": commit.oid})
+    return blob.data
 
 
 def _history(hub: Hub, match: re.Match[str], query: dict[str, str], body: bytes, headers: dict[str, str]) -> Any:
@@ -349,6 +359,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", f"{_MODEL}/auth-check(?:/write)?", _auth_check),
     ("GET", f"{_MODEL}/tree/(?P<rev>.+)", _tree),
     ("GET", f"{_MODEL}/commits/(?P<rev>.+)", _history),
+    ("GET", "/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", _file),
     ("POST", f"{_MODEL}/branch/(?P<rev>.+)", _branch),
     ("POST", f"{_MODEL}/preupload/(?P<rev>.+)", _preupload),
     ("POST", f"{_MODEL}/commit/(?P<rev>.+)", _commit),

@@ -98,6 +98,17 @@ COMMAND_LINE = [
     ),
 ]
 
+EFFECTS = [
+    Mistake(
+        "convert-ckpt good OUT --format mxfp4 --granularity channel",
+        2,
+        "--granularity channel: has no effect on mxfp4, only on fp8. Leave it out.",
+    ),
+    Mistake("convert-ckpt good OUT --format fp8 --layout plain", 2, "--layout plain: has no effect on fp8, only on"),
+    Mistake("convert-ckpt good OUT --format fp8 --scale-rule mse", 2, "--scale-rule mse: has no effect on fp8,"),
+    Mistake("convert-ckpt good OUT --format mxfp8 --scale-rule mse", 2, "mxfp8 knows roundup, floor. Choose one of"),
+]
+
 RULES = [
     Mistake(
         "convert-ckpt good OUT --format fp8 --ignore 'decoder.*'", 2, "decoder.*: matches no linear layer of good."
@@ -141,9 +152,7 @@ SOURCE = [
         "convert-ckpt model.txt OUT --format fp8", 1, "model.txt: not a .safetensors file. Give a checkpoint folder"
     ),
     Mistake("convert-ckpt truncated OUT --format fp8", 1, "but the file has 262,300. Fetch or write this file again."),
-    Mistake(
-        "convert-ckpt shard-missing OUT --format fp8", 1, "model-00002-of-00002.safetensors: missing. Fetch this shard."
-    ),
+    Mistake("convert-ckpt shard-missing OUT --format fp8", 1, "No such file or directory. Fetch this shard."),
     Mistake(
         "convert-ckpt unlisted-shard-missing OUT --format fp8", 1, "model: shards [2] of 2 are missing. Fetch them."
     ),
@@ -183,6 +192,15 @@ OUTPUT = [
     ),
     Mistake("convert-ckpt good . --format fp8", 1, ".: holds the source. Choose another folder."),
     Mistake("convert-ckpt good full --format fp8", 1, "full: is not empty. Choose another folder, or remove this one."),
+    Mistake(
+        "convert-ckpt good result --format fp8",
+        1,
+        "result: holds another result (recipe.dialect was 'mxfp4', now 'compressed-tensors'; recipe.format was",
+    ),
+    Mistake("convert-ckpt other result --format mxfp4", 1, "result: holds another result (source.name was 'good', now"),
+    Mistake(
+        "convert-ckpt good result-file-missing --format mxfp4", 1, "config.json: is missing or of another size than"
+    ),
     Mistake("convert-ckpt good file --format fp8", 1, "file: is a file. Choose a folder."),
 ]
 
@@ -190,9 +208,7 @@ RESULTS = [
     Mistake("run-ckpt quantize good", 2, "No such command 'quantize'. Did you mean 'dequantize'?"),
     Mistake("run-ckpt inspect", 2, "Missing argument 'OUTPUT'."),
     Mistake("run-ckpt inspect nowhere", 1, "nowhere: no such file or folder. Give a checkpoint folder"),
-    Mistake(
-        "run-ckpt inspect good", 1, "good: no quantization_manifest.json. This is no finished result of convert-ckpt;"
-    ),
+    Mistake("run-ckpt inspect good", 1, "good: no quantization_manifest.json, and no usable quantization_config"),
     Mistake("run-ckpt inspect result-edited", 1, "was changed after it was written. Fetch it again, or convert again."),
     Mistake("run-ckpt inspect result-contradicts", 1, "dialect 'klingon' is unknown; known are mxfp4, fp8,"),
     Mistake("run-ckpt inspect result-of-the-future", 1, "schema version 99; this version reads"),
@@ -263,7 +279,7 @@ RUNNING = [
     ),
 ]
 
-TABLE = [*COMMAND_LINE, *RULES, *SOURCE, *OUTPUT, *RESULTS, *RUNNING]
+TABLE = [*COMMAND_LINE, *EFFECTS, *RULES, *SOURCE, *OUTPUT, *RESULTS, *RUNNING]
 
 
 @pytest.fixture(scope="module", autouse=True)

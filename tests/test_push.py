@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, picture: bytes | None) -> Iterator[Hub]
 
     with serve_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
@@ -368,6 +371,29 @@ def test_a_conversion_whose_result_is_there_already_sends_nothing(
     assert summary.to_json()["pushed_to"] == f"{hub.url}/{REPO}"
     assert hub.sent == []
     assert any("at the end" in line for line in lines.lines)
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["each-shard", "at-end"])
+def test_another_result_in_the_repo_is_refused_before_anything_is_converted(
+    hub: Hub, source: Path, output: Path, tmp_path: Path, at_end: bool
+) -> None:
+    push(output)
+    options: dict[str, Any] = {"format": "mxfp4", "scale_rule": "mse", "preset": "generic", "push_at_end": at_end}
+    with pytest.raises(PublishError, match=r"another result \(recipe.scale_rule was 'even', now 'mse'\).*--overwrite"):
+        api.convert(source, tmp_path / "again", push_to_hub=REPO, **options)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("again")] == []
+    api.convert(source, tmp_path / "again", push_to_hub=REPO, overwrite=True, **options)
+    assert folder_bytes(tmp_path / "again").items() <= hub.files(REPO).items()
+
+
+def test_the_same_command_again_pushes_what_the_repo_lacks(hub: Hub, source: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"format": "mxfp4", "preset": "generic"}
+    api.convert(source, tmp_path / "out", **options)
+    summary = api.convert(source, tmp_path / "out", push_to_hub=REPO, **options)
+    assert summary.was_complete
+    assert folder_bytes(tmp_path / "out").items() <= hub.files(REPO).items()
+    again = api.convert(source, tmp_path / "out", push_to_hub=REPO, **options)
+    assert "nothing to push" in str(again.pushed)
 
 
 def test_push_options_without_a_repo_are_wrong_usage(source: Path, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from run_ckpt.version import VERSION as __version__
 if TYPE_CHECKING:
     from convert_ckpt.api import convert, plan_conversion
     from convert_ckpt.options import Options
-    from convert_ckpt.pipeline import Preview, RunSummary
+    from convert_ckpt.pipeline import Preview
+    from convert_ckpt.run_summary import RunSummary
     from run_ckpt.progress import Progress
 
 __all__ = [
@@ -51,7 +52,7 @@ _HOMES = {
     "plan_conversion": "convert_ckpt.api",
     "Options": "convert_ckpt.options",
     "Preview": "convert_ckpt.pipeline",
-    "RunSummary": "convert_ckpt.pipeline",
+    "RunSummary": "convert_ckpt.run_summary",
     "Progress": "run_ckpt.progress",
 }
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from convert_ckpt.options import Options
-from convert_ckpt.pipeline import Preview, RunSummary, convert_checkpoint, preview_checkpoint
+from convert_ckpt.pipeline import Preview, convert_checkpoint, preview_checkpoint
 from convert_ckpt.run.share import NOTHING, Share, parse_share
+from convert_ckpt.run_summary import RunSummary
 from convert_ckpt.source.opened import Selection
 from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.errors import UsageError
@@ -25,7 +26,7 @@ def convert(
     target: str | None = None,
     layout: str | None = None,
     granularity: str | None = None,
-    scale_rule: str = Options.scale_rule,
+    scale_rule: str | None = None,
     dialect: str | None = None,
     preset: str | None = None,
     recipe: str | PathLike[str] | None = None,

@@ -39,7 +39,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 
 
 @click.command(epilog=_EPILOG, context_settings=_CONTEXT)
-@click.argument("source")
+@click.argument("source", type=click.Path())
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--format", type=click.Choice(FORMATS, case_sensitive=False), required=True, help="Format of linear weights."
@@ -51,9 +51,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 @click.option(
     "--granularity", type=click.Choice(GRANULARITIES), help="Reach of an FP8 scale.  [default: by target, else tensor]"
 )
-@click.option(
-    "--scale-rule", type=click.Choice(SCALE_RULES), default=Options.scale_rule, help="How MXFP4 picks a scale."
-)
+@click.option("--scale-rule", type=click.Choice(SCALE_RULES), help="How MXFP4 picks a scale.  [default: even]")
 @click.option(
     "--dialect", type=click.Choice(DIALECTS), help="Consumer's vocabulary.  [default: by target, format and model]"
 )

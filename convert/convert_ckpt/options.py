@@ -35,10 +35,10 @@ class Options:
 
     None: what the target reads; where none was asked for "tensor", in a mixture of experts "channel"."""
 
-    scale_rule: str = "even"
+    scale_rule: str | None = None
     """How MXFP4 picks the power of two for a block of 32: "even" (AITER's), "floor" (OCP MX v1.0), "roundup", "mse".
 
-    MXFP8 knows "roundup", which it takes by default, and "floor"."""
+    None: "even". MXFP8 knows "roundup", which it takes by default, and "floor"."""
 
     dialect: str | None = None
     """Whose names and config keys are written, such as "quark". None: by format, layout and model."""
@@ -94,7 +94,7 @@ class Options:
         _check_choice("--target", self.target, (None, *TARGETS))
         _check_choice("--layout", self.layout, (None, *LAYOUTS))
         _check_choice("--granularity", self.granularity, (None, *GRANULARITIES))
-        _check_choice("--scale-rule", self.scale_rule, SCALE_RULES)
+        _check_choice("--scale-rule", self.scale_rule, (None, *SCALE_RULES))
         _check_choice("--dialect", self.dialect, (None, *DIALECTS))
         _check_choice("--method", self.method, (None, *METHODS))
         self._check_budget()
@@ -150,6 +150,7 @@ class Options:
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values; files by their bare name."""
         values = asdict(self)
+        values["scale_rule"] = self.scale_rule or SCALE_RULES[0]
         values["ignore"] = list(self.ignore)
         for name in ("recipe", "calibration", "sensitivities"):
             values[name] = values[name] and values[name].name

@@ -11,6 +11,7 @@ from convert_ckpt.planning import Planned
 from convert_ckpt.run.disk import source_nbytes_here
 from convert_ckpt.run.memory import memory_lines
 from convert_ckpt.source.opened import OpenedSource
+from run_ckpt.contract.kept import kept_groups
 from run_ckpt.contract.module_names import block_pattern
 from run_ckpt.storage.units import format_nbytes
 
@@ -64,6 +65,10 @@ def plan_lines(opened: OpenedSource, checkpoint: Planned, costs: Costs) -> Itera
     if checkpoint.budget:
         yield budget_line(checkpoint.budget)
         yield from curve_lines(checkpoint.budget)
+    yield from _source_lines(opened, plans)
+
+
+def _source_lines(opened: OpenedSource, plans: list[ComponentPlan]) -> Iterator[str]:
     if opened.store:
         here, to_fetch = source_nbytes_here(opened, plans), sum(planned.plan.source_nbytes for planned in plans)
         commit = f" at commit {opened.store.revision}" if opened.store.revision else ""
@@ -71,13 +76,35 @@ def plan_lines(opened: OpenedSource, checkpoint: Planned, costs: Costs) -> Itera
         yield f"From {opened.reference}{commit}: {format_nbytes(to_fetch)} in shards, fetched one by one, {stays}"
 
 
+def run_notes(opened: OpenedSource, checkpoint: Planned) -> Iterator[str]:
+    """Yield what a run says before it begins."""
+    for planned in checkpoint.components:
+        yield from plan_notes(planned)
+    yield from memory_lines(checkpoint.components)
+    if checkpoint.budget:
+        yield budget_line(checkpoint.budget)
+    yield from _source_lines(opened, checkpoint.components)
+
+
+def plan_notes(planned: ComponentPlan) -> Iterator[str]:
+    """Yield the notes on a component: its preset and why, what is kept, why and at what cost, warnings."""
+    plan, recipe = planned.plan, planned.plan.manifest.recipe
+    class_name = recipe["class_name"] or "no class"
+    name = planned.name or planned.source.name
+    yield f"{name}: {class_name}, preset {recipe['preset']} ({plan.preset_from}), dialect {recipe['dialect']}"
+    kept = plan.manifest.kept.values()
+    yield f"kept as they are: {len(kept)} tensors, {format_nbytes(sum(tensor.spec.nbytes for tensor in kept))}"
+    for group in kept_groups(plan.manifest):
+        what = ("linear layer" if group.is_linear else "tensor") + ("s" if group.n_tensors > 1 else "")
+        saved = f"; {group.remedy} saves {format_nbytes(group.saved_nbytes)}" if group.remedy else ""
+        yield f"  {group.n_tensors} {what}, {format_nbytes(group.nbytes)}: {group.reason}{saved}"
+    for warning in plan.warnings:
+        yield f"note: {warning}"
+
+
 def plan_text(planned: ComponentPlan) -> Iterator[str]:
     """Yield the lines of a component's plan; blocks that are treated alike share a line."""
     plan = planned.plan
-    recipe = plan.manifest.recipe
-    if planned.name:
-        yield f"{planned.name}/"
-    yield f"class {recipe['class_name'] or 'unknown'}, preset {recipe['preset']}, dialect {recipe['dialect']}"
     counts: dict[_Line, int] = {}
     for tensor in plan.tensors:
         line = _line(tensor)
@@ -88,8 +115,7 @@ def plan_text(planned: ComponentPlan) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
     for file in plan.files:
         yield f"{file.name}  {file.header.file_nbytes:,} bytes"
-    for warning in plan.warnings:
-        yield f"note: {warning}"
+    yield from plan_notes(planned)
     yield f"right for: {', '.join(name for name, reason in plan.manifest.targets.items() if reason is None)}"
     n_converted = len(plan.manifest.layers)
     formats = sorted({layer.format.name for layer in plan.manifest.layers.values()})

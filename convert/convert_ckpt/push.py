@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert_ckpt.pipeline import RunSummary
+from convert_ckpt.run_summary import RunSummary
 from run_ckpt.contract.errors import CheckpointError, PublishError
 from run_ckpt.progress import Progress
 from run_ckpt.tools.publish.push import ShardUploads, push_result
-from run_ckpt.tools.publish.repository import LocalFile, Target, open_repository
+from run_ckpt.tools.publish.repository import Target
 
 
 def convert_and_push(
@@ -27,20 +27,14 @@ def convert_and_push(
     ``output`` complete: PublishError then says how to go on.
     """
     target = Target(**target_options)
-    early: list[LocalFile] = []
-    if at_end:
-        open_repository(target, show_bars=False)
-        summary = convert()
-    else:
-        uploads = ShardUploads(target, progress)
-        try:
-            summary = convert(listener=uploads)
-        finally:
-            uploads.stop()
-        early = uploads.sent
+    uploads = ShardUploads(target, progress, at_end=at_end)
+    try:
+        summary = convert(listener=uploads)
+    finally:
+        uploads.stop()
     try:
         pushed = push_result(output, target, base_model=base_model, progress=progress)
-        return replace(summary, pushed=replace(pushed, sent=(*early, *pushed.sent)))
+        return replace(summary, pushed=replace(pushed, sent=(*uploads.sent, *pushed.sent)))
     except (CheckpointError, KeyboardInterrupt) as error:
         reason = str(error) or "the push was stopped."
         raise PublishError(

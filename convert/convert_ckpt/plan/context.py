@@ -23,12 +23,13 @@ from run_ckpt.contract.tensors import TensorSpec
 class PlanContext:
     """What the planning steps share. ``linears`` maps a module to its weight [N, K].
 
-    ``options`` say what the target reads where the user left that open.
+    ``preset_from`` says what chose the preset. ``options`` say what the target reads where the user left that open.
     """
 
     source: Component
     options: Options
     preset: Preset
+    preset_from: str
     linears: dict[str, TensorSpec]
 
     @cached_property
@@ -56,12 +57,14 @@ class PlanContext:
         return runtime_names(sorted(modules), runtime, self.linears)
 
 
-def make_context(source: Component, options: Options, preset: Preset, linears: dict[str, TensorSpec]) -> PlanContext:
+def make_context(
+    source: Component, options: Options, preset: Preset, preset_from: str, linears: dict[str, TensorSpec]
+) -> PlanContext:
     """Return the context; its options say layout and granularity, by what the target reads where the user did not.
 
     Raises UsageError where a target was asked for that reads nothing of the kind.
     """
-    context = PlanContext(source, options, preset, linears)
+    context = PlanContext(source, options, preset, preset_from, linears)
     if options.target:
         scheme = next((scheme for _, scheme in _ways(context)), None)
         if scheme is None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.context import PlanContext, make_context
+from convert_ckpt.plan.effect import check_effect
 from convert_ckpt.plan.preset import GENERIC, find_preset, load_preset
 from convert_ckpt.plan.recipe import (
     KEEP,
@@ -37,10 +38,12 @@ def choose_rules(source: Component, options: Options) -> tuple[PlanContext, list
     Raises UsageError for a recipe that can't be read, and where a pattern of the user matches nothing.
     """
     base, recipe_rules = read_recipe(options.recipe) if options.recipe else (None, [])
+    check_effect(options, (rule.format for rule in recipe_rules if rule.format != KEEP))
     name = options.preset or base
     preset = load_preset(name) if name else find_preset(source.class_name)
     if preset.name == GENERIC and name is None:
         raise UsageError(_ask_for_preset(source))
+    preset_from = "by --preset" if options.preset else "by the recipe" if base else "by its class"
     linears = {module: view.spec for view in source.views if (module := linear_module(view.spec))}
     edges = edge_rules(linears, options.keep_first, options.keep_last)
     rules = [*ignore_rules(options.ignore), *edges, *recipe_rules]
@@ -51,7 +54,7 @@ def choose_rules(source: Component, options: Options) -> tuple[PlanContext, list
             " the whole module name (tensor name without .weight), * standing for any characters;"
             " --dry-run lists the names."
         )
-    context = make_context(source, options, preset, linears)
+    context = make_context(source, options, preset, preset_from, linears)
     return context, [*rules, *_standing_rules(context)]
 
 

@@ -9,6 +9,7 @@ from convert_ckpt.options import Options
 from convert_ckpt.plan.calibration import Calibration, calibration_faults, read_calibration
 from convert_ckpt.plan.context import PlanContext, find_dialect
 from convert_ckpt.plan.decisions import choose_rules, decide_formats, make_layers
+from convert_ckpt.plan.effect import idle_notes
 from convert_ckpt.plan.folds import find_folds, fold_faults
 from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
 from convert_ckpt.plan.recipe import KEEP, Decision, FusedGroup, Rule
@@ -72,8 +73,10 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
         raise FaultsError(f"{source.name}: can't be converted as asked", faults)
     manifest = replace(manifest, targets={name: verdict.reason for name, verdict in verdicts.items()})
     files = _make_files(source, tensors, manifest)
-    warnings = (*source.notes, *found.notes, *target_notes(context, verdicts))
-    return Plan(tensors, files, manifest, scales, warnings, calibration.statistics, _unused(source))
+    idle = idle_notes(options, layers, context.preset, source.class_name)
+    warnings = (*source.notes, *idle, *found.notes, *target_notes(context, verdicts))
+    statistics, unused = calibration.statistics, _unused(source)
+    return Plan(tensors, files, manifest, scales, warnings, context.preset_from, statistics, unused)
 
 
 def _nothing_to_convert(decisions: Mapping[str, Decision]) -> str:

@@ -58,9 +58,9 @@ class FilePlan:
 class Plan:
     """All decisions for one component. ``tensors`` keep the source's order: by shard, by offset.
 
-    ``manifest`` is complete but for the measured errors and the files. ``input_scales`` maps a
-    module to its static activation scale, ``statistics`` to those of its input that were given. ``unused`` are the
-    tensors that the output has no place for; they are read for the hash of their shards.
+    ``manifest`` is complete but for the measured errors and the files; ``preset_from`` says what chose its preset.
+    ``input_scales`` maps a module to its static activation scale, ``statistics`` to those of its input that were given.
+    ``unused`` are the tensors that the output has no place for; they are read for the hash of their shards.
     """
 
     tensors: tuple[TensorPlan, ...]
@@ -68,6 +68,7 @@ class Plan:
     manifest: Manifest
     input_scales: dict[str, np.float32]
     warnings: tuple[str, ...]
+    preset_from: str
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
     unused: tuple[TensorPlan, ...] = ()
 

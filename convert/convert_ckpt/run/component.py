@@ -1,27 +1,25 @@
 """The components of a run: what an earlier one finished is taken over, the rest made, then the small files written."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from convert_ckpt.plan.plan import ComponentPlan
+from convert_ckpt.plan.plan import ComponentPlan, Plan
 from convert_ckpt.run.engine import Engine, FileRecord
 from convert_ckpt.run.fingerprint import check_unchanged, shard_identities
 from convert_ckpt.run.memory import n_workers_within
 from convert_ckpt.run.partial_output import Staging
-from convert_ckpt.run.schedule import narrow
+from convert_ckpt.run.schedule import narrow, work_nbytes
 from convert_ckpt.run.share import Share, files_of_share
 from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import OpenedSource
-from run_ckpt.contract.errors import ManifestError
 from run_ckpt.contract.file_names import join_names
-from run_ckpt.contract.manifest import MANIFEST_NAME, Layer, Manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.folders import Folder
 from run_ckpt.storage.hashing import describe_entry
-from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.units import format_nbytes
 
 # A disk or a network file system answers several readers faster than one.
@@ -29,9 +27,11 @@ _HASHED_AT_ONCE = 4
 
 
 class ShardListener(Protocol):
-    """Told which shards will come, of each that is finished (from any thread), and before they get another path."""
+    """Told which shards will come and component -> its manifest to be, of each shard that is finished (from any
+    thread), and before they get another path.
+    """
 
-    def start(self, names: Iterable[str]) -> None: ...
+    def start(self, names: Iterable[str], manifests: Mapping[str, Manifest]) -> None: ...
     def add(self, name: str, path: Path, nbytes: int) -> None: ...
     def stop(self) -> None: ...
 
@@ -55,7 +55,11 @@ class Conversion:
     def make(self, share: Share | None = None) -> int:
         """Make the files of a share (None: all) that are not there yet; return how many were."""
         names = files_of_share(self.plans, share)
-        return sum(self._make_files(planned, names[planned.name]) for planned in self.plans if names[planned.name])
+        left = [self._left_to_do(planned, names[planned.name]) for planned in self.plans if names[planned.name]]
+        self.progress.start("convert", sum(work_nbytes(work.plan, work.group_amax) for work in left))
+        for work in left:
+            self._make_files(work)
+        return sum(len(work.intact) for work in left)
 
     def missing(self) -> list[str]:
         """Return the names of the files that no run has finished."""
@@ -73,12 +77,18 @@ class Conversion:
                 manifest = _complete_manifest(self.opened, planned, self._records(planned), side_files)
                 folder.write(MANIFEST_NAME, manifest.to_json().encode())
 
-    def _make_files(self, planned: ComponentPlan, names: set[str]) -> int:
-        component = _folder_name(planned)
+    def _left_to_do(self, planned: ComponentPlan, names: set[str]) -> "_Work":
+        records = self._records(planned)
+        with self.staging.open_result(planned.name) as folder:
+            intact = _check({name: records[name] for name in records.keys() & names}, folder, self.progress)
+        group_amax = {group: bits for record in records.values() for group, bits in record.group_amax.items()}
+        plan = narrow(planned.plan, names - intact, group_amax)
+        return _Work(planned, plan, group_amax, {name: records[name] for name in sorted(intact)})
+
+    def _make_files(self, work: "_Work") -> None:
+        planned, component = work.planned, _folder_name(work.planned)
         with self.staging.open_result(planned.name) as folder:
             before = shard_identities(self.opened, planned)
-            records = self._records(planned)
-            intact = _check({name: records[name] for name in records.keys() & names}, folder, self.progress)
 
             def hand_over(name: str, record: FileRecord) -> None:
                 if self.listener:
@@ -89,22 +99,28 @@ class Conversion:
                 self.progress.log(f"wrote {join_names(planned.name, name)} ({format_nbytes(record.file['nbytes'])})")
                 hand_over(name, record)
 
-            for name in sorted(intact):
-                hand_over(name, records[name])
+            for name, record in work.intact.items():
+                hand_over(name, record)
 
             shards = planned.source.folder.shards
             provider = self.opened.provide_shards(planned.name, shards, self.staging.fetched / component, self.progress)
-            group_amax = {group: bits for record in records.values() for group, bits in record.group_amax.items()}
-            plan = narrow(planned.plan, names - intact, group_amax)
-            engine = Engine(plan, shards, folder, group_amax, on_file, self.progress, provider)
-            self.progress.start(f"convert {planned.name}".strip(), engine.progress_nbytes)
-            engine.run(n_workers_within(self.max_memory, plan, self.n_workers))
+            engine = Engine(work.plan, shards, folder, work.group_amax, on_file, self.progress, provider)
+            engine.run(n_workers_within(self.max_memory, work.plan, self.n_workers))
             check_unchanged(before, shard_identities(self.opened, planned))
-            return len(intact)
 
     def _records(self, planned: ComponentPlan) -> dict[str, FileRecord]:
         found = self.staging.read_records(_folder_name(planned))
         return {name: FileRecord(**entry) for name, entry in found.items()}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is left of a component: the plan of the files to make, and the records of those that are intact."""
+
+    planned: ComponentPlan
+    plan: Plan
+    group_amax: dict[str, int]
+    intact: dict[str, FileRecord]
 
 
 def _folder_name(planned: ComponentPlan) -> str:
@@ -144,23 +160,3 @@ def _complete_manifest(
         layers={module: replace(layer, **measured[module]) for module, layer in manifest.layers.items()},
         files={**side_files, **{name: record.file for name, record in records.items()}},
     )
-
-
-def is_published(output: Path, planned: ComponentPlan) -> bool:
-    """True where OUTPUT holds what the plan makes: its manifest is the plan's but for what only a run knows."""
-    try:
-        found = read_manifest(output / planned.name)
-    except ManifestError:
-        return False
-    return _planned(found).to_json() == _planned(planned.plan.manifest).to_json()
-
-
-def _planned(manifest: Manifest) -> Manifest:
-    source = {key: value for key, value in manifest.source.items() if key != "files"}
-    return replace(
-        manifest, source=source, files={}, layers={name: _unmeasured(layer) for name, layer in manifest.layers.items()}
-    )
-
-
-def _unmeasured(layer: Layer) -> Layer:
-    return replace(layer, sqnr_db=None, max_abs_error=None, method=None, output_sqnr_db=None)

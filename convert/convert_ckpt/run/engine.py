@@ -74,8 +74,8 @@ class Engine:
     """The making of a plan's files in ``folder``: of a whole component, or of a share of one (schedule.narrow).
 
     ``group_amax`` maps scale groups to the float32 bits of their amax, as far as they are known. ``on_file`` is called
-    for each finished file, from any thread; ``progress`` is told the rest. ``provider`` brings the shards; by default
-    they are where they say.
+    for each finished file, from any thread; ``progress`` is told the work_nbytes of each slab. ``provider`` brings the
+    shards; by default they are where they say.
     """
 
     def __init__(
@@ -102,11 +102,6 @@ class Engine:
         self._signal = Signal()
         self._readers = ShardReaders(shards, provider or LocalShards(shards), self._slabs, self._signal)
         self._outputs = OutputFiles(plan, folder, self._slabs, self._signal, self._record)
-
-    @property
-    def progress_nbytes(self) -> int:
-        """The sum of what ``progress`` will be told."""
-        return sum(_progress(slab) for slab in self._slabs)
 
     def run(self, n_workers: int) -> None:
         """Make all files. Raises the first error of any thread."""
@@ -158,7 +153,7 @@ class Engine:
             self._scan(slab, raw)
         elif slab.action != "hash":
             self._quantize(slab, raw, buffers)
-        self._progress.advance(_progress(slab))
+        self._progress.advance(slab.work_nbytes)
         self._readers.count(slab)
         self._outputs.count(slab)
 
@@ -240,9 +235,3 @@ def _fold(slab: Slab, raw: np.ndarray) -> np.ndarray:
     """Return the bits of a slab's rows, see weight_bits, as folds leave them."""
     spec = slab.tensor.spec
     return fold_bits(weight_bits(raw, spec.dtype, math.prod(spec.shape[1:])), slab.tensor.fold, slab.row)
-
-
-def _progress(slab: Slab) -> int:
-    """A weight that is read twice counts by halves."""
-    is_read_twice = slab.action == "scan" or (slab.action == "encode" and slab.hash_order is None)
-    return slab.nbytes // 2 if is_read_twice else slab.nbytes

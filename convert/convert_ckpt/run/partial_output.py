@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from run_ckpt.contract.differences import differences
 from run_ckpt.contract.errors import PartialRunError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.storage.files import read_small
@@ -94,10 +95,10 @@ class Staging:
         if restart or old is None:
             text = json.dumps(fingerprint, indent=1, sort_keys=True)
             self._partial.folder.write(_FINGERPRINT, text.encode())
-        elif differences := _differences(old, fingerprint):
+        elif found := differences(old, fingerprint):
             raise PartialRunError(
                 f"{self.folder} holds an unfinished run with another source or other options:"
-                f" {'; '.join(differences)}. Repeat that command to finish it, or add --restart to throw it away."
+                f" {'; '.join(found)}. Repeat that command to finish it, or add --restart to throw it away."
             )
 
     def share(self) -> None:
@@ -193,11 +194,3 @@ class Staging:
             expected = folders if stat.S_ISDIR(status.st_mode) else files
             if path not in expected and path.partition("/")[0] != _SKELETON:
                 yield path
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    old_text, new_text = (json.dumps(value, sort_keys=True) for value in (old, new))  # in which NaN is NaN
-    return [] if old_text == new_text else [f"{where} was {old!r}, now {new!r}"]

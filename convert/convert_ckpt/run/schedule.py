@@ -38,6 +38,12 @@ class Slab:
     hash_order: int | None
     outputs: tuple[str, ...]
 
+    @property
+    def work_nbytes(self) -> int:
+        """What it counts for in the progress: a weight that is read twice counts by halves."""
+        is_read_twice = self.action == "scan" or (self.action == "encode" and self.hash_order is None)
+        return self.nbytes // 2 if is_read_twice else self.nbytes
+
 
 @dataclass(frozen=True)
 class Place:
@@ -89,6 +95,11 @@ def scale_group(tensor: TensorPlan) -> str | None:
     if layer is None or not layer.scheme.has_tensor_scale:
         return None
     return layer.fused_group or layer.module
+
+
+def work_nbytes(plan: Plan, known_groups: Collection[str]) -> int:
+    """Return the sum of what the slabs of a plan count for in the progress."""
+    return sum(slab.work_nbytes for slab in list_slabs(plan, known_groups))
 
 
 def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:

@@ -114,6 +114,13 @@ class QuantFormat:
         names = {"element_format": self.element.name, "scale_format": self.scale.name, "tie_rule": TIE_RULE}
         return {**names, **self.element.facts, **self.scale.facts, **block}
 
+    @property
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """Option -> its values, for each that this format leaves open."""
+        layouts = tuple(layout.name for layout in self.layouts)
+        values = {"layout": layouts, "granularity": tuple(self.blocks), "scale_rule": self.scale_rules}
+        return {option: known for option, known in values.items() if len(known) > 1}
+
     def scale_rule(self, asked: str | None) -> str:
         """Return the rule that was asked for where the format has a choice, else its own."""
         return asked if asked and asked in self.scale_rules else self.scale_rules[0]

@@ -1,7 +1,9 @@
 """Why tensors stay as they are, what that costs, and which option would change it."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from run_ckpt.contract.decided_by import BUDGET, EDGE, FUSED, IGNORE, NOT_LINEAR, PRESET, RECIPE, SHAPE, UNKNOWN_CLASS
@@ -33,23 +35,24 @@ class KeptGroup:
 
 def kept_groups(manifest: Manifest) -> list[KeptGroup]:
     """Return a group for each reason, those that keep most bytes first; tensors of no linear layer come last."""
-    groups: dict[tuple[str, bool, str], list[tuple[KeptTensor, Remedy | None]]] = {}
+    groups: dict[tuple[str, bool], list[KeptTensor]] = {}
     for kept in manifest.kept.values():
         is_linear = kept.decided_by.by != NOT_LINEAR
-        remedy = next(remedies(kept, manifest.recipe), None)
-        key = (kept.reason if is_linear else "no weights of linear layers", is_linear, remedy.what if remedy else "")
-        groups.setdefault(key, []).append((kept, remedy))
+        groups.setdefault((kept.reason if is_linear else "no weights of linear layers", is_linear), []).append(kept)
     found = [
-        KeptGroup(
-            *key[:2],
-            n_tensors=len(members),
-            nbytes=sum(kept.spec.nbytes for kept, _ in members),
-            remedy=key[2],
-            saved_nbytes=sum(remedy.saved_nbytes for _, remedy in members if remedy),
-        )
+        KeptGroup(*key, len(members), sum(kept.spec.nbytes for kept in members), *_best(members, manifest.recipe))
         for key, members in groups.items()
     ]
     return sorted(found, key=lambda group: (not group.is_linear, -group.nbytes))
+
+
+def _best(members: Iterable[KeptTensor], recipe: Mapping[str, Any]) -> tuple[str, int]:
+    """Return what saves most among the first remedies of each, and how much that is for all that it reaches."""
+    saved: Counter[str] = Counter()
+    for kept in members:
+        for remedy in islice(remedies(kept, recipe), 1):
+            saved[remedy.what] += remedy.saved_nbytes
+    return next(iter(saved.most_common(1)), ("", 0))
 
 
 def remedies(kept: KeptTensor, recipe: Mapping[str, Any]) -> Iterator[Remedy]:

@@ -190,8 +190,11 @@ def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
 def _convert_command(components: Sequence[ConvertedComponent]) -> str:
     recipe = components[0].manifest.recipe
     words = ["--format", recipe["format"], *(["--target", recipe["target"]] if recipe.get("target") else [])]
-    words += ["--layout", recipe["layout"], "--scale-rule", recipe["scale_rule"]]
-    words += ["--granularity", recipe["granularity"], "--dialect", recipe["dialect"]]
+    formats = {layer.format for component in components for layer in component.manifest.layers.values()}
+    for option in ("layout", "scale_rule", "granularity"):
+        if any(recipe[option] in quant_format.choices.get(option, ()) for quant_format in formats):
+            words += [f"--{option.replace('_', '-')}", recipe[option]]
+    words += ["--dialect", recipe["dialect"]]
     if len({component.manifest.recipe["preset"] for component in components}) == 1:
         words += ["--preset", recipe["preset"]]
     for pattern in recipe.get("ignore") or ():

@@ -1,14 +1,16 @@
 """`run-ckpt push`: a result to the Hub, shard by shard, and what makes it complete in the last commit."""
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from types import MappingProxyType
 
+from run_ckpt.contract.differences import manifest_differences
 from run_ckpt.contract.errors import FaultsError, PublishError
 from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX, join_names
-from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.card import make_card
@@ -57,26 +59,31 @@ class ShardUploads:
     Best effort: a failure is said, and push_result() sends what is missing.
     """
 
-    def __init__(self, target: Target, progress: Progress):
+    def __init__(self, target: Target, progress: Progress, *, at_end: bool = False):
         self._repository = open_repository(target, show_bars=False)
         self._overwrite = target.overwrite
+        self._at_end = at_end
         self._log = progress.log
         self._queue: SimpleQueue[LocalFile | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._stopped = False
         self.sent: list[LocalFile] = []
 
-    def start(self, names: Iterable[str]) -> None:
-        """Begin, with the names of all shards to come. Raises PublishError if the repo holds something else.
+    def start(self, names: Iterable[str], manifests: Mapping[str, Manifest] = MappingProxyType({})) -> None:
+        """Begin, with the names of all shards to come, and component -> its manifest without what is measured.
 
-        A finished result in it may be the very one that is being made: then nothing is sent before the end.
+        Raises PublishError if the repo holds something else. A finished result in it that may be the very one which
+        is being made is compared at the end: nothing is sent before.
         """
         held = _visible(self._repository)
         if any(name.endswith(MANIFEST_NAME) for name in held) or (self._overwrite and held):
+            if not self._overwrite:
+                self._check_manifests(manifests)
             self._log(f"{self._repository.url} is not empty: it is compared, and shards are sent, at the end")
             self._stopped = True
         elif foreign := sorted(held - set(names)):
             raise _holds_something_else(self._repository, foreign)
+        self._stopped = self._stopped or self._at_end
         self._thread.start()
 
     def add(self, name: str, path: Path, nbytes: int) -> None:
@@ -89,6 +96,18 @@ class ShardUploads:
         self._queue.put(None)
         if self._thread.is_alive():
             self._thread.join()
+
+    def _check_manifests(self, manifests: Mapping[str, Manifest]) -> None:
+        for component, planned in manifests.items():
+            name = join_names(component, MANIFEST_NAME)
+            if name not in self._repository.files:
+                continue
+            different = manifest_differences(self._repository.read_manifest(name), planned)
+            if different:
+                raise PublishError(
+                    f"{self._repository.url}: holds another result ({different[0]}). Choose another repo or --revision,"
+                    " or replace it with --overwrite."
+                )
 
     def _work(self) -> None:
         while (file := self._queue.get()) is not None:

@@ -8,11 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from run_ckpt.contract.errors import PublishError, UsageError
+from run_ckpt.contract.manifest import Manifest
 from run_ckpt.storage.hashing import add_file
 from run_ckpt.storage.hub_client import hub_errors, make_client, new_git_blob_hash, page_of_repo
+from run_ckpt.storage.manifest_file import read_manifest
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -84,6 +87,12 @@ class Repository:
         if nbytes != file.nbytes:
             return False
         return sha256 == file.sha256 if sha256 else blob_id == _git_blob_id(file)
+
+    def read_manifest(self, name: str) -> Manifest:
+        """Return the manifest at ``name`` in the repo. Raises PublishError, or ManifestError where it is damaged."""
+        with TemporaryDirectory() as folder, hub_errors(self._target.repo_id, name, writes=True):
+            path = self._api.hf_hub_download(self._target.repo_id, name, revision=self._head, local_dir=folder)
+            return read_manifest(Path(path).parent)
 
     def stage(self, files: Iterable[LocalFile]) -> None:
         """Upload bytes; the repo does not show them until commit(). Bytes that the Hub has are not sent again."""
