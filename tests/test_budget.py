@@ -247,7 +247,7 @@ def test_a_stopped_run_goes_on_without_predicting_again(
     with pytest.raises(PartialRunError, match=r"max_size was '1.6MB', now '1.65MB'"):
         convert(llm, tmp_path / "out", format="mxfp4", max_size="1.65MB")
     with monkeypatch.context() as patch:
-        patch.setattr("convert_ckpt.pipeline.predict_damages", None)
+        patch.setattr("convert_ckpt.pipeline.Predictor.predict", None)
         convert_api(llm, tmp_path / "out", **options)
     convert_api(llm, tmp_path / "at once", **options)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "at once")

@@ -15,7 +15,7 @@ from convert_ckpt.plan.candidates import Group, Prediction
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.plan.target_costs import target_costs
 from convert_ckpt.planning import plan_checkpoint
-from convert_ckpt.prediction import predict_damages
+from convert_ckpt.prediction import Predictor
 from convert_ckpt.preview import plan_json, plan_lines, run_notes
 from convert_ckpt.run.component import Conversion, ShardListener
 from convert_ckpt.run.disk import check_disk
@@ -25,7 +25,7 @@ from convert_ckpt.run.memory import check_memory, default_max_memory
 from convert_ckpt.run.partial_output import PREDICTION, Staging
 from convert_ckpt.run.share import NOTHING, Share
 from convert_ckpt.run_summary import RunSummary, summarize_run
-from convert_ckpt.source.opened import EVERYTHING, OpenedSource, Selection, open_source
+from convert_ckpt.source.opened import EVERYTHING, Selection, open_source
 from convert_ckpt.source.reference import Reference
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.contract.file_names import join_names
@@ -75,7 +75,8 @@ def preview_checkpoint(
                 f"--dry-run {options.budget}: all of {reference} would be fetched to predict what each format costs."
                 " Copy it first, give --sensitivities, or convert without --dry-run."
             )
-        planned = plan_checkpoint(opened, options, partial(predict_damages, opened, Path(scratch), n_workers, progress))
+        predictor = Predictor(opened, options, Path(scratch), n_workers, default_max_memory(), progress)
+        planned = plan_checkpoint(opened, options, predictor.predict)
         taken: tuple[str, ...] = ()
         if output is not None and is_taken:
             found = "a finished result" if is_result(output) else "other files"
@@ -120,10 +121,8 @@ def convert_checkpoint(
     with staging:
         pinned_revision = None if restart else staging.pinned_revision(str(reference))
         with open_source(reference, selection, progress.log, staging.skeleton, pinned_revision) as opened:
-            predict = partial(
-                _predict, reference, opened, options, staging, n_workers, restart=restart, progress=progress
-            )
-            checkpoint = plan_checkpoint(opened, options, predict)
+            predictor = Predictor(opened, options, staging.fetched, n_workers, max_memory, progress)
+            checkpoint = plan_checkpoint(opened, options, partial(_predict, reference, staging, predictor, restart))
             plans = checkpoint.components
             if staging.may_be_published() and all(is_published(staging.output, planned) for planned in plans):
                 staging.remove()
@@ -183,25 +182,22 @@ def _find_complete(
 
 def _predict(
     reference: Reference,
-    opened: OpenedSource,
-    options: Options,
     staging: Staging,
-    n_workers: int,
+    predictor: Predictor,
+    restart: bool,
     components: Sequence[ComponentPlan],
     groups: Sequence[Group],
-    *,
-    restart: bool,
-    progress: Progress,
 ) -> Prediction:
     """Return what an earlier run predicted, or predict it and keep it for the next."""
     if not staging.may_be_published():
         check_output(reference, staging.output)
-        check_disk(opened, components, staging)
-    staging.adopt(fingerprint(opened, components, options), restart=restart)
+        check_disk(predictor.opened, components, staging)
+        check_memory(components, predictor.max_memory)
+    staging.adopt(fingerprint(predictor.opened, components, predictor.options), restart=restart)
     known = staging.read_records(PREDICTION)
     if known:
         return Prediction(**known[PREDICTION])
-    prediction = predict_damages(opened, staging.fetched, n_workers, progress, components, groups)
+    prediction = predictor.predict(components, groups)
     staging.write_record(PREDICTION, PREDICTION, asdict(prediction))
     return prediction
 

@@ -43,8 +43,9 @@ class Factor:
 class Rounded:
     """Rows of a weight as decoded, float32 [n, K], and what they lose, in float64.
 
-    signal is tr(W H W'), output_error tr(D H D'), nearest_error the same for codes rounded to nearest. H is that of the
-    held out samples. squared_error and largest_error are of the weight.
+    signal is tr(W H W'), output_error tr(D H D'), nearest_error the same for codes rounded to nearest, where rows have
+    weights each row of W and D times the root of its own. H is that of the held out samples. squared_error and
+    largest_error are of the weight.
     """
 
     decoded: np.ndarray
@@ -91,14 +92,22 @@ def _factorize_in_place(matrix: np.ndarray) -> None:
         matrix[panel.stop :, panel] = matrix[panel.stop :, panel] @ (np.linalg.inv(corner).T / roots)
 
 
-def round_rows(weight: np.ndarray, grid: Grid, factors: Sequence[Factor], held_out: Sequence[np.ndarray]) -> Rounded:
+def round_rows(
+    weight: np.ndarray,
+    grid: Grid,
+    factors: Sequence[Factor],
+    held_out: Sequence[np.ndarray],
+    row_weights: np.ndarray | None = None,
+) -> Rounded:
     """Round rows of a weight, float32 [n, K].
 
-    factors: of the blocks of columns, one after the other. held_out: H of the same blocks, float32 [k, k].
+    factors: of the blocks of columns, one after the other. held_out: H of the same blocks, float32 [k, k]. row_weights:
+    float32 [n], how much a row's output counts in what is lost; None: all alike.
     """
     n_rows = len(weight)
     columns = _pad_rows(np.ascontiguousarray(weight.T), 0.0)
     scales = _pad_rows(grid.scales, 1.0)
+    roots = np.float32(1) if row_weights is None else np.sqrt(_pad_rows(row_weights[None], 0.0))
     decoded, sums, largest_error, start = np.empty_like(columns), np.zeros(4), 0.0, 0
     for factor, block in zip(factors, held_out, strict=True):
         part = slice(start, start + len(factor.order))
@@ -106,7 +115,7 @@ def round_rows(weight: np.ndarray, grid: Grid, factors: Sequence[Factor], held_o
         scale_rows = grid.scale_rows[part]
         decoded[part], errors = _round_block(grid.element, columns[part], factor, scales, scale_rows)
         nearest_errors = _nearest_errors(grid.element, columns[part], scales[scale_rows])
-        forms = [_quadratic_form(x, block) for x in (columns[part], errors, nearest_errors)]
+        forms = [_quadratic_form(x * roots, block) for x in (columns[part], errors, nearest_errors)]
         sums += [*forms, np.square(errors).sum(dtype=np.float64)]
         largest_error = max(largest_error, float(np.abs(errors).max()))
     signal, output_error, nearest_error, squared_error = sums.tolist()

@@ -85,22 +85,34 @@ def list_groups(name: str, source: Component, options: Options) -> list[Group]:
     return groups
 
 
-def predict_by_weights(
-    groups: Sequence[Group], measured: Mapping[str, Mapping[str, Mapping[str, Damage]]]
+# What predicts damages, and of what sums of them are the noise. Errors of weights count relative to the weights, as
+# norms take the scale of a layer out of what it does to the model's output: absolute ones order layers worse.
+WEIGHTS = ("relative error of the weights", "the weights, mean of the layers")
+OUTPUTS = ("output error of the layers on held out samples", "the layers' outputs, all together")
+FISHER = ("output error of the layers on held out samples times Fisher information", "the model's output")
+
+
+def predict(
+    proxy: tuple[str, str], groups: Sequence[Group], measured: Mapping[str, Mapping[str, Mapping[str, Damage]]]
 ) -> Prediction:
-    """Return the mean of the layers' relative errors, as far as each group adds to it.
+    """Return damages of groups from those of their layers.
 
-    measured: component -> layer -> format -> damage of the weights. Relative, as norms take the scale of a layer out of
-    what it does to the model's output; absolute errors order layers worse.
+    measured: component -> layer -> format -> damage: of its weights, its output, or by it of the model's output.
     """
-    n_layers = sum(len(group.members) for group in groups)
+    found = [[measured[group.component][member] for member in group.members] for group in groups]
+    layers = [layer for members in found for layer in members]
+    total = math.fsum(next(iter(layer.values())).signal for layer in layers)
 
-    def damage(group: Group, name: str) -> float:
-        found = [measured[group.component][member][name] for member in group.members]
-        return math.fsum(one.error / one.signal / n_layers for one in found if one.signal)
+    def part(damage: Damage) -> float:
+        if proxy == WEIGHTS:
+            return damage.error / damage.signal / len(layers) if damage.signal else 0.0
+        return damage.error if proxy == FISHER else damage.error / total
 
-    damages = [{name: damage(group, name) for name in group.layers} for group in groups]
-    return Prediction("relative error of the weights", "the weights, mean of the layers", damages)
+    damages = [
+        {name: math.fsum(part(layer[name]) for layer in members) for name in group.layers}
+        for group, members in zip(groups, found, strict=True)
+    ]
+    return Prediction(*proxy, damages)
 
 
 def list_choices(groups: Sequence[Group], prediction: Prediction) -> list[list[Choice]]:

@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from convert_ckpt.methods.gptq import Factor, NotPositiveDefiniteError, Rounded, factorize, round_rows
 from convert_ckpt.methods.grid import ROWS_AT_ONCE, Grid
+from convert_ckpt.plan.candidates import Damage
 from convert_ckpt.plan.plan import TensorPlan
 from convert_ckpt.run.buffers import Buffers
 from convert_ckpt.run.folded import scale_hessian
@@ -19,7 +20,7 @@ from convert_ckpt.run.slab import ErrorSums, TensorWrite, decode_grid, encode_on
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.folds import TensorFold
 from run_ckpt.contract.manifest import GPTQ, RTN, WEIGHT, WEIGHT_SCALE, Layer, sqnr_db
-from run_ckpt.storage.layer_statistics import InputStatistics, block_ranges
+from run_ckpt.storage.layer_statistics import InputStatistics, block_ranges, fisher_name
 
 # Layers that share an input follow each other, and workers are few.
 _INPUTS_KEPT = 2
@@ -72,17 +73,12 @@ class CalibratedQuantizer:
         bits, tensor_scale: of the whole weight, as for slab.quantize. Raises CheckpointError where the statistics are
         not positive definite.
         """
-        layer, statistics = tensor.layer, tensor.statistics
+        layer = tensor.layer
         assert layer is not None
-        assert statistics is not None
         writes, errors, largest = quantize(bits, layer, 0, buffers, tensor_scale)
         if not is_finite(largest):
             return Calibrated(writes, errors, largest, {})
-        known = self._input(statistics, tensor.fold)
-        scales = next(write.data for write in writes if write.role == WEIGHT_SCALE)
-        grid = decode_grid(bits, layer, scales, tensor_scale)
-        codes = np.empty_like(next(write.data for write in writes if write.role == WEIGHT))
-        total = _round_all(bits, layer, grid, known, (scales, tensor_scale), codes)
+        codes, total = self._round(bits, tensor, writes, tensor_scale)
         measured = {
             "output_sqnr_db": {
                 RTN: sqnr_db(total.signal, total.nearest_error),
@@ -94,6 +90,37 @@ class CalibratedQuantizer:
         writes = [TensorWrite(w.role, w.offset, codes if w.role == WEIGHT else w.data) for w in writes]
         errors = ErrorSums(total.squared_error, errors.squared_signal, total.largest_error)
         return Calibrated(writes, errors, largest, {**measured, "method": GPTQ})
+
+    def measure(
+        self, bits: np.ndarray, tensor: TensorPlan, buffers: Buffers, tensor_scale: np.ndarray | None
+    ) -> Damage:
+        """Return what the layer's output loses by quantize() on held out samples; bits are finite.
+
+        With Fisher information, it is the model's output: error is what part of its energy is lost, and signal is 1.
+        """
+        assert tensor.layer is not None
+        fisher = _read_fisher(tensor)
+        writes, _, _ = quantize(bits, tensor.layer, 0, buffers, tensor_scale)
+        _, total = self._round(bits, tensor, writes, tensor_scale, fisher)
+        error = min(total.output_error, total.nearest_error)
+        return Damage(error, total.signal if fisher is None else 1.0)
+
+    def _round(
+        self,
+        bits: np.ndarray,
+        tensor: TensorPlan,
+        writes: list[TensorWrite],
+        tensor_scale: np.ndarray | None,
+        row_weights: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, Rounded]:
+        """Return GPTQ's codes under the scales that are to be written, and the sums over all rows."""
+        assert tensor.layer is not None
+        assert tensor.statistics is not None
+        known = self._input(tensor.statistics, tensor.fold)
+        scales = next(write.data for write in writes if write.role == WEIGHT_SCALE)
+        grid = decode_grid(bits, tensor.layer, scales, tensor_scale)
+        codes = np.empty_like(next(write.data for write in writes if write.role == WEIGHT))
+        return codes, _round_all(bits, tensor.layer, grid, known, (scales, tensor_scale), codes, row_weights)
 
     def _input(self, statistics: InputStatistics, fold: TensorFold | None) -> _Input:
         path = statistics.path
@@ -110,6 +137,18 @@ class CalibratedQuantizer:
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
+
+
+def _read_fisher(tensor: TensorPlan) -> np.ndarray | None:
+    """Return float32 [N], None where it was not recorded. An output that a fold makes larger counts the less."""
+    assert tensor.layer is not None
+    assert tensor.statistics is not None
+    if not tensor.statistics.has_fisher:
+        return None
+    fisher = tensor.statistics.read(fisher_name(tensor.layer.module))
+    for part, exponents in tensor.fold.rows if tensor.fold else ():
+        fisher[part.first : part.first + len(exponents)] *= np.exp2(2 * np.array(exponents, np.float32))
+    return fisher
 
 
 def _read_input(statistics: InputStatistics, fold: TensorFold | None) -> _Input:
@@ -139,6 +178,7 @@ def _round_all(
     known: _Input,
     scales: tuple[np.ndarray, np.ndarray | None],
     codes: np.ndarray,
+    row_weights: np.ndarray | None,
 ) -> Rounded:
     """Fill ``codes``; return the sums over all rows. scales: as written, and that of the whole tensor."""
     sums, largest_error = np.zeros(4), 0.0
@@ -146,7 +186,8 @@ def _round_all(
     for start in range(0, layer.N, ROWS_AT_ONCE):
         rows = slice(start, min(start + ROWS_AT_ONCE, layer.N))
         part = Grid(grid.element, np.ascontiguousarray(grid.scales[:, rows]), grid.scale_rows)
-        done = round_rows(to_float(bits[rows]), part, known.factors, known.held_out)
+        weights = None if row_weights is None else row_weights[rows]
+        done = round_rows(to_float(bits[rows]), part, known.factors, known.held_out, weights)
         place = slice(rows.start * flat.size // layer.N, rows.stop * flat.size // layer.N)
         encode_on_grid(done.decoded, layer, start, *scales, flat[place])
         sums += [done.signal, done.output_error, done.nearest_error, done.squared_error]

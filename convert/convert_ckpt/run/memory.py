@@ -1,7 +1,7 @@
 """How much memory layers take whose codes are chosen by statistics, and how many may be in work at once."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from convert_ckpt.methods.grid import ROWS_AT_ONCE
 from convert_ckpt.plan.plan import ComponentPlan, Plan, TensorPlan
@@ -35,7 +35,7 @@ def memory_lines(plans: list[ComponentPlan]) -> Iterator[str]:
             yield f"GPTQ chooses the codes of {len(sizes)} layers; one in work takes up to {largest} of memory"
 
 
-def check_memory(plans: list[ComponentPlan], max_memory: int) -> None:
+def check_memory(plans: Sequence[ComponentPlan], max_memory: int) -> None:
     """Raise FaultsError with every layer that does not fit."""
     faults = [
         f"{module}: takes {format_nbytes(nbytes)} of memory, allowed are {format_nbytes(max_memory)}. Raise"

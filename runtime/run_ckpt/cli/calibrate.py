@@ -31,6 +31,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Correlations to record: full, block=N, none; auto: full for K <= 6144, else blocks of 1024.",
 )
 @click.option(
+    "--fisher", is_flag=True, help="Record by gradients what an error in each output channel does, for budgets."
+)
+@click.option(
     "--memory", metavar="SIZE", help="For the sums, such as 8GB; runs as often as needed.  [default: no limit]"
 )
 @device_options
@@ -51,7 +54,8 @@ def calibrate(
 
     if prompts and text:
         raise UsageError("give either --prompts FILE, for a pipeline, or --text FILE, for a language model.")
-    recording = Recording(output, options["hessian"], parse_nbytes(options["memory"]) if options["memory"] else None)
+    memory = parse_nbytes(options["memory"]) if options["memory"] else None
+    recording = Recording(output, options["hessian"], options["fisher"], memory)
     if text:
         from run_ckpt.storage.files import read_small
 

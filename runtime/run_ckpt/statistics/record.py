@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.contract.file_names import SUFFIX
+from run_ckpt.statistics.fisher import FisherSums
 from run_ckpt.statistics.sums import InputSums, sums_nbytes
-from run_ckpt.storage.layer_statistics import InputStatistics, LayerIdentity, read_statistics, write_statistics
+from run_ckpt.storage.layer_statistics import (
+    InputStatistics,
+    LayerIdentity,
+    fisher_name,
+    read_statistics,
+    write_statistics,
+)
 from run_ckpt.storage.units import format_nbytes
 
 # Correlations of the whole input up to this K, in blocks above: what ``auto`` means.
@@ -32,6 +39,7 @@ def record_statistics(
     folder: str | Path,
     *,
     hessian: str = "auto",
+    fisher: bool = False,
     memory: int | None = None,
     settings: Mapping[str, Any] = _NO_SETTINGS,
 ) -> Iterator["Recorder"]:
@@ -45,7 +53,9 @@ def record_statistics(
     One sample of four is held out: it measures what the others chose. Without next_sample() each call of ``model`` is
     one sample, which for a diffusion model are steps of the same prompts.
 
-    hessian: ``full``, ``block=N``, ``none``, or ``auto``: full for K <= 6144, else blocks of 1024. memory: bytes that
+    hessian: ``full``, ``block=N``, ``none``, or ``auto``: full for K <= 6144, else blocks of 1024. fisher: repeat every
+    second call of the first 16 samples with gradients, to learn how far an error in each output channel of a layer
+    moves the model's output (statistics.fisher); that takes the memory of all activations. memory: bytes that
     the sums may take, where the activations are. Layers whose sums do not fit are ``recorder.left_out``; the same block
     with the same seeds records the next ones, as layers that ``folder`` holds already are skipped. settings: what else
     decides the numbers (prompts, seeds), kept in the files. A 2-D mask argument of the model (``attention_mask`` and
@@ -55,7 +65,7 @@ def record_statistics(
     settings, if no samples were run or held out, or if layers that shared an input in their first call do so no more.
     Nothing is written if the block raises.
     """
-    recorder = Recorder(model, Path(folder), hessian, memory, settings)
+    recorder = Recorder(model, Path(folder), hessian, fisher, memory, settings)
     recorder.start()
     try:
         yield recorder
@@ -70,15 +80,22 @@ class Recorder:
     """What record_statistics yields."""
 
     def __init__(
-        self, model: nn.Module, folder: Path, hessian: str, memory: int | None, settings: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        folder: Path,
+        hessian: str,
+        fisher: bool,
+        memory: int | None,
+        settings: Mapping[str, Any],
     ) -> None:
         self._model = model
         self._folder = folder
         self._hessian = hessian
         self._memory = memory
-        self._settings = {**settings, "hessian": hessian}
+        self._settings = {**settings, "hessian": hessian, **({"fisher": True} if fisher else {})}
         self._block_size(1)  # refuses an unknown one before anything runs
         self._layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._fisher = FisherSums(model, self._layers) if fisher else None
         self._done = self._read_done()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._leader_of: dict[str, str] = {}
@@ -86,7 +103,7 @@ class Recorder:
         self._too_large: set[str] = set()
         self._current: dict[str, _Seen] = {}
         self._masks: list[Tensor] = []
-        self._n_samples = self._n_calls = 0
+        self._n_samples = self._n_calls = self._n_calls_of_sample = 0
         self._held_out: bool | None = None
 
     @property
@@ -105,11 +122,13 @@ class Recorder:
         Samples of one prompt belong together: held out, they would say that what fits the others fits them.
         """
         self._n_samples += 1
+        self._n_calls_of_sample = 0
         self._held_out = held_out
 
     def start(self) -> None:
         """Hook in."""
         self._hooks.append(self._model.register_forward_pre_hook(self._begin_call, with_kwargs=True))
+        self._hooks.append(self._model.register_forward_hook(self._end_call, with_kwargs=True))
         for name, layer in self._layers.items():
             if name not in self._done:
                 self._hooks.append(layer.register_forward_hook(partial(self._add, name)))
@@ -133,7 +152,7 @@ class Recorder:
             members = {name: self._layers[name] for name, other in self._leader_of.items() if other == leader}
             write_statistics(
                 self._folder,
-                {**sums.tensors(), "weight_amax": _weight_amax(members.values())},
+                {**sums.tensors(), "weight_amax": _weight_amax(members.values()), **self._fisher_tensors(members)},
                 model=type(self._model).__name__,
                 layers={name: _identity(layer) for name, layer in members.items()},
                 block_size=sums.block_size,
@@ -168,7 +187,20 @@ class Recorder:
             and not value.is_floating_point()
         ]
 
+    def _end_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        n_sample, n_call = self._n_samples - 1, self._n_calls_of_sample
+        if not self._n_samples:
+            n_sample, n_call = self._n_calls - 1, 0
+        self._n_calls_of_sample += 1
+        if self._fisher:
+            self._fisher.add_call(n_sample, n_call, args, kwargs)
+
+    def _fisher_tensors(self, layers: Iterable[str]) -> dict[str, np.ndarray]:
+        return {fisher_name(name): self._fisher.tensor(name).cpu().numpy() for name in layers} if self._fisher else {}
+
     def _add(self, name: str, layer: nn.Linear, args: tuple[Tensor, ...], _output: Any) -> None:
+        if self._fisher and self._fisher.is_running:
+            return
         x = args[0]
         if name not in self._leader_of:
             self._leader_of[name] = next((other for other, seen in self._current.items() if seen.is_(x)), name)

@@ -11,6 +11,9 @@ Layers that are given the same tensor (q, k and v; gate and up) share a file, na
     hessian.correlations  F16 [C]   mean(x_i x_j) / sqrt(diagonal_i diagonal_j) for j < i, row by row: of the whole
                                     matrix, or of one block of columns after the other; C = 0 without
     held_out.diagonal, held_out.correlations: the same of the rows held out
+    fisher.<layer>        F32 [N]   of each layer, where it was recorded: what an error of the layer's output does to
+                                    the model's. That changes by the sum over n of fisher_n mean(e_n^2) of its energy,
+                                    e [rows, N] the error, the mean over rows (run_ckpt.statistics.fisher)
 
 ``__metadata__``: ``statistics_version``; ``model``, the class; ``layers``, JSON {name: {N, first_row_sha256}}, the hash
 being that of row 0 of the weight as BF16 (null where it could not be read); ``block_size``, how many columns a block
@@ -93,6 +96,11 @@ class InputStatistics:
             os.close(fd)
         return data
 
+    @property
+    def has_fisher(self) -> bool:
+        """True where the Fisher information of its layers was recorded."""
+        return any(tensor.spec.name == fisher_name(layer) for tensor in self.header.tensors for layer in self.layers)
+
     @cached_property
     def amax(self) -> float:
         """The largest magnitude of all channels."""
@@ -141,7 +149,7 @@ def write_statistics(
         "block_size": str(block_size),
         "settings": json.dumps(dict(settings), sort_keys=True),
     }
-    specs = _specs(len(tensors["mean"]), block_size)
+    specs = _specs(len(tensors["mean"]), block_size, layers, has_fisher=fisher_name(next(iter(layers))) in tensors)
     header = build_header(specs.values(), metadata)
     name = next(iter(layers)) + SUFFIX
     with open_folder(folder) as opened, opened.replace(name) as fd, open(fd, "wb", closefd=False) as file:
@@ -151,6 +159,11 @@ def write_statistics(
             assert array.shape == stored.spec.shape
             file.write(array.data)
     return folder / name
+
+
+def fisher_name(layer: str) -> str:
+    """Return the tensor that holds the Fisher information of a layer."""
+    return f"fisher.{layer}"
 
 
 def block_ranges(K: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -187,13 +200,15 @@ def _to_matrix(diagonal: np.ndarray, below: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _specs(K: int, block_size: int) -> dict[str, TensorSpec]:
+def _specs(K: int, block_size: int, layers: Mapping[str, LayerIdentity], *, has_fisher: bool) -> dict[str, TensorSpec]:
     count = sum(n_below_diagonal(stop - start) for start, stop in block_ranges(K, block_size))
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"n_rows": ("I64", (2,)), "mean": ("F32", (K,))}
     shapes["amax"] = shapes["weight_amax"] = ("F32", (K,))
     for name in _SUMS:
         shapes[f"{name}.diagonal"] = ("F32", (K,))
         shapes[f"{name}.correlations"] = ("F16", (count,))
+    for layer, identity in layers.items() if has_fisher else ():
+        shapes[fisher_name(layer)] = ("F32", (identity.N,))
     return {name: TensorSpec(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
 
 
@@ -213,7 +228,7 @@ def _read_input(path: Path) -> InputStatistics:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fault = f"{type(error).__name__}: {error}"
         raise HeaderError(f"{path.name}: no header of statistics ({fault}). {_REMEDY}") from error
-    expected = _specs(K, block_size)
+    expected = _specs(K, block_size, layers, has_fisher=any(name.startswith(fisher_name("")) for name in stored))
     if stored != expected or not layers:
         wrong = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
         raise HeaderError(f"{path.name}: {wrong or 'layers'}: not as K = {K}, blocks of {block_size} imply. {_REMEDY}")
@@ -225,7 +240,8 @@ def _value_faults(statistics: InputStatistics) -> Iterator[str]:
     for count, what in zip(statistics.read("n_rows"), ("summed up", "held out"), strict=True):
         if count <= 0:
             yield f"no rows were {what}."
-    for name in ("mean", "amax", "weight_amax", *(f"{name}.diagonal" for name in _SUMS)):
+    fisher = map(fisher_name, statistics.layers if statistics.has_fisher else ())
+    for name in ("mean", "amax", "weight_amax", *(f"{name}.diagonal" for name in _SUMS), *fisher):
         values = statistics.read(name)
         n_bad = int(np.count_nonzero(~np.isfinite(values)))
         if n_bad:

@@ -28,6 +28,7 @@ class Recording:
 
     folder: Path
     hessian: str = "auto"
+    fisher: bool = False
     memory: int | None = None
 
 
@@ -125,7 +126,14 @@ def _record_all(
         with ExitStack() as stack:
             recorders = [
                 stack.enter_context(
-                    record_statistics(model, folder, hessian=recording.hessian, memory=memory, settings=settings)
+                    record_statistics(
+                        model,
+                        folder,
+                        hessian=recording.hessian,
+                        fisher=recording.fisher,
+                        memory=memory,
+                        settings=settings,
+                    )
                 )
                 for folder, model in models.items()
             ]
@@ -142,7 +150,7 @@ def _record_all(
             say(f"no statistics for {len(recorder.uncalled)} layers that never ran: {', '.join(recorder.uncalled)}")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode(): what a model keeps from then could not be differentiated
 def _run_all(runs: Sequence[_Run], recorders: Sequence[Recorder]) -> None:
     for run in runs:
         for recorder in recorders:
