@@ -17,8 +17,9 @@ from convert_ckpt.cli import cli
 from run_ckpt import load_quantized
 from run_ckpt.cli.main import run_ckpt
 from run_ckpt.contract.errors import CheckpointError, FaultsError, PartialRunError, UsageError
-from run_ckpt.contract.manifest import Layer, Manifest, read_manifest
+from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.progress import Silent
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, random_weight, save_checkpoint
 from tests.hub_fixtures import convert_remote
@@ -256,7 +257,7 @@ def test_a_stopped_run_goes_on_without_predicting_again(
 def test_the_command_converts_and_says_that_formats_are_mixed(llm: Path, tmp_path: Path) -> None:
     result = run(llm, tmp_path / "out", "--format", "mxfp4", "--max-size", "1.6MB")
     assert result.exit_code == 0, result.output
-    assert result.output.splitlines()[-1] == "Formats are mixed; right for: transformers, run-ckpt"
+    assert "Formats are mixed; right for: transformers, run-ckpt" in result.output.splitlines()[-2:]
     assert shard_nbytes(tmp_path / "out") <= 1_600_000
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
-from run_ckpt.contract.manifest import read_manifest
 from run_ckpt.progress import Silent
 from run_ckpt.storage.layer_statistics import fisher_name, write_statistics
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, load_all, random_weight, save_checkpoint
 from tests.test_calibrated import DOWN, INPUTS, MODEL, QKV, SIZES, correlations, decoded, identity_of, make_hessian

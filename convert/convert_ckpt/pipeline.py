@@ -114,7 +114,7 @@ def convert_checkpoint(
     staging = Staging(output, shared=share is not None)
     summarize = partial(summarize_run, reference, output, options.format, started=started)
     if not restart and is_result(output) and not staging.folder.exists():
-        plans = _find_complete(reference, output, options, selection, n_workers, progress)
+        plans = _find_complete(reference, output, options, selection, n_workers, max_memory, progress)
         return summarize(plans, was_complete=True)
     if restart or not staging.may_be_published():
         check_output(reference, output)
@@ -163,15 +163,21 @@ def convert_checkpoint(
 
 
 def _find_complete(
-    reference: Reference, output: Path, options: Options, selection: Selection, n_workers: int, progress: Progress
+    reference: Reference,
+    output: Path,
+    options: Options,
+    selection: Selection,
+    n_workers: int,
+    max_memory: int,
+    progress: Progress,
 ) -> list[ComponentPlan]:
     """Return the plans that ``output`` is the finished result of. Raises FaultsError where it is another result."""
     with (
         TemporaryDirectory(prefix="convert-ckpt-") as scratch,
         open_source(reference, selection, progress.log, Path(scratch) / "skeleton") as opened,
     ):
-        predict = partial(predict_damages, opened, Path(scratch), n_workers, progress)
-        plans = plan_checkpoint(opened, options, predict).components
+        predictor = Predictor(opened, options, Path(scratch), n_workers, max_memory, progress)
+        plans = plan_checkpoint(opened, options, predictor.predict).components
         if not all((output / planned.name / MANIFEST_NAME).is_file() for planned in plans):
             check_output(reference, output)
         faults = result_faults(output, opened, plans, progress)
