@@ -221,6 +221,8 @@ RESULTS = [
     Mistake("run-ckpt verify result-file-missing", 1, "fault: config.json: missing, but the manifest lists it."),
     Mistake("run-ckpt verify result-with-extra", 1, "fault: notes.txt: not listed in the manifest. Remove it."),
     Mistake("run-ckpt verify result --source nowhere", 1, "nowhere: no such file or folder."),
+    Mistake("run-ckpt verify result --source other", 1, "source other: the checkpoint was not made from it: 4 of 4"),
+    Mistake("run-ckpt verify result --min-sqnr high", 2, "'--min-sqnr': 'high' is not a valid float."),
     Mistake("run-ckpt verify result --source empty", 1, "fault: source empty: it holds no .safetensors file."),
     Mistake("run-ckpt explain result decoder", 2, "decoder: no such layer or tensor."),
     Mistake("run-ckpt diff result", 2, "Missing argument 'B'."),

@@ -1,5 +1,6 @@
 """verify passes on what convert-ckpt writes, and names every single thing that can be wrong."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from run_ckpt.cli.main import run_ckpt
 from run_ckpt.contract.manifest import sqnr_db
 from run_ckpt.progress import Silent
 from run_ckpt.storage.manifest_file import read_manifest
@@ -442,7 +445,53 @@ def test_another_source_is_found(converted: dict[str, Path], tmp_path: Path) -> 
     source = make_linear(tmp_path / "source", 256, 256)
     faults = check(converted["mxfp4-aiter"], source)
     assert any("the checkpoint was not made from it" in fault for fault in faults)
-    assert any(f"{LINEAR}.weight: not in the manifest" in fault for fault in faults)
+
+
+def test_a_source_of_another_model_is_one_fault_and_nothing_is_compared(
+    converted: dict[str, Path], tmp_path: Path
+) -> None:
+    (report,) = verify_output(converted["mxfp4-aiter"], make_linear(tmp_path / "source", 256, 256), Silent())
+    assert report.measured == ()
+    assert report.faults == (
+        "source source: the checkpoint was not made from it: 90 of 90 tensors are not in it, such as"
+        " context_embedder.bias. Give the SOURCE it was made from, flux-digits.",
+    )
+
+
+def test_a_fine_tune_of_the_source_is_one_fault(converted: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(FLUX_DIGITS, tmp_path / "tuned")
+    for name in (f"{Q}.weight", "single_transformer_blocks.2.proj_out.weight"):  # one in each shard
+        edit_tensor(source, name, lambda data: data.__setitem__(0, data[0] ^ 1))
+    (report,) = verify_output(converted["mxfp4-aiter"], source, Silent())
+    assert report.measured == ()
+    assert "no shard has the BLAKE3" in " ".join(report.faults)
+    assert len(report.faults) == 1
+
+
+@pytest.mark.parametrize("source", [None, FLUX_DIGITS], ids=["manifest", "source"])
+def test_layers_under_the_sqnr_that_is_asked_for_are_faults(converted: dict[str, Path], source: Path | None) -> None:
+    output = converted["mxfp4-aiter"]
+    layers = read_manifest(output).layers.values()
+    limit = 19.2
+    (report,) = verify_output(output, source, Silent(), min_sqnr_db=limit)
+    weak = sorted(layer.module for layer in layers if (layer.sqnr_db or 0) < limit)
+    assert 0 < len(weak) < len(layers)
+    assert sorted(fault.partition(":")[0] for fault in report.faults) == weak
+    (report,) = verify_output(output, source, Silent(), min_sqnr_db=18)
+    assert report.faults == ()
+
+
+def test_the_command_prints_json_and_exits_1_below_the_limit(converted: dict[str, Path]) -> None:
+    arguments = ["verify", str(converted["mxfp4-aiter"]), "--source", str(FLUX_DIGITS), "--json"]
+    done = CliRunner().invoke(run_ckpt, arguments)
+    assert done.exit_code == 0
+    (component,) = json.loads(done.stdout)["components"]
+    assert len(component["layers"]) == 23
+    assert all(layer["sqnr_db"] == layer["stated_sqnr_db"] for layer in component["layers"])
+    done = CliRunner().invoke(run_ckpt, [*arguments, "--min-sqnr", "30"])
+    assert done.exit_code == 1
+    (component,) = json.loads(done.stdout)["components"]
+    assert len(component["faults"]) == 23
 
 
 def test_a_config_key_that_differs_from_the_source_is_found(copy_of: Callable[[str], Path]) -> None:

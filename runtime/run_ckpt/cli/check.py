@@ -65,29 +65,37 @@ def _show_availability(components: Mapping[str, Path], device: str, as_json: boo
 @click.command()
 @click.argument("output", type=_FOLDER)
 @click.option("--source", type=_FOLDER, help="What OUTPUT was made from: decode every block and compare.")
-def verify(output: Path, source: Path | None) -> None:
+@click.option("--min-sqnr", "min_sqnr_db", type=float, metavar="DB", help="A layer with less is a fault.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(output: Path, source: Path | None, min_sqnr_db: float | None, as_json: bool) -> None:
     """Check every file of OUTPUT against its manifest, and against its source if given.
 
     Without --source: sizes, hashes, headers, scales, padding, index, config. With it also: every
     weight's SQNR and largest error, and every copied tensor bit for bit. Lists all faults; exit 1
-    if there is any.
+    if there is any. A SOURCE of another model is one fault, and no weight is compared.
 
     \b
     Examples:
       run-ckpt verify flux-mxfp4
       run-ckpt verify flux-mxfp4 --source flux
+      run-ckpt verify flux-mxfp4 --source flux --min-sqnr 18 --json
     """
     from run_ckpt.cli.progress import show_progress
     from run_ckpt.cli.tables import make_console, print_measured
     from run_ckpt.tools.verify.component import verdict, verify_output
 
     with show_progress() as progress:
-        reports = verify_output(output, source, progress)
+        reports = verify_output(output, source, progress, min_sqnr_db=min_sqnr_db)
+    has_faults = any(report.faults for report in reports)
+    if as_json:
+        found = {"verdict": verdict(reports), "components": [report.to_json() for report in reports]}
+        click.echo(json.dumps(found, indent=1))
+        sys.exit(1 if has_faults else 0)
     for report in reports:
         if report.measured:
             print_measured(make_console(), report)
         for fault in report.faults:
             click.echo(f"fault: {join_names(report.name, fault)}", err=True)
     click.echo(verdict(reports))
-    if any(report.faults for report in reports):
+    if has_faults:
         sys.exit(1)

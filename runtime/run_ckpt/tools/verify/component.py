@@ -1,9 +1,9 @@
 """Re-open a converted checkpoint and compare it with its manifest, and with the source if that is given."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.folds import folds_by_tensor
@@ -17,7 +17,7 @@ from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import read_folder
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.views import recorded_views
-from run_ckpt.tools.verify.files import file_faults, source_faults
+from run_ckpt.tools.verify.files import file_faults, other_bytes, other_model, source_faults
 from run_ckpt.tools.verify.tensors import (
     Measured,
     code_faults,
@@ -35,7 +35,10 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """What was found in one component; ``measured`` is empty where no source was given."""
+    """What was found in one component; ``measured`` is empty where no source was given.
+
+    ``sqnr_db`` maps each layer to what was measured, or to what the manifest states where nothing was.
+    """
 
     name: str
     n_files: int
@@ -44,13 +47,32 @@ class ComponentReport:
     nbytes: int
     measured: tuple[Measured, ...]
     faults: tuple[str, ...]
+    sqnr_db: Mapping[str, float | None] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values; what was measured of each layer is beside what the manifest states."""
+        facts = {name: getattr(self, name) for name in ("name", "n_files", "n_layers", "n_kept", "nbytes")}
+        layers = [
+            {
+                "module": measured.layer.module,
+                "format": measured.layer.format.name,
+                "sqnr_db": measured.sqnr_db,
+                "stated_sqnr_db": measured.layer.sqnr_db,
+                "max_abs_error": measured.max_abs_error,
+            }
+            for measured in self.measured
+        ]
+        return {**facts, "layers": layers, "faults": list(self.faults)}
 
 
-def verify_output(output: Path, source: Path | None, progress: Progress) -> list[ComponentReport]:
+def verify_output(
+    output: Path, source: Path | None, progress: Progress, *, min_sqnr_db: float | None = None
+) -> list[ComponentReport]:
     """Return a report for every component of a conversion's result.
 
-    source: folder, single file, or the pipeline folder of all components. It is only read. Raises
-    CheckpointError only where there is nothing to look at; all other faults are in the reports.
+    source: folder, single file, or the pipeline folder of all components. It is only read.
+    min_sqnr_db: a layer below it is a fault. Raises CheckpointError only where there is nothing to look at; all other
+    faults are in the reports.
     """
     for path in filter(None, (output, source)):
         if not path.exists():
@@ -59,8 +81,15 @@ def verify_output(output: Path, source: Path | None, progress: Progress) -> list
     reports = []
     for name, path in components.items():
         part = source / name if source and name else source
-        reports.append(verify_component(name, path, part, progress))
+        report = verify_component(name, path, part, progress)
+        reports.append(replace(report, faults=(*report.faults, *_weak_layers(report, min_sqnr_db))))
     return reports
+
+
+def _weak_layers(report: ComponentReport, min_sqnr_db: float | None) -> Iterator[str]:
+    for module, sqnr_db in report.sqnr_db.items():
+        if min_sqnr_db is not None and sqnr_db is not None and sqnr_db < min_sqnr_db:
+            yield f"{module}: SQNR is {sqnr_db:.2f} dB, under --min-sqnr {min_sqnr_db:g}. Keep it, or calibrate."
 
 
 def verdict(reports: list[ComponentReport]) -> str:
@@ -95,9 +124,10 @@ def verify_component(name: str, path: Path, source_path: Path | None, progress: 
             faults += _tensor_faults(name, checkpoint, progress)
             if source_path is not None:
                 measured = _compare_source(name, checkpoint, source_path, faults, progress)
-    return ComponentReport(
-        name, len(manifest.files), len(manifest.layers), len(manifest.kept), nbytes, tuple(measured), tuple(faults)
-    )
+    sqnr_db = {layer.module: layer.sqnr_db for layer in manifest.layers.values()}
+    sqnr_db |= {result.layer.module: result.sqnr_db for result in measured}
+    counts = (len(manifest.files), len(manifest.layers), len(manifest.kept), nbytes)
+    return ComponentReport(name, *counts, tuple(measured), tuple(faults), sqnr_db)
 
 
 def _tensor_faults(name: str, checkpoint: Checkpoint, progress: Progress) -> Iterator[str]:
@@ -127,7 +157,15 @@ def _compare_source(
         return []
     progress.start(_label("hash source", name), sum(entry["nbytes"] for entry in manifest.source["files"].values()))
     views = recorded_views(source_folder, manifest.source.get("tensors"))
-    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, views, progress)
+    if another := other_model(manifest, source_path, views):
+        faults.append(another)
+        return []
+    of_files = file_faults(source_folder.root, manifest.source["files"], "the manifest", progress)
+    if len(of_files) == len(manifest.source["files"]):
+        faults.append(other_bytes(manifest, source_path))
+        return []
+    faults += [f"source {fault}" for fault in of_files]
+    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, views)
     with TensorReader(source_folder, views) as source:
         layers = [
             layer for layer in manifest.layers.values() if _is_stored(reader, layer) and _is_source(source, layer)

@@ -40,15 +40,42 @@ def file_faults(folder: Path, files: Mapping[str, Mapping[str, Any]], authority:
     return faults
 
 
+def other_model(manifest: Manifest, source_path: Path, views: Collection[View]) -> str | None:
+    """Return a sentence where SOURCE is of another model: most tensors are not there in their dtype and shape."""
+    stored = {view.spec.name: view.spec for view in views}
+    expected = _expected(manifest)
+    wrong = sorted(name for name, spec in expected.items() if stored.get(name) != spec)
+    if 2 * len(wrong) <= len(expected):
+        return None
+    which = f"{len(wrong)} of {len(expected)} tensors are not in it, such as {wrong[0]}"
+    return f"source {source_path.name}: the checkpoint was not made from it: {which}. {_give_source(manifest)}"
+
+
+def other_bytes(manifest: Manifest, source_path: Path) -> str:
+    """Return a sentence about a SOURCE of which no shard is the one that was converted."""
+    reason = "no shard has the BLAKE3 that the manifest states"
+    return f"source {source_path.name}: the checkpoint was not made from it: {reason}. {_give_source(manifest)}"
+
+
+def _give_source(manifest: Manifest) -> str:
+    revision = manifest.source.get("revision")
+    return f"Give the SOURCE it was made from, {manifest.source['name']}{f' at {revision[:12]}' if revision else ''}."
+
+
+def _expected(manifest: Manifest) -> dict[str, TensorSpec]:
+    layers = manifest.layers.values()
+    weights = [TensorSpec(layer.source_tensor, layer.source_dtype, (layer.N, layer.K)) for layer in layers]
+    return {spec.name: spec for spec in [*weights, *(kept.spec for kept in manifest.kept.values())]}
+
+
 def source_faults(
     manifest: Manifest,
     output: TensorFolder,
     source_path: Path,
     source: TensorFolder,
     views: Collection[View],
-    progress: Progress,
 ) -> list[str]:
-    """Return a sentence for everything in SOURCE that is not what the checkpoint says it was made from.
+    """Return a sentence for everything in SOURCE, the shards' bytes aside, that is not as the checkpoint says.
 
     views: the source's tensors under the names that they have in the checkpoint.
     """
@@ -59,14 +86,9 @@ def source_faults(
         for shard in source.shards
         if shard.name not in files and not is_translated
     ]
-    faults += [f"source {fault}" for fault in file_faults(source.root, files, "the manifest", progress)]
-    expected = {
-        layer.source_tensor: TensorSpec(layer.source_tensor, layer.source_dtype, (layer.N, layer.K))
-        for layer in manifest.layers.values()
-    } | {kept.spec.name: kept.spec for kept in manifest.kept.values()}
     stored = {view.spec.name: view.spec for view in views}
     shard_of = {view.spec.name: f"source {view.shard}" for view in views}
-    faults += spec_faults(expected, stored, shard_of, "the manifest")
+    faults += spec_faults(_expected(manifest), stored, shard_of, "the manifest")
     if source.index_name and output.index_name not in (source.index_name, None):
         faults.append(f"{output.index_name}: the source calls its index {source.index_name}. Convert again.")
     if source_path.is_dir():
