@@ -27,7 +27,7 @@ from convert_ckpt.run.share import NOTHING, Share
 from convert_ckpt.run_summary import RunSummary, summarize_run
 from convert_ckpt.source.opened import EVERYTHING, Selection, open_source
 from convert_ckpt.source.reference import Reference
-from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, NonFiniteError, UsageError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
@@ -143,7 +143,11 @@ def convert_checkpoint(
                 listener.start(names, {planned.name: planned.plan.manifest for planned in plans})
             staging.adopt(fingerprint(opened, plans, options), restart=restart and not options.has_budget)
             staging.share()
-            n_resumed = conversion.make(share)
+            try:
+                n_resumed = conversion.make(share)
+            except NonFiniteError:  # to keep a layer is another option, which can't go on from what is here
+                staging.give_up()
+                raise
             if share:
                 missing = conversion.missing()
                 if missing or not staging.take_alone():

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
+from convert_ckpt.plan.plan import FilePlan, Plan
 from convert_ckpt.run.buffers import Buffers
 from convert_ckpt.run.folded import fold_bits
 from convert_ckpt.run.identity import identity_fault
+from convert_ckpt.run.nonfinite import NonFiniteElements
 from convert_ckpt.run.output_files import OutputFiles
 from convert_ckpt.run.readers import ShardReaders
 from convert_ckpt.run.schedule import Slab, list_slabs, scale_group
@@ -99,12 +100,16 @@ class Engine:
         self._errors: defaultdict[str, list[ErrorSums]] = defaultdict(list)
         self._measured: dict[str, dict[str, Any]] = {}
         self._calibrated = self._make_calibrated()
+        self._nonfinite = NonFiniteElements()
         self._signal = Signal()
         self._readers = ShardReaders(shards, provider or LocalShards(shards), self._slabs, self._signal)
         self._outputs = OutputFiles(plan, folder, self._slabs, self._signal, self._record)
 
     def run(self, n_workers: int) -> None:
-        """Make all files. Raises the first error of any thread."""
+        """Make all files. Raises the first error of any thread.
+
+        Weights that hold NaN or infinity are an error when all have been looked at: nothing is written any more then.
+        """
         largest = max((slab.nbytes for slab in self._slabs if not slab.tensor.statistics), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
         workers = ThreadPoolExecutor(n_workers, thread_name_prefix="worker")
@@ -114,6 +119,8 @@ class Engine:
                 for _ in range(n_workers):
                     workers.submit(self._work)
                 workers.shutdown()
+            if refusal := self._nonfinite.refusal():
+                raise NonFiniteError(refusal)
             self._outputs.wait()
         except BaseException as error:  # Ctrl-C too
             self._fail(error)
@@ -123,6 +130,8 @@ class Engine:
             self._readers.close()
         if self._signal.failure:
             raise self._signal.failure
+        for note in self._nonfinite.notes():
+            self._progress.log(note)
 
     def _work(self) -> None:
         buffers = Buffers()
@@ -148,24 +157,35 @@ class Engine:
         self._readers.read(slab, raw)
         self._readers.hash(slab, raw)
         if slab.action == "copy":
-            self._outputs.write(slab.tensor.spec.name, slab.start, _fold(slab, raw) if slab.tensor.fold else raw)
+            self._copy(slab, raw)
         elif slab.action == "scan":
             self._scan(slab, raw)
         elif slab.action != "hash":
             self._quantize(slab, raw, buffers)
         self._progress.advance(slab.work_nbytes)
         self._readers.count(slab)
-        self._outputs.count(slab)
+        if not self._nonfinite.is_refused:
+            self._outputs.count(slab)
+
+    def _copy(self, slab: Slab, raw: np.ndarray) -> None:
+        self._nonfinite.look_at_copy(slab, raw)
+        if not self._nonfinite.is_refused:
+            self._outputs.write(slab.tensor.spec.name, slab.start, _fold(slab, raw) if slab.tensor.fold else raw)
 
     def _scan(self, slab: Slab, raw: np.ndarray) -> None:
-        assert slab.tensor.layer is not None
-        largest = largest_magnitude(_fold(slab, raw))
-        self._check_finite(slab.tensor, largest)
+        largest = self._look(slab, _fold(slab, raw))
         group = scale_group(slab.tensor)
         assert group is not None
         with self._signal.notify():
             self._amax[group] = max(self._amax.get(group, 0), largest)
             self._unscanned[group] -= 1
+
+    def _look(self, slab: Slab, bits: np.ndarray) -> int:
+        """Return the float32 bits of the largest magnitude; NaN and infinity are noted."""
+        largest = largest_magnitude(bits)
+        if not is_finite(largest):
+            self._nonfinite.add(slab, bits)
+        return largest
 
     def _quantize(self, slab: Slab, raw: np.ndarray, buffers: Buffers) -> None:
         layer = slab.tensor.layer
@@ -174,13 +194,19 @@ class Engine:
             raise CheckpointError(fault)
         bits = _fold(slab, raw)
         scale = self._tensor_scale(slab) if slab.action == "encode" else None
+        if self._nonfinite.is_refused:
+            if slab.hash_order is not None:  # else it was looked at when it was scanned
+                self._look(slab, bits)
+            return
         if self._calibrated and slab.tensor.statistics:
             done = self._calibrated.quantize(bits, slab.tensor, buffers, scale)
             writes, errors, largest = done.writes, done.errors, done.largest
             self._measured[layer.module] = done.measured
         else:
             writes, errors, largest = quantize(bits, layer, slab.row, buffers, scale)
-        self._check_finite(slab.tensor, largest)
+        if not is_finite(largest):
+            self._nonfinite.add(slab, bits)
+            return
         if not math.isfinite(errors.largest):
             raise NonFiniteError(
                 f"{slab.tensor.shard}: {slab.tensor.spec.name}: its largest magnitude rounds to a value beyond float32."
@@ -206,10 +232,6 @@ class Engine:
         self._signal.wait_until(lambda: self._unscanned[group] == 0)
         assert slab.tensor.layer is not None
         return tensor_scale(self._amax[group], slab.tensor.layer)
-
-    def _check_finite(self, tensor: TensorPlan, largest: int) -> None:
-        if not is_finite(largest):
-            raise NonFiniteError(self._readers.describe_nonfinite(tensor))
 
     def _record(self, file: FilePlan, entry: dict[str, Any]) -> None:
         """Report a finished file; ``entry`` is what the manifest says of it."""

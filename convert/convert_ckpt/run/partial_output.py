@@ -155,6 +155,11 @@ class Staging:
         """Remove OUTPUT.partial."""
         self._partial.discard([_SKELETON, *_NAMES])
 
+    def give_up(self) -> None:
+        """Remove OUTPUT.partial and the folders made for it, unless other runs are at work in it."""
+        if self.take_alone():
+            self._partial.discard([_SKELETON, *_NAMES], parents=True)
+
     def _read_fingerprint(self) -> dict[str, Any] | None:
         """Return what the unfinished run wrote of itself, None where there is none. Raises PartialRunError."""
         try:

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from convert_ckpt.plan.plan import TensorPlan
 from convert_ckpt.run.schedule import Slab, list_fetches
-from convert_ckpt.run.slab import to_float, weight_bits
 from convert_ckpt.run.wait import Signal
 from convert_ckpt.source.shards import ShardProvider
 from run_ckpt.storage.files import open_to_read
@@ -67,23 +65,6 @@ class ShardReaders:
     def describe(self, shard: str) -> dict[str, Any]:
         """Return the size in bytes and the BLAKE3 of a fully read shard."""
         return {"nbytes": self._shards[shard].header.file_nbytes, "blake3": self._digests[shard].hexdigest()}
-
-    def describe_nonfinite(self, plan: TensorPlan) -> str:
-        """Name the first element of a weight that is NaN or infinite."""
-        tensor = plan.view
-        N, K = tensor.spec.shape
-        row = np.empty(tensor.spec.nbytes // N, np.uint8)
-        for n in range(N):
-            self._read(plan.shard, tensor.offset + n * row.nbytes, row)
-            values = to_float(weight_bits(row, tensor.spec.dtype, K))[0]
-            finite = np.isfinite(values)
-            if not finite.all():
-                k = int(np.argmin(finite))
-                return (
-                    f"{plan.shard}: {tensor.spec.name}[{n}, {k}] is {values[k]}: no code stands for it."
-                    " Repair the source, or keep this layer with --ignore."
-                )
-        raise AssertionError("a non-finite weight was reported, but all its rows are finite")
 
     def stop(self) -> None:
         """Wait for no shard any longer."""
