@@ -29,6 +29,7 @@ from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.writer import ShardWriter
 from run_ckpt.tools.verify.files import file_faults
 
+_TOOL = "run-ckpt"
 _RESULT = "result"
 
 
@@ -62,6 +63,7 @@ def rewrite(
     Before a byte is written all components are planned, and their files hashed: a damaged shard must
     not come out with a fresh, matching manifest. Raises CheckpointError.
     """
+    _remove_what_is_left(target)
     faults = target_faults(output, target)
     if faults:
         raise FaultsError("nothing was written", faults)
@@ -146,6 +148,15 @@ def _texts(checkpoint: Checkpoint, headers: Mapping[str, Header], steps: Rewrite
     return texts
 
 
+def _remove_what_is_left(target: Path) -> None:
+    """Remove the empty folder of a run that was killed after ``target`` had got its name."""
+    partial = PartialFolder(target, _TOOL)
+    if partial.path.is_dir():
+        with partial:
+            if not partial.names():
+                partial.discard([])
+
+
 @contextmanager
 def _build_folder(target: Path) -> Iterator[Folder]:
     """Yield a folder that becomes ``target`` at the end, and is removed where the work fails.
@@ -153,7 +164,7 @@ def _build_folder(target: Path) -> Iterator[Folder]:
     It lies in ``target``.partial. What a killed run of ours left there is thrown away; anything
     else there (an unfinished convert-ckpt run) is refused.
     """
-    with PartialFolder(target, "run-ckpt") as partial:
+    with PartialFolder(target, _TOOL) as partial:
         try:
             partial.folder.remove(_RESULT)
             with partial.folder.open_folder(_RESULT, make=True) as result:
