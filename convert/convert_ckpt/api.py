@@ -115,7 +115,7 @@ def convert(
     run = partial(
         convert_checkpoint,
         parse_reference(os.fspath(source)),
-        Path(output),
+        _output(output),
         options,
         n_workers=_count_workers(workers),
         max_memory=parse_nbytes(max_memory) if isinstance(max_memory, str) else max_memory,
@@ -131,7 +131,7 @@ def convert(
     from convert_ckpt.push import convert_and_push
 
     place["repo_id"] = push_to_hub
-    return convert_and_push(run, Path(output), place, base_model=base_model, at_end=push_at_end, progress=progress)
+    return convert_and_push(run, _output(output), place, base_model=base_model, at_end=push_at_end, progress=progress)
 
 
 def plan_conversion(
@@ -151,12 +151,18 @@ def plan_conversion(
     """
     return preview_checkpoint(
         parse_reference(os.fspath(source)),
-        _path(output),
+        None if output is None else _output(output),
         options,
         n_workers=_count_workers(None),
         selection=Selection(_strings(component), keep_source),
         progress=progress or Silent(),
     )
+
+
+def _output(output: str | PathLike[str]) -> Path:
+    if not os.fspath(output):
+        raise UsageError("OUTPUT is empty. Give a folder; . is the current one.")
+    return Path(output)
 
 
 def _path(path: str | PathLike[str] | None) -> Path | None:

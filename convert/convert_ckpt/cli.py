@@ -12,6 +12,7 @@ from convert_ckpt.options import Options
 from convert_ckpt.plan.preset import preset_names
 from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.contract.dialects.table import DIALECTS
+from run_ckpt.contract.display import shown
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES
 from run_ckpt.contract.layouts import LAYOUTS
 from run_ckpt.contract.manifest import METHODS
@@ -38,9 +39,18 @@ run-ckpt inspect OUT, check it with run-ckpt verify OUT --source SOURCE.
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
+class _NewFolder(click.Path):
+    """A path that "" is none of."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty. Give a folder; . is the current one.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command(epilog=_EPILOG, context_settings=_CONTEXT)
 @click.argument("source", type=click.Path())
-@click.argument("output", type=click.Path(path_type=Path), required=False)
+@click.argument("output", type=_NewFolder(path_type=Path), required=False)
 @click.option(
     "--format", type=click.Choice(FORMATS, case_sensitive=False), required=True, help="Format of linear weights."
 )
@@ -128,7 +138,7 @@ def _show_plan(arguments: dict[str, Any], *, as_json: bool) -> None:
     others = {name: arguments[name] for name in ("output", "component", "keep_source")}
     options = Options(**{field.name: arguments[field.name] for field in fields(Options)})
     preview = plan_conversion(arguments["source"], options, progress=PlainLines(), **others)
-    click.echo(json.dumps(preview.components, indent=1) if as_json else str(preview))
+    click.echo(json.dumps(preview.components, indent=1) if as_json else shown(preview, lines=True))
 
 
 def _convert(arguments: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
@@ -140,7 +150,7 @@ def _convert(arguments: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     elif not quiet:
-        click.echo(str(summary))
+        click.echo(shown(summary, lines=True))
 
 
 def main() -> None:

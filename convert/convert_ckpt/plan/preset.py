@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.contract.module_names import pattern_regex
+from run_ckpt.contract.module_names import matches_pattern
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 GENERIC = "generic"
@@ -97,7 +97,7 @@ class Preset:
         return self.runtimes.get(target, PLAIN_RUNTIME)
 
     def is_embedding(self, module: str) -> bool:
-        return any(pattern_regex(pattern).fullmatch(module) for pattern in self.embeddings)
+        return any(matches_pattern(pattern, module) for pattern in self.embeddings)
 
 
 def preset_names() -> list[str]:

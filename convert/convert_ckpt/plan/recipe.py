@@ -10,7 +10,7 @@ from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.decided_by import BY_FORMAT, EDGE, FUSED, IGNORE, PRESET, RECIPE, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS
-from run_ckpt.contract.module_names import fill_pattern, pattern_regex, split_name
+from run_ckpt.contract.module_names import fill_pattern, matches_pattern, pattern_regex, split_name
 from run_ckpt.contract.tensors import TensorSpec
 
 KEEP = "keep"
@@ -32,7 +32,7 @@ class Rule:
         return self.by != PRESET
 
     def matches(self, module: str) -> bool:
-        return pattern_regex(self.pattern).fullmatch(module) is not None
+        return matches_pattern(self.pattern, module)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.side_files import WEIGHT_SUFFIXES, is_side_file
 from run_ckpt.storage.views import View, whole_views
 
+_LONGEST_NAME = 1000
 _QUANTIZED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _QUANTIZED_NAMES = re.compile(
     r".*\.(weight_scale|weight_scale_inv|weight_scale_2|weight_packed|input_scale|qweight|qzeros|scales|absmax"
@@ -124,6 +125,8 @@ def _name_faults(folder: TensorFolder, config: dict[str, Any] | None, side_files
     for name in names:
         if not name.isprintable():
             yield f"{name!r}: a name with control characters or half a character. Rename it."
+        elif len(name) > _LONGEST_NAME:
+            yield f"{name[:40]}...: a name of {len(name):,} characters. Rename it."
     class_name = _class_name(config or {})
     if class_name is not None and not (isinstance(class_name, str) and class_name.isidentifier()):
         yield f"{CONFIG_NAME}: {class_name!r} is no name of a class. Fetch it again."

@@ -57,6 +57,8 @@ def parse_reference(source: str | Path) -> Reference:
     The address of a repo's page on the Hub, or of a folder or file there, names it too.
     Raises UsageError for a malformed hf:// URL.
     """
+    if source == "":
+        raise UsageError("SOURCE is empty. Give a folder, a file, owner/name or a URL; . is the current folder.")
     if isinstance(source, Path) or Path(source).exists():
         return Path(source)
     if source.startswith(_HUB_SCHEME):

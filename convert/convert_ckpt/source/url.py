@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from convert_ckpt.source.store import RemoteFile, Retry
 from run_ckpt.contract.errors import FetchError, TransientError, UsageError, first_line
@@ -28,15 +27,15 @@ def open_url(url: str, retry: Retry) -> "UrlStore":
     """Return the folder (or file) at ``url`` as it is now. Raises UsageError or FetchError."""
     import fsspec
 
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0]
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = f'"convert-ckpt[{_EXTRAS[scheme]}]"' if scheme in _EXTRAS else "the package that the message names"
         raise UsageError(f"{scheme}://: {error}. Install it with pip install {package}.") from error
-    except ValueError as error:
+    except Exception as error:  # each file system has errors of its own
         raise UsageError(
-            f"{scheme}://: {error}. Give a folder, owner/name of the Hub, s3://, gs:// or az://."
+            f"{scheme}://: {first_line(error)}. Give a folder, owner/name of the Hub, s3://, gs:// or az://."
         ) from error
     path = path.rstrip("/")
 

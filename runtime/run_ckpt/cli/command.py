@@ -1,15 +1,32 @@
 """What both commands share: completion, errors in one line, exit codes."""
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import click
 
+from run_ckpt.cli.streams import usable_streams
+from run_ckpt.contract.display import shown
 from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.extras import naming_extras
 
 EXIT_CODES = "Exit code: 0 done, 1 it can't be done or a fault was found, 2 wrong usage, 130 stopped by Ctrl-C."
+
+# What the operating system says, and what to do about it.
+_REMEDIES = {
+    errno.EACCES: "Let this user read and write there, or choose another place.",
+    errno.EPERM: "Let this user read and write there, or choose another place.",
+    errno.EROFS: "Choose a place that can be written to.",
+    errno.ENOSPC: "Make room, then give the same command again.",
+    errno.EDQUOT: "Make room, then give the same command again.",
+    errno.EIO: "The disk has failed. Check it, then give the same command again.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+    errno.ENFILE: "Raise the limit of open files of the machine.",
+    errno.ENAMETOOLONG: "Choose shorter names.",
+    errno.ELOOP: "Remove the links that lead to each other.",
+}
 
 
 def run_command(
@@ -18,18 +35,32 @@ def run_command(
     """Run ``args`` (default: the process's). An error is one message on stderr and ends the process by EXIT_CODES."""
     args = sys.argv[1:] if args is None else list(args)
     subcommand = [arg for arg in args[:1] if arg in getattr(command, "commands", ())]
-    try:
-        with naming_extras(" ".join([name, *subcommand])):
-            sys.exit(command.main(args, prog_name=name, standalone_mode=False))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (CheckpointError, OSError) as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo(stopped, err=True)
-        sys.exit(130)
+    with usable_streams():
+        try:
+            with naming_extras(" ".join([name, *subcommand])):
+                sys.exit(command.main(args, prog_name=name, standalone_mode=False))
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo(stopped, err=True)
+            sys.exit(130)
+        except CheckpointError as error:
+            _fail(error, 2 if isinstance(error, UsageError) else 1)
+        except OSError as error:
+            remedy = _REMEDIES.get(error.errno or 0)
+            _fail(f"{error}. {remedy}" if remedy else error)
+        except MemoryError:
+            _fail("out of memory. Raise the limit (ulimit -v), or use a larger machine.")
+        except RuntimeError as error:
+            if "new thread" not in str(error):
+                raise
+            _fail(f"{error}. Raise the limits (ulimit -u, -v), or use fewer --workers.")
+
+
+def _fail(error: object, code: int = 1) -> NoReturn:
+    click.echo(shown(f"error: {error}", lines=True), err=True)
+    sys.exit(code)
 
 
 def _print_completion(context: click.Context, _: click.Parameter, shell: str | None) -> None:

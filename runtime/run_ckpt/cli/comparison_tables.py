@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from run_ckpt.cli.names import plain
 from run_ckpt.tools.compare.figures import PipelineErrors, TextErrors
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ def print_comparison(console: Console, found: PipelineComparison | TextCompariso
     for result in results:
         if isinstance(result, PipelineErrors):
             # Titles of their own lines: a table would fold them to its width.
-            console.print(f"{escape(result.name)}: latents after each step", soft_wrap=True)
+            console.print(f"{plain(result.name)}: latents after each step", soft_wrap=True)
             console.print(_steps_table(result))
     shown = [figure for figure in _COLUMNS if figure in results[0].figures]
-    console.print(escape(found.title), soft_wrap=True)
+    console.print(plain(found.title), soft_wrap=True)
     table = _table(("result", *(_COLUMNS[figure][0] for figure in shown)))
     for result in results:
-        table.add_row(escape(result.name), *(format(result.figures[figure], _COLUMNS[figure][1]) for figure in shown))
+        table.add_row(plain(result.name), *(format(result.figures[figure], _COLUMNS[figure][1]) for figure in shown))
     console.print(table)
 
 

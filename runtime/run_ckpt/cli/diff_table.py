@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from run_ckpt.cli.names import DottedName
+from run_ckpt.cli.names import DottedName, plain
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.diff import Difference, Outcome, ResultDiff
 
@@ -16,7 +15,7 @@ def print_diff(console: Console, found: ResultDiff, names: tuple[Path, Path]) ->
     """Print the options that differ, the tensors that differ, and the sums."""
     a, b = (str(name) for name in names)
     for key, (before, after) in found.options.items():
-        console.print(escape(f"{key}: {_show(before)} -> {_show(after)}"))
+        console.print(plain(f"{key}: {_show(before)} -> {_show(after)}"))
     if found.differences:
         table = Table(header_style="bold", box=None, pad_edge=False)
         table.add_column("tensor", overflow="fold")
@@ -25,11 +24,11 @@ def print_diff(console: Console, found: ResultDiff, names: tuple[Path, Path]) ->
         table.add_column("size", justify="right")
         table.add_column("worst SQNR dB", justify="right")
         for row in found.differences:
-            table.add_row(DottedName(row.name), str(row.count), *map(escape, _cells(row)))
+            table.add_row(DottedName(row.name), str(row.count), *map(plain, _cells(row)))
         console.print(table)
     change = found.b_nbytes - found.a_nbytes
     console.print(
-        escape(
+        plain(
             f"{a} -> {b}: {sum(row.count for row in found.differences)} tensors differ, {found.n_same} are alike;"
             f" {format_nbytes(found.a_nbytes)} -> {format_nbytes(found.b_nbytes)}"
             f" ({'-' if change < 0 else '+'}{format_nbytes(abs(change))})"

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from run_ckpt.cli.names import DottedName
+from run_ckpt.cli.names import DottedName, plain
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.explain import Explanation
 
@@ -18,7 +17,7 @@ def print_explanation(console: Console, explanation: Explanation) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for what, text in _lines(explanation):
-        table.add_row(f"  {what}", escape(text))
+        table.add_row(f"  {what}", plain(text))
     console.print(table)
 
 

@@ -4,8 +4,11 @@ import re
 from collections.abc import Iterator
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.text import Text
+
+from run_ckpt.contract.display import shown
 
 # As wide as most parts between two dots.
 _LEAST_WIDTH = 20
@@ -15,13 +18,18 @@ class DottedName:
     """A module's or tensor's name, for a cell of a table."""
 
     def __init__(self, name: str):
-        self._name = name
+        self._name = shown(name)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(min(len(self._name), _LEAST_WIDTH), len(self._name)).clamp(0, options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text("\n".join(fold_name(self._name, options.max_width)), overflow="fold")
+
+
+def plain(text: object) -> str:
+    """Return markup for rich that shows ``text`` as it is."""
+    return escape(shown(text))
 
 
 def fold_name(name: str, width: int) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from run_ckpt.contract.display import shown
 from run_ckpt.progress import Progress, Silent
 
 if TYPE_CHECKING:  # only the bar needs it, and a run without a terminal starts faster
@@ -56,8 +58,9 @@ class PlainLines:
             self._say_sometimes()
 
     def log(self, line: str) -> None:
-        sys.stderr.write(f"{line}\n")  # in one piece, whatever other threads write
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk behind standard error stops no work
+            sys.stderr.write(f"{shown(line, lines=True)}\n")  # in one piece, whatever other threads write
+            sys.stderr.flush()
 
     def _say_sometimes(self) -> None:
         now = time.monotonic()
@@ -87,7 +90,7 @@ class Bar:
 
         for task in self._bars.task_ids:
             self._bars.remove_task(task)
-        self._step, self._fetch = self._bars.add_task(escape(label), total=nbytes), None
+        self._step, self._fetch = self._bars.add_task(escape(shown(label)), total=nbytes), None
 
     def advance(self, nbytes: int) -> None:
         if self._step is not None:
@@ -101,7 +104,7 @@ class Bar:
             self._bars.advance(self._fetch, nbytes)
 
     def log(self, line: str) -> None:
-        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._bars.console.print(shown(line, lines=True), highlight=False, markup=False, soft_wrap=True)
 
 
 def _make_bars() -> RichProgress:

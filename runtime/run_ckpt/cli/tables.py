@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from run_ckpt.cli.names import DottedName
+from run_ckpt.cli.names import DottedName, plain
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.summary import CheckpointSummary, Inspection
 
@@ -37,14 +36,14 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     for row in inspection.layers:
         measured = (_number(row.sqnr_db, ".2f"), _number(row.max_abs_error, ".4g"))
         layers.add_row(
-            DottedName(row.module), str(row.count), row.format, f"{row.N} x {row.K}", escape(row.scale), *measured
+            DottedName(row.module), str(row.count), row.format, f"{row.N} x {row.K}", plain(row.scale), *measured
         )
     console.print(layers)
     if inspection.kept_linears:
         kept = _table("kept", ("linear layer", "count", "dtype", "N x K", "reason"))
         for linear in inspection.kept_linears:
             size = f"{linear.N} x {linear.K}"
-            kept.add_row(DottedName(linear.module), str(linear.count), linear.dtype, size, escape(linear.reason))
+            kept.add_row(DottedName(linear.module), str(linear.count), linear.dtype, size, plain(linear.reason))
         console.print(kept)
 
 
@@ -70,7 +69,7 @@ def print_availability(console: Console, component: str, availability: Availabil
     table = _table(title, ("backend", "layers", "not taken because"))
     for row in availability.rows:
         reasons = "\n".join(f"{reason} ({count} layers)" for reason, count in row.reasons.items())
-        table.add_row(row.name, str(row.n_layers), escape(reasons))
+        table.add_row(row.name, str(row.n_layers), plain(reasons))
     console.print(table)
     if availability.n_unsupported:
         console.print(f"{availability.n_unsupported} layers run on none of them unless it is asked for by name.")
@@ -92,7 +91,7 @@ def print_bench(console: Console, component: str, bench: Bench) -> None:
         table.add_row(row.format, shape, str(row.count), row.backend, str(row.M), *times, *rates)
     console.print(table)
     if bench.load is None:
-        console.print(f"load: not measured: {escape(str(bench.why_no_load))}")
+        console.print(f"load: not measured: {plain(str(bench.why_no_load))}")
         return
     load = bench.load
     console.print(
@@ -102,7 +101,7 @@ def print_bench(console: Console, component: str, bench: Bench) -> None:
 
 
 def _summary_table(summary: CheckpointSummary) -> Table:
-    table = Table(title=summary.component or None, show_header=False, box=None, title_justify="left")
+    table = Table(title=plain(summary.component) or None, show_header=False, box=None, title_justify="left")
     source = summary.source + (f" @ {summary.source_revision[:12]}" if summary.source_revision else "")
     saved = summary.source_nbytes / max(1, summary.output_nbytes)
     rows = {
@@ -120,12 +119,12 @@ def _summary_table(summary: CheckpointSummary) -> Table:
         **{f"not for {name}": reason for name, reason in summary.targets.items() if reason},
     }
     for key, value in rows.items():
-        table.add_row(key, escape(value))
+        table.add_row(key, plain(value))
     return table
 
 
 def _table(title: str | None, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=title and plain(title), title_justify="left", header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in _NUMERIC else "left", overflow="fold")
     return table

@@ -78,7 +78,7 @@ def _file_table_faults(table: str, files: Any, known: set[str]) -> list[str]:
     for name, entry in files.items():
         if not isinstance(entry, dict) or not {"nbytes", "blake3"} <= set(entry) <= known or not _are_facts(**entry):
             faults.append(f"{MANIFEST_NAME}: {table}: {name}: needs nbytes and blake3 and nothing else. {_ADVICE}")
-        if unsafe_file_name(name):
+        if unsafe_file_name(name) or not name.isprintable():
             faults.append(f"{MANIFEST_NAME}: {table}: {name!r} is not the name of a file of the folder. {_ADVICE}")
     return faults
 

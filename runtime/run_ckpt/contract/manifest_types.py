@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from re import fullmatch
 from typing import Any
 
 from run_ckpt.contract.tensors import DTYPE_BITS
@@ -10,7 +11,15 @@ Check = Callable[[Any], bool]
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and value.isprintable()
+
+
+def _class_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _revision(value: Any) -> bool:
+    return isinstance(value, str) and fullmatch(r"[\w.-]+", value) is not None
 
 
 def _count(value: Any) -> bool:
@@ -25,8 +34,8 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _anything(_: Any) -> bool:
-    return True
+def _fact(value: Any) -> bool:
+    return _text(value) or (isinstance(value, list) and all(map(_text, value)))
 
 
 def _dtype(value: Any) -> bool:
@@ -42,7 +51,7 @@ def _list_of(check: Check) -> Check:
 
 
 def _map_of(check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+    return lambda value: isinstance(value, dict) and all(map(_text, value)) and all(map(check, value.values()))
 
 
 _SPEC: dict[str, Check] = {"dtype": _dtype, "shape": _list_of(_count)}
@@ -61,12 +70,18 @@ _LAYER: dict[str, Check] = {
 }
 _RECIPE: dict[str, Check] = {
     **dict.fromkeys(("format", "layout", "granularity", "scale_rule", "dialect", "naming", "preset"), _optional(_text)),
-    **dict.fromkeys(("class_name", "recipe", "calibration", "method", "target"), _optional(_text)),
-    **dict.fromkeys(("static", "allow_unaligned_k", "swap_weight_nibbles"), _optional(_flag)),
+    **dict.fromkeys(("recipe", "calibration", "method", "target"), _optional(_text)),
+    "class_name": _optional(_class_name),
+    "max_size": _optional(lambda value: _text(value) or _count(value)),
+    "min_sqnr": _optional(_number),
+    "sensitivities": _optional(_text),
+    **dict.fromkeys(("keep_first", "keep_last"), _optional(_count)),
+    "budget": _optional(lambda value: isinstance(value, dict) and _text(value.get("by"))),
+    **dict.fromkeys(("static", "fold", "allow_unaligned_k", "swap_weight_nibbles"), _optional(_flag)),
     "ignore": _optional(_list_of(_text)),
     "rules": _optional(_list_of(_list_of(_text))),
 }
-_SOURCE: dict[str, Check] = {"name": _text, "revision": _optional(_text), "card": _optional(_map_of(_anything))}
+_SOURCE: dict[str, Check] = {"name": _text, "revision": _optional(_revision), "card": _optional(_map_of(_fact))}
 # Table of the manifest -> the fields of each of its entries.
 _TABLES: dict[str, dict[str, Check]] = {
     "layers": _LAYER,
@@ -91,6 +106,8 @@ def type_faults(document: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(entries, dict):
             yield table
             continue
+        if not all(map(_text, entries)):
+            yield f"a name in {table}"
         for name, entry in entries.items():
             yield from _fields(f"{table}: {name}", entry, checks)
 

@@ -27,6 +27,20 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
     return re.compile("(.*)".join(re.escape(part) for part in pattern.split("*")))
 
 
+def matches_pattern(pattern: str, name: str) -> bool:
+    """True where ``pattern``, in which ``*`` stands for any characters, is ``name``; in linear time."""
+    first, *others = pattern.split("*")
+    if not others:
+        return name == pattern
+    last, at = others.pop(), len(first)
+    for part in others:
+        at = name.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return name.startswith(first) and name.endswith(last) and at + len(last) <= len(name)
+
+
 def fill_pattern(pattern: str, captured: tuple[str, ...]) -> str:
     """Return ``pattern`` with its ``*`` replaced by the captured texts, in order."""
     texts = iter(captured)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from re import fullmatch
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
@@ -34,6 +35,8 @@ def find_components(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder. Give a checkpoint folder or a {SUFFIX} file.")
     components = {entry.name: entry for entry in sorted(path.glob("transformer*")) if entry.is_dir()}
+    if odd := [name for name in components if not fullmatch(r"[\w.-]+", name)]:
+        raise CheckpointError(f"{path}: {odd[0]!r}: no name of a component. Rename that folder.")
     if not components and (path / PIPELINE_INDEX_NAME).is_file():
         raise CheckpointError(_no_transformer(path))
     has_weights = any(path.glob("*" + SUFFIX)) or any(path.glob("*" + INDEX_SUFFIX))

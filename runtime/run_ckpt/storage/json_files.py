@@ -10,6 +10,9 @@ from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.files import MAX_TEXT_NBYTES, read_text
 
+# Python reads more than it can write, and no model's config needs ten.
+_MAX_DEPTH = 100
+
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return config.json of a component's folder, None where there is none. Raises CheckpointError if it is broken."""
@@ -25,11 +28,21 @@ def read_json_object(path: Path, max_nbytes: int = MAX_TEXT_NBYTES) -> tuple[dic
         value = json.loads(read_text(path, max_nbytes))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
+        if _is_deeper(value, _MAX_DEPTH):
+            raise ValueError(f"nested deeper than {_MAX_DEPTH}")
     except FileNotFoundError as error:
         return None, [f"{path.name}: is a link to nothing ({error}). Fetch it again."] if path.is_symlink() else []
     except (OSError, ValueError, RecursionError) as error:
         return None, [f"{path.name}: not readable ({error}). Fetch it again, or convert again."]
     return value, []
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [part for parts in level for part in (parts.values() if isinstance(parts, dict) else parts)]
+        level = [part for part in level if isinstance(part, dict | list)]
+    return bool(level)
 
 
 def make_index(stored: Iterable[tuple[TensorSpec, str]]) -> dict[str, Any]:

@@ -137,6 +137,8 @@ def _read_shards(root: Path, names: list[str], faults: list[str]) -> list[Shard]
             shards.append(Shard(path, read_header(path)))
         except HeaderError as error:
             faults.append(str(error))
+        except FileNotFoundError:
+            faults.append(f"{name}: missing. Fetch this shard.")
         except OSError as error:
             faults.append(f"{name}: missing, or not readable: {error.strerror}. Fetch this shard.")
     return shards

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from run_ckpt.contract.display import shown
 from run_ckpt.contract.file_names import HEATMAP_NAME, join_names
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, MANIFEST_NAME, Layer
@@ -70,24 +71,28 @@ def _rounding(layers: Sequence[Layer]) -> str:
 def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> Iterator[str]:
     source = components[0].manifest.source
     recipe = components[0].manifest.recipe
-    name = f"[{base}]({_HUB_URL}/{base})" if base else f"`{source['name']}`"
+    name = f"[{base}]({_HUB_URL}/{base})" if base else _code(source["name"])
     at = (
-        f" at commit [`{source['revision'][:12]}`]({_HUB_URL}/{base}/tree/{source['revision']})"
+        f" at commit [{_code(source['revision'][:12])}]({_HUB_URL}/{base}/tree/{source['revision']})"
         if base and source.get("revision")
         else ""
     )
     layers = sum(component.summary.n_layers for component in components)
     rounding = _rounding([layer for component in components for layer in component.manifest.layers.values()])
     budget = recipe.get("budget")
-    chosen = f" Each layer's format was chosen to meet {_budget(recipe)}, by {budget['by']}." if budget else ""
+    chosen = (
+        f" Each layer's format was chosen to meet {_prose(_budget(recipe))}, by {_prose(budget['by'])}."
+        if budget
+        else ""
+    )
     yield (
-        f"The `{recipe.get('class_name')}` of {name}{at} with its linear layers in {format_name(components)}."
-        f" {layers} layers were quantized offline by {components[0].summary.tool}; all other tensors are bit for bit"
-        f" those of the source.{chosen} {rounding}"
+        f"The {_code(recipe.get('class_name'))} of {name}{at} with its linear layers in {format_name(components)}."
+        f" {layers} layers were quantized offline by {_prose(components[0].summary.tool)}; all other tensors are bit"
+        f" for bit those of the source.{chosen} {rounding}"
     )
     rows = [
         (
-            f"`{component.name}`" if component.name else "all files",
+            _code(component.name) if component.name else "all files",
             format_nbytes(component.summary.source_nbytes),
             format_nbytes(component.summary.output_nbytes),
             f"{component.summary.source_nbytes / max(1, component.summary.output_nbytes):.2f}",
@@ -130,10 +135,10 @@ def _measured(components: Sequence[ConvertedComponent]) -> Iterator[str]:
         values = [row.sqnr_db for row in rows if row.sqnr_db is not None]
         mean, worst_of_kind = (fmean(values), min(values)) if values else (None, None)
         size = " × ".join(map(str, shape))
-        lines.append((f"`{kind}`", str(len(rows)), size, stored_as, _db(mean), _db(worst_of_kind)))
+        lines.append((_code(kind), str(len(rows)), size, stored_as, _db(mean), _db(worst_of_kind)))
     yield _table(("layer", "count", "N × K", "format", "mean SQNR", "worst SQNR"), lines, right=2)
     measured = sorted((row for row in quantized if row.sqnr_db is not None), key=lambda row: row.sqnr_db or 0.0)
-    worst = [(f"`{row.path}`", _db(row.sqnr_db), f"{row.max_abs_error:.4g}") for row in measured[:_N_WORST]]
+    worst = [(_code(row.path), _db(row.sqnr_db), f"{row.max_abs_error:.4g}") for row in measured[:_N_WORST]]
     title = f"The {len(worst)} worst layers:" if len(measured) > len(worst) else "All layers, worst first:"
     yield title + "\n\n" + _table(("layer", "SQNR", "largest error of a weight"), worst, right=1)
 
@@ -147,7 +152,7 @@ def _kept(components: Sequence[ConvertedComponent]) -> Iterator[str]:
     n_others = sum(not row.is_linear for component in components for row in component.rows)
     if reasons:
         lines = [
-            (_kinds(rows), str(len(rows)), dtype, format_nbytes(sum(row.output_nbytes for row in rows)), reason)
+            (_kinds(rows), str(len(rows)), dtype, format_nbytes(sum(row.output_nbytes for row in rows)), _prose(reason))
             for (reason, dtype), rows in reasons.items()
         ]
         yield _table(("linear layers", "count", "dtype", "size", "why"), lines, right=1)
@@ -157,7 +162,7 @@ def _kept(components: Sequence[ConvertedComponent]) -> Iterator[str]:
 def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
     base = hub_id(components)
     source = components[0].manifest.source
-    yield f"The same command gives the same bytes, on any machine ({components[0].summary.tool}):"
+    yield f"The same command gives the same bytes, on any machine ({_prose(components[0].summary.tool)}):"
     command = _convert_command(components)
     if base:
         inside = "/".join(str(source["name"]).split("/")[2:])
@@ -180,7 +185,7 @@ def _reproduce(components: Sequence[ConvertedComponent]) -> Iterator[str]:
     }
     for key, title in titles.items():
         if name := components[0].manifest.recipe.get(key):
-            yield f"{title} was `{name}`."
+            yield f"{title} was {_code(name)}."
     made = [entry for component in components for entry in _checksums(component, component.manifest.files)]
     used = [entry for component in components for entry in _checksums(component, component.manifest.source["files"])]
     yield _details(f"BLAKE3 of the files ({MANIFEST_NAME} holds more)", _table(("file", "bytes", "BLAKE3"), made))
@@ -209,18 +214,29 @@ def _convert_command(components: Sequence[ConvertedComponent]) -> str:
 
 
 def _budget(recipe: Mapping[str, Any]) -> str:
-    return next(f"--{name.replace('_', '-')} {recipe[name]}" for name in ("max_size", "min_sqnr") if recipe[name])
+    given = {name: recipe.get(name) for name in ("max_size", "min_sqnr")}
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value)
 
 
 def _checksums(component: ConvertedComponent, files: dict[str, dict[str, object]]) -> list[tuple[str, str, str]]:
     return [
-        (f"`{join_names(component.name, name)}`", f"{entry['nbytes']:,}", f"`{entry['blake3']}`")
+        (_code(join_names(component.name, name)), f"{entry['nbytes']:,}", _code(entry["blake3"]))
         for name, entry in sorted(files.items())
     ]
 
 
+def _code(name: object) -> str:
+    """Return a name as code within a line, which it can't end."""
+    return f"`{shown(name).replace('`', chr(39))}`"
+
+
+def _prose(text: object) -> str:
+    """Return text of a manifest as it is, without links and elements that it may hold."""
+    return shown(text).replace("`", "'").replace("<", "&lt;").replace(">", "&gt;").replace("[", "\\[")
+
+
 def _kinds(rows: list[TensorRow]) -> str:
-    return ", ".join(dict.fromkeys(f"`{row.kind}`" for row in rows))
+    return ", ".join(dict.fromkeys(_code(row.kind) for row in rows))
 
 
 def _db(value: float | None) -> str:

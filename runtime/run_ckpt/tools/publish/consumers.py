@@ -1,7 +1,9 @@
 """How to run a published checkpoint: for each dialect the commands of the consumers that read it."""
 
+import json
 from dataclasses import dataclass
 
+from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.targets import Reading, find_readings
 from run_ckpt.tools.publish.rows import ConvertedComponent
 
@@ -156,7 +158,7 @@ def commands(consumer: Consumer, components: tuple[ConvertedComponent, ...], rep
         prompt="a red bicycle leaning on a white wall",
         output="video.mp4" if first.manifest.recipe["preset"] in _VIDEO else "image.png",
         class_name=first.manifest.recipe.get("class_name"),
-        shard=next((name for name in first.manifest.files if name.endswith(".safetensors")), ""),
+        shard=json.dumps(next((name for name in first.manifest.files if name.endswith(SUFFIX)), ""))[1:-1],
         subfolder=f', subfolder="{first.name}"' if first.name else "",
         subpath=f' + "{inside}"' if inside else "",
         sglang_paths=" ".join(_path_options(names, repo_id, "--component-paths.{}")),

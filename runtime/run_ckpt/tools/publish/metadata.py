@@ -1,6 +1,7 @@
 """The YAML at the top of a model card: what the source's card says, and what is new."""
 
 from collections.abc import Sequence
+from re import fullmatch
 from typing import Any
 
 from run_ckpt.storage.hub_client import page_of_repo
@@ -33,7 +34,8 @@ def hub_id(components: Sequence[ConvertedComponent]) -> str | None:
     """Return the Hub repo that the result was made from, None where it was made from a folder."""
     source = components[0].manifest.source
     parts = str(source["name"]).split("/")
-    return "/".join(parts[:2]) if source.get("revision") and len(parts) > 1 else None
+    is_repo = len(parts) > 1 and all(fullmatch(r"[\w.-]+", part) for part in parts)
+    return "/".join(parts[:2]) if source.get("revision") and is_repo else None
 
 
 def front_matter(metadata: dict[str, Any]) -> str:
