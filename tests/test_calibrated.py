@@ -58,6 +58,7 @@ def write_input(
     block_size: int | None = None,
     model: str = MODEL,
     amax: float = 3.0,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Write the statistics of one input; weights are those of ``source``."""
     K = len(hessian)
@@ -75,7 +76,7 @@ def write_input(
         "held_out.correlations": correlations(held_out, block_size) if block_size else np.empty(0),
     }
     identities = {name: identity_of(weights[f"{name}.weight"]) for name in layers}
-    write_statistics(folder, tensors, model=model, layers=identities, block_size=block_size, settings={})
+    write_statistics(folder, tensors, model=model, layers=identities, block_size=block_size, settings=settings or {})
 
 
 def identity_of(weight: torch.Tensor) -> LayerIdentity:

@@ -180,6 +180,24 @@ def test_the_command_for_a_local_source_gives_the_same_bytes(tmp_path: Path) -> 
     assert folder_bytes(tmp_path / "OUTPUT") == folder_bytes(output)
 
 
+def test_what_statistics_did_stands_beside_the_weights_errors(tmp_path: Path) -> None:
+    from tests.test_calibrated import DOWN, MODEL, SIZES, write_all
+
+    weights = {f"{name}.weight": random_weight(*size) for name, size in SIZES.items()}
+    config: dict[str, object] = {"architectures": [MODEL], "model_type": "llama"}
+    source = save_checkpoint(tmp_path / "source", [weights], config)
+    stats = write_all(tmp_path / "stats", source, settings={"n_samples": 32, "prompt": "a `|` b"})
+    output = convert(source, tmp_path / "out", format="mxfp4", calibration=stats)
+    edit_manifest(output, lambda manifest: manifest["layers"][DOWN]["output_sqnr_db"].update(gptq=23.45))
+    card = card_of(output)
+    assert "The statistics, `stats`, were recorded with `n_samples 32, prompt \"a '|' b\"`." in card
+    (kind,) = (line for line in card.splitlines() if line.startswith("| `model.layers.*.mlp.down_proj` |"))
+    assert kind.endswith("| GPTQ | 23.45 dB |")
+    (row,) = (line for line in card.splitlines() if line.startswith(f"| `{DOWN}` |"))
+    assert row.endswith("| GPTQ | 23.45 dB |")
+    assert "output SQNR" not in card_of(convert(source, tmp_path / "rtn", format="mxfp4"))
+
+
 def test_the_command_for_a_budget_gives_the_same_bytes(tmp_path: Path) -> None:
     (tmp_path / "source").symlink_to(FLUX_DIGITS)
     options: dict[str, Any] = {"format": "mxfp4", "max_size": "9.5MB", "keep_last": 1}

@@ -73,6 +73,19 @@ def test_a_tensor_kept_without_a_reason_is_still_kept(tmp_path: Path) -> None:
     assert report_data({"it": components})["results"][0]["n_layers"] == 23
 
 
+def test_the_output_error_and_how_codes_were_chosen_are_in_the_row(tmp_path: Path) -> None:
+    output = convert(FLUX_DIGITS, tmp_path / "out", format="mxfp4")
+    calibrated = {"method": "gptq", "output_sqnr_db": {"rtn": 20.5, "gptq": 26.25}}
+    edit_manifest(
+        output, lambda manifest: manifest["layers"]["single_transformer_blocks.0.proj_out"].update(calibrated)
+    )
+    data = report_data({"it": read_result(output)})
+    outcomes = {row[1]: row[-1][0] for row in data["rows"]}
+    assert outcomes["single_transformer_blocks.0.proj_out"][6:] == [26.25, "gptq"]
+    assert outcomes["single_transformer_blocks.1.proj_out"][6:] == [None, None]
+    assert data["results"][0]["is_calibrated"]
+
+
 def test_sizes_add_up_to_the_files(outputs: dict[str, Path]) -> None:
     for name, path in outputs.items():
         (result,) = report_data({name: read_result(path)})["results"]

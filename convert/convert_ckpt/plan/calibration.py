@@ -7,6 +7,7 @@ F32, or ModelOpt's backbone.pt (storage.modelopt).
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,12 @@ class Calibration:
     def hessians(self) -> Mapping[str, InputStatistics]:
         """The statistics by which codes are chosen."""
         return self.statistics if self.gptq else {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a recipe in a manifest says of statistics: the settings with which they were recorded."""
+        found = next(iter(self.statistics.values()), None)
+        return {"calibrated_with": dict(found.settings)} if found else {}
 
     def folded(self, folds: Iterable[Fold]) -> "Calibration":
         """Return it with the ranges that inputs have after these folds."""

@@ -58,7 +58,7 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
     faults += fold_faults(context, found)
     scales = calibration.folded(found.folds).input_scales(layers) if not faults else {}
     tensors = _make_tensors(source, layers, decisions, calibration, found.folds)
-    manifest = _make_manifest(context, rules, dialect.name, layers, tensors, chosen)
+    manifest = _make_manifest(context, rules, dialect.name, layers, tensors, {**chosen.facts, **calibration.facts})
     manifest = replace(manifest, folds=found.folds)
     repeated = _fused_scales(layers, groups)
     if _takes_fused_scales(context, manifest):
@@ -125,7 +125,7 @@ def _make_manifest(
     dialect: str,
     layers: dict[str, Layer],
     tensors: tuple[TensorPlan, ...],
-    chosen: Chosen,
+    facts: Mapping[str, Any],
 ) -> Manifest:
     recipe = {
         **context.options.to_json(),
@@ -134,7 +134,7 @@ def _make_manifest(
         "class_name": context.source.class_name,
         "naming": context.naming,
         "rules": [[rule.pattern, rule.format] for rule in rules if rule.by_user],
-        **chosen.facts,
+        **facts,
     }
     kept = {tensor.spec.name: tensor for tensor in tensors if tensor.layer is None}
     unquantized = {

@@ -77,6 +77,7 @@ _RECIPE: dict[str, Check] = {
     "sensitivities": _optional(_text),
     **dict.fromkeys(("keep_first", "keep_last"), _optional(_count)),
     "budget": _optional(lambda value: isinstance(value, dict) and _text(value.get("by"))),
+    "calibrated_with": _optional(lambda value: isinstance(value, dict)),
     **dict.fromkeys(("static", "fold", "allow_unaligned_k", "swap_weight_nibbles"), _optional(_flag)),
     "ignore": _optional(_list_of(_text)),
     "rules": _optional(_list_of(_list_of(_text))),

@@ -104,10 +104,15 @@ def hold_out(samples: Sequence[Sample]) -> Iterator[bool]:
         yield held_out_in_turn(prompts.index(sample.prompt) if len(prompts) > 1 else number)
 
 
-def _settings(inputs: object, options: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+def _settings(inputs: Sequence[object], options: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None}
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    return {**given, "inputs_sha256": digest, "dtype": str(placement.dtype).removeprefix("torch.")}
+    return {
+        **given,
+        "n_samples": len(inputs),
+        "inputs_sha256": digest,
+        "dtype": str(placement.dtype).removeprefix("torch."),
+    }
 
 
 def _record_all(

@@ -1,6 +1,8 @@
 """The model card of a result: how to run it, what was measured, how to make it again (pure)."""
 
+import json
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from run_ckpt.contract.display import shown
 from run_ckpt.contract.file_names import HEATMAP_NAME, join_names
 from run_ckpt.contract.layouts import PLAIN
-from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, MANIFEST_NAME, Layer
+from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, MANIFEST_NAME, RTN, Layer
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.consumers import commands, list_consumers
 from run_ckpt.tools.publish.hardware import hardware
@@ -68,6 +70,15 @@ def _rounding(layers: Sequence[Layer]) -> str:
     return f"{chosen}." if n_gptq else f"{chosen}, without calibration data."
 
 
+def _calibrated_with(recipe: Mapping[str, Any]) -> str:
+    """Say how statistics were recorded; nothing where there are none."""
+    settings = recipe.get("calibrated_with")
+    if not settings:
+        return ""
+    listed = ", ".join(f"{name} {json.dumps(value)}" for name, value in sorted(settings.items()))
+    return f" The statistics, {_code(recipe.get('calibration'))}, were recorded with {_code(listed)}."
+
+
 def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> Iterator[str]:
     source = components[0].manifest.source
     recipe = components[0].manifest.recipe
@@ -88,7 +99,7 @@ def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> I
     yield (
         f"The {_code(recipe.get('class_name'))} of {name}{at} with its linear layers in {format_name(components)}."
         f" {layers} layers were quantized offline by {_prose(components[0].summary.tool)}; all other tensors are bit"
-        f" for bit those of the source.{chosen} {rounding}"
+        f" for bit those of the source.{chosen} {rounding}{_calibrated_with(recipe)}"
     )
     rows = [
         (
@@ -127,20 +138,48 @@ def _measured(components: Sequence[ConvertedComponent]) -> Iterator[str]:
         "SQNR of a layer is 10 log10(sum w² / sum (w - decoded)²) over its weights, in dB: more is better, and 6 dB are"
         " a factor of two. It says how well weights survived, not how a picture or a text looks."
     )
+    is_calibrated = any(row.method for row in quantized)
+    if is_calibrated:
+        yield (
+            "Output SQNR is the same of what a layer computes, measured on samples that were held out. GPTQ's codes are"
+            " farther from the weights and nearer to what the layer computes."
+        )
+    columns = ("layer", "count", "N × K", "format", "mean SQNR", "worst SQNR", "codes", "worst output SQNR")
+    n_columns = len(columns) if is_calibrated else len(columns) - 2
     kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorRow]] = {}
     for row in quantized:
         kinds.setdefault((row.kind, row.stored_as, row.shape), []).append(row)
     lines = []
     for (kind, stored_as, shape), rows in kinds.items():
         values = [row.sqnr_db for row in rows if row.sqnr_db is not None]
-        mean, worst_of_kind = (fmean(values), min(values)) if values else (None, None)
+        mean = fmean(values) if values else None
         size = " × ".join(map(str, shape))
-        lines.append((_code(kind), str(len(rows)), size, stored_as, _db(mean), _db(worst_of_kind)))
-    yield _table(("layer", "count", "N × K", "format", "mean SQNR", "worst SQNR"), lines, right=2)
-    measured = sorted((row for row in quantized if row.sqnr_db is not None), key=lambda row: row.sqnr_db or 0.0)
-    worst = [(_code(row.path), _db(row.sqnr_db), f"{row.max_abs_error:.4g}") for row in measured[:_N_WORST]]
-    title = f"The {len(worst)} worst layers:" if len(measured) > len(worst) else "All layers, worst first:"
-    yield title + "\n\n" + _table(("layer", "SQNR", "largest error of a weight"), worst, right=1)
+        measured = (_db(mean), _db(min(values, default=None)), _codes(rows), _db(_worst_output(rows)))
+        lines.append((_code(kind), str(len(rows)), size, stored_as, *measured)[:n_columns])
+    yield _table(columns[:n_columns], lines, right=2)
+    ranked = sorted((row for row in quantized if row.sqnr_db is not None), key=lambda row: row.sqnr_db or 0.0)
+    titles = ("layer", "SQNR", "largest error of a weight", "codes", "output SQNR")
+    n_titles = len(titles) if is_calibrated else len(titles) - 2
+    worst = [
+        (
+            *(_code(row.path), _db(row.sqnr_db), f"{row.max_abs_error:.4g}"),
+            *(_codes([row]), _db(row.output_sqnr_db)),
+        )[:n_titles]
+        for row in ranked[:_N_WORST]
+    ]
+    title = f"The {len(worst)} worst layers:" if len(ranked) > len(worst) else "All layers, worst first:"
+    yield title + "\n\n" + _table(titles[:n_titles], worst, right=1)
+
+
+def _codes(rows: Sequence[TensorRow]) -> str:
+    """Return how the codes of rows were chosen, with how many were so where they differ."""
+    words = {GPTQ: "GPTQ", RTN: "nearest", None: "nearest"}
+    counts = Counter(words[row.method] for row in rows)
+    return " and ".join(f"{count} {name}" if len(counts) > 1 else name for name, count in sorted(counts.items()))
+
+
+def _worst_output(rows: Sequence[TensorRow]) -> float | None:
+    return min((row.output_sqnr_db for row in rows if row.output_sqnr_db is not None), default=None)
 
 
 def _kept(components: Sequence[ConvertedComponent]) -> Iterator[str]:

@@ -72,6 +72,7 @@ def _summary(label: str, components: Sequence[ConvertedComponent]) -> dict[str, 
         "scale_nbytes": sum(row.output_nbytes for row in quantized) - weights + fused,
         "kept_nbytes": sum(row.output_nbytes for row in rows if not row.is_quantized),
         "n_layers": len(quantized),
+        "is_calibrated": any(row.method for row in quantized),
         "share": sum(_count(row) for row in quantized) / max(1, n_parameters),
         "mean_sqnr_db": fmean(measured.values()) if measured else None,
         "worst_sqnr_db": measured[worst] if worst else None,
@@ -93,7 +94,10 @@ def _row(rows: Sequence[TensorRow | None]) -> list[Any]:
         [
             None
             if row is None
-            else [row.stored_as, row.reason, row.output_nbytes, row.sqnr_db, row.max_abs_error, row.is_quantized]
+            else [
+                *(row.stored_as, row.reason, row.output_nbytes, row.sqnr_db, row.max_abs_error, row.is_quantized),
+                *(row.output_sqnr_db, row.method),
+            ]
             for row in rows
         ],
     ]

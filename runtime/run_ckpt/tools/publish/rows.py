@@ -20,6 +20,8 @@ class TensorRow:
     """One tensor of the source and what became of it.
 
     ``stored_as`` is the format of a quantized weight, or the dtype in which a tensor was kept and ``reason`` why.
+    ``method`` and ``output_sqnr_db`` say, where statistics were given, how codes were chosen and what SQNR the output
+    of the layer then has on held out samples.
     ``stack``, ``block`` and ``projection`` are the parts of its name, see module_names.split_name.
     """
 
@@ -37,6 +39,8 @@ class TensorRow:
     output_nbytes: int
     sqnr_db: float | None = None
     max_abs_error: float | None = None
+    method: str | None = None
+    output_sqnr_db: float | None = None
 
     @property
     def path(self) -> str:
@@ -95,6 +99,8 @@ def _layer_row(component: str, layer: Layer) -> TensorRow:
         output_nbytes=sum(spec.nbytes for spec in layer.specs().values()),
         sqnr_db=layer.sqnr_db,
         max_abs_error=layer.max_abs_error,
+        method=layer.method,
+        output_sqnr_db=layer.output_sqnr_db[layer.method] if layer.method and layer.output_sqnr_db else None,
     )
 
 
