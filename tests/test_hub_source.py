@@ -17,6 +17,7 @@ from run_ckpt.contract.errors import CheckpointError, FetchError
 from run_ckpt.progress import Silent
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
+from tests.foreign import write_foreign
 from tests.hub_fixtures import Lines, assert_same_but_for_the_source, convert_remote, hub, make_llm
 from tests.hub_server import TOKEN, Fault, HubServer, read_files
 
@@ -43,6 +44,17 @@ def test_a_repo_gives_the_bytes_of_the_local_copy(
         assert entry["sha256"] == hashlib.sha256((llm / name).read_bytes()).hexdigest()
     assert verify_output(tmp_path / "out", None, Silent())[0].faults == ()
     assert {path.name for path in tmp_path.iterdir()} == {"llm", "out", "local"}
+
+
+@pytest.mark.parametrize("weight_format", ["mxfp4", "nvfp4"])
+def test_a_quantized_repo_whose_scales_lie_in_another_shard_gives_the_bytes_of_the_local_copy(
+    hub: HubServer, tmp_path: Path, weight_format: str
+) -> None:
+    source, _ = write_foreign(tmp_path / "llm", "modelopt-nvfp4")
+    hub.add_repo("me/llm", read_files(source))
+    convert_remote("me/llm", tmp_path / "out", format=weight_format)
+    convert(source, tmp_path / "local", format=weight_format)
+    assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
 
 
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])

@@ -173,7 +173,6 @@ SOURCE = [
     Mistake("convert-ckpt config-quantized OUT --format fp8", 1, "config.json: already quantized (quant_method awq)."),
     Mistake("convert-ckpt fp8-weights OUT --format fp8", 1, "already quantized. Convert the original checkpoint."),
     Mistake("convert-ckpt int4-weights OUT --format fp8", 1, "o_proj.qweight: already quantized. Convert the original"),
-    Mistake("convert-ckpt result OUT --format fp8", 1, "config.json: already quantized (quant_method mxfp4)."),
     Mistake(
         "convert-ckpt no-linear OUT --format fp8", 1, "nothing to convert: it holds no 2-D weight of a linear layer."
     ),

@@ -83,6 +83,11 @@ def plan_checkpoint(opened: OpenedSource, options: Options, predict: Predict) ->
 
 
 def _within_budget(components: list[ComponentPlan], options: Options, predict: Predict) -> Planned:
+    if any(planned.source.quantization for planned in components):
+        raise UsageError(
+            f"{options.budget}: the source is quantized already, and a budget weighs what its weights lose. Write it as"
+            " numbers first: run-ckpt dequantize."
+        )
     groups = [group for planned in components for group in list_groups(planned.name, planned.source, options)]
     if not groups:
         raise UsageError(f"{options.budget}: rules decide for every layer, and nothing is left to choose.")

@@ -136,7 +136,7 @@ def _line(tensor: TensorPlan) -> _Line:
     shape = f"{tensor.spec.dtype} {list(tensor.spec.shape)}"
     layer = tensor.layer
     if layer is None:
-        return _Line(name, shape, "folded" if tensor.fold else "copied", tensor.reason)
+        return _Line(name, shape, "decoded" if tensor.encoded else "folded" if tensor.fold else "copied", tensor.reason)
     return _Line(name, shape, f"{layer.format} {layer.scheme.detail}", tensor.reason)
 
 
@@ -152,7 +152,7 @@ def _tensor_json(tensor: TensorPlan) -> dict[str, Any]:
         "shard": tensor.shard,
         "dtype": tensor.spec.dtype,
         "shape": list(tensor.spec.shape),
-        "format": layer.format.name if layer else "copied",
+        "format": layer.format.name if layer else "decoded" if tensor.encoded else "copied",
         "reason": tensor.reason,
         "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "nbytes": s.nbytes} for s in outputs],
     }

@@ -1,6 +1,7 @@
 """Which format each linear layer gets: rules, shapes and fused groups; and the layers that follow from it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.context import PlanContext, make_context
@@ -27,6 +28,7 @@ from run_ckpt.contract.decided_by import RECIPE, SHAPE, UNKNOWN_CLASS, DecidedBy
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
+from run_ckpt.contract.foreign import is_stored_alike
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.contract.module_names import split_name
 from run_ckpt.contract.shape_limits import reason_to_keep
@@ -78,6 +80,7 @@ def make_layers(
 ) -> dict[str, Layer]:
     """Return module -> layer of all that are quantized."""
     group_of = {member: group.name for group in groups for member in group.members}
+    encoded = {weight.layer.module: weight.layer for weight in context.source.encoded.values()}
     layers = {}
     for module, decision in sorted(decisions.items()):
         if decision.format == KEEP:
@@ -98,6 +101,9 @@ def make_layers(
             fused_group=group_of.get(module),
             decided_by=decision.decided_by,
         )
+        if module in encoded and is_stored_alike(encoded[module], layers[module]):
+            # Its scales are what they are, shared or not.
+            layers[module] = replace(layers[module], scale_rule=encoded[module].scale_rule, fused_group=None)
     return layers
 
 

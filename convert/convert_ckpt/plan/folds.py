@@ -63,7 +63,11 @@ def find_folds(context: PlanContext, layers: Mapping[str, Layer], calibration: C
 
 def fold_faults(context: PlanContext, found: FoundFolds) -> list[str]:
     """Return a sentence if --fold was asked for and there is nothing to fold."""
-    if not context.options.fold or found.folds:
+    if not context.options.fold:
+        return []
+    if context.source.encoded:
+        return ["--fold: the source is quantized already. Write it as numbers first: run-ckpt dequantize."]
+    if found.folds:
         return []
     known = f"preset {context.preset.name} names none that is exact in {context.source.class_name or 'this model'}"
     return [f"--fold: nothing to fold: {found.refused[0] if found.refused else known}. Leave --fold out."]

@@ -16,11 +16,13 @@ from convert_ckpt.plan.recipe import KEEP, Decision, FusedGroup, Rule
 from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
 from convert_ckpt.plan.target_checks import judge_targets, target_faults, target_notes
 from convert_ckpt.source.component import Component
+from convert_ckpt.source.quantized import EncodedWeight
 from run_ckpt.contract.decided_by import BY_KIND
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.folds import Fold, folds_by_tensor
+from run_ckpt.contract.foreign import is_stored_alike
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.manifest_checks import repeated_names
@@ -113,10 +115,23 @@ def _make_tensors(
         module = linear_module(view.spec)
         decision = decisions[module] if module else Decision(KEEP, reason_not_linear(view.spec), BY_KIND)
         layer = layers.get(module) if module else None
-        statistics = calibration.hessians.get(layer.module) if layer else None
+        encoded = source.encoded.get(view.spec.name)
+        reason = _describe_codes(decision.reason, encoded, layer)
         fold = fold_of.get(view.spec.name)
-        tensors.append(TensorPlan(view, layer, decision.reason, decision.decided_by, statistics, fold))
+        tensor = TensorPlan(view, layer, reason, decision.decided_by, None, fold, encoded)
+        if layer and not tensor.is_passed_through:
+            tensor = replace(tensor, statistics=calibration.hessians.get(layer.module))
+        tensors.append(tensor)
     return tuple(tensors)
+
+
+def _describe_codes(reason: str, encoded: EncodedWeight | None, layer: Layer | None) -> str:
+    """Return the reason with what becomes of codes that are there already."""
+    if encoded is None:
+        return reason
+    if layer and is_stored_alike(encoded.layer, layer):
+        return f"{reason}; its {encoded.layer.format} codes stay as they are"
+    return f"{reason}; decoded from {encoded.layer.format}"
 
 
 def _make_manifest(
@@ -144,7 +159,11 @@ def _make_manifest(
     }
     return Manifest(
         tool={"name": TOOL_NAME, "version": VERSION},
-        source={"name": context.source.name, "revision": context.source.revision, **_source_facts(context.source)},
+        source={
+            "name": context.source.name,
+            "revision": context.source.revision,
+            **_source_facts(context.source, tensors),
+        },
         recipe=recipe,
         layers=layers,
         kept={name: KeptTensor(tensor.spec, tensor.reason, tensor.decided_by) for name, tensor in kept.items()},
@@ -153,14 +172,28 @@ def _make_manifest(
     )
 
 
-def _source_facts(source: Component) -> dict[str, Any]:
+def _source_facts(source: Component, tensors: tuple[TensorPlan, ...]) -> dict[str, Any]:
     facts: dict[str, Any] = {"card": source.card} if source.card else {}
-    return {**facts, "tensors": source.translation.to_json()} if source.translation else facts
+    facts |= {"tensors": source.translation.to_json()} if source.translation else {}
+    if source.quantization:
+        facts["quantized"] = {"by": source.quantization.by, "weights": _count_fates(tensors)}
+    return facts
+
+
+def _count_fates(tensors: tuple[TensorPlan, ...]) -> dict[str, int]:
+    """Return how many weights of a source that is quantized already became what."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.encoded:
+            became = "passed through" if tensor.is_passed_through else "requantized" if tensor.layer else "decoded"
+            counts[f"{tensor.encoded.layer.format} {became}"] += 1
+    return dict(sorted(counts.items()))
 
 
 def _unused(source: Component) -> tuple[TensorPlan, ...]:
-    views = source.translation.unused if source.translation else ()
-    return tuple(TensorPlan(view, None, f"no tensor of {source.class_name}", BY_KIND) for view in views)
+    reason = f"no tensor of {source.class_name}" if source.translation else "no part of the weights as numbers"
+    seen = source.translation or source.quantization
+    return tuple(TensorPlan(view, None, reason, BY_KIND) for view in (seen.unused if seen else ()))
 
 
 def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -> dict[str, FusedScale]:
@@ -202,4 +235,10 @@ def _make_files(source: Component, tensors: tuple[TensorPlan, ...], manifest: Ma
     if file_name:
         merged = [spec for specs in outputs.values() for spec in specs]
         return (FilePlan(file_name, build_header(merged, metadata), tuple(outputs)),)
-    return tuple(FilePlan(name, build_header(specs, metadata), (name,)) for name, specs in outputs.items())
+    # A shard of nothing but scales becomes no file; it is read, and hashed, with the first one.
+    rest = tuple(shard.name for shard in source.folder.shards if source.quantization and shard.name not in outputs)
+    first = next(iter(outputs))
+    return tuple(
+        FilePlan(name, build_header(specs, metadata), (name, *(rest if name == first else ())))
+        for name, specs in outputs.items()
+    )

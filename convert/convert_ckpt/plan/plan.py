@@ -7,8 +7,10 @@ from functools import cached_property
 import numpy as np
 
 from convert_ckpt.source.component import Component
+from convert_ckpt.source.quantized import EncodedWeight
 from run_ckpt.contract.decided_by import DecidedBy
 from run_ckpt.contract.folds import TensorFold
+from run_ckpt.contract.foreign import is_stored_alike
 from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import Header
@@ -21,7 +23,8 @@ class TensorPlan:
     """One source tensor: where it lies and what it becomes.
 
     ``layer`` is None where it is copied; ``statistics``, of the layer's input, are there where they choose its codes;
-    ``fold`` is what changes its values before.
+    ``fold`` is what changes its values before. ``encoded`` is the weight whose codes it holds in a source that is
+    quantized already.
     """
 
     view: View
@@ -30,6 +33,7 @@ class TensorPlan:
     decided_by: DecidedBy
     statistics: InputStatistics | None = None
     fold: TensorFold | None = None
+    encoded: EncodedWeight | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -43,6 +47,11 @@ class TensorPlan:
     def output_nbytes(self) -> int:
         """Bytes of what it becomes."""
         return sum(spec.nbytes for spec in self.layer.specs().values()) if self.layer else self.spec.nbytes
+
+    @property
+    def is_passed_through(self) -> bool:
+        """True where its codes are in the layer's format already and stay what they are."""
+        return bool(self.layer and self.encoded and is_stored_alike(self.encoded.layer, self.layer))
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Plan:
 
     @property
     def source_nbytes(self) -> int:
-        return sum(tensor.spec.nbytes for tensor in (*self.tensors, *self.unused))
+        return sum(tensor.view.nbytes for tensor in (*self.tensors, *self.unused))
 
     @property
     def output_nbytes(self) -> int:

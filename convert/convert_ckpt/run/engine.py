@@ -31,6 +31,7 @@ import numpy as np
 
 from convert_ckpt.plan.plan import FilePlan, Plan
 from convert_ckpt.run.buffers import Buffers
+from convert_ckpt.run.decode import EncodedRows, decode, has_nan, read_rows, store_rows, to_plain_bytes
 from convert_ckpt.run.folded import fold_bits
 from convert_ckpt.run.identity import identity_fault
 from convert_ckpt.run.nonfinite import NonFiniteElements
@@ -44,6 +45,7 @@ from convert_ckpt.run.slab import (
     largest_magnitude,
     quantize,
     tensor_scale,
+    to_float,
     weight_bits,
 )
 from convert_ckpt.run.wait import Signal
@@ -156,12 +158,19 @@ class Engine:
         raw = buffers.get("source", slab.nbytes)
         self._readers.read(slab, raw)
         self._readers.hash(slab, raw)
-        if slab.action == "copy":
-            self._copy(slab, raw)
-        elif slab.action == "scan":
-            self._scan(slab, raw)
-        elif slab.action != "hash":
-            self._quantize(slab, raw, buffers)
+        match slab.action:
+            case "hash":
+                pass
+            case "copy":
+                self._copy(slab, raw)
+            case "decode":
+                self._decode(slab, raw)
+            case "store":
+                self._store(slab, raw)
+            case "scan":
+                self._scan(slab, raw)
+            case _:
+                self._quantize(slab, raw, buffers)
         self._progress.advance(slab.work_nbytes)
         self._readers.count(slab)
         if not self._nonfinite.is_refused:
@@ -170,10 +179,46 @@ class Engine:
     def _copy(self, slab: Slab, raw: np.ndarray) -> None:
         self._nonfinite.look_at_copy(slab, raw)
         if not self._nonfinite.is_refused:
-            self._outputs.write(slab.tensor.spec.name, slab.start, _fold(slab, raw) if slab.tensor.fold else raw)
+            bits = self._bits(slab, raw) if slab.tensor.fold else raw
+            self._outputs.write(slab.tensor.spec.name, slab.start, bits)
+
+    def _bits(self, slab: Slab, raw: np.ndarray) -> np.ndarray:
+        """Return the bits of a slab's rows, as folds leave them."""
+        return fold_bits(self._unfolded_bits(slab, raw), slab.tensor.fold, slab.row)
+
+    def _unfolded_bits(self, slab: Slab, raw: np.ndarray) -> np.ndarray:
+        """Return the bits of a slab's rows, see weight_bits: decoded where they are codes."""
+        spec = slab.tensor.spec
+        if slab.tensor.encoded:
+            return decode(self._encoded_rows(slab, raw)).view(np.int32)
+        return weight_bits(raw, spec.dtype, math.prod(spec.shape[1:]))
+
+    def _encoded_rows(self, slab: Slab, raw: np.ndarray) -> EncodedRows:
+        assert slab.tensor.encoded is not None
+        return read_rows(slab.tensor.encoded, slab.row, raw, self._readers.read_part)
+
+    def _decode(self, slab: Slab, raw: np.ndarray) -> None:
+        spec = slab.tensor.spec
+        data = to_plain_bytes(decode(self._encoded_rows(slab, raw)), spec.dtype)
+        self._nonfinite.look_at_copy(slab, data.reshape(-1))
+        if not self._nonfinite.is_refused:
+            self._outputs.write(spec.name, slab.row * spec.nbytes // spec.shape[0], data)
+
+    def _store(self, slab: Slab, raw: np.ndarray) -> None:
+        """Write codes that are in the layer's format already."""
+        layer, rows = slab.tensor.layer, self._encoded_rows(slab, raw)
+        assert layer is not None
+        if has_nan(rows):
+            self._nonfinite.add(slab, decode(rows).view(np.int32))
+        if self._nonfinite.is_refused:
+            return
+        for write in store_rows(rows, layer):
+            self._outputs.write(layer.tensors[write.role], write.offset, write.data)
+        with self._signal.notify():
+            self._errors[layer.module].append(ErrorSums(0.0, 0.0, 0.0))
 
     def _scan(self, slab: Slab, raw: np.ndarray) -> None:
-        largest = self._look(slab, _fold(slab, raw))
+        largest = self._look(slab, self._bits(slab, raw))
         group = scale_group(slab.tensor)
         assert group is not None
         with self._signal.notify():
@@ -190,9 +235,10 @@ class Engine:
     def _quantize(self, slab: Slab, raw: np.ndarray, buffers: Buffers) -> None:
         layer = slab.tensor.layer
         assert layer is not None
-        if slab.row == 0 and (fault := identity_fault(self._plan, slab.tensor, raw)):
+        unfolded = self._unfolded_bits(slab, raw)
+        if slab.row == 0 and (fault := identity_fault(self._plan, slab.tensor, to_float(unfolded[:1]))):
             raise CheckpointError(fault)
-        bits = _fold(slab, raw)
+        bits = fold_bits(unfolded, slab.tensor.fold, slab.row)
         scale = self._tensor_scale(slab) if slab.action == "encode" else None
         if self._nonfinite.is_refused:
             if slab.hash_order is not None:  # else it was looked at when it was scanned
@@ -251,9 +297,3 @@ class Engine:
         error = math.fsum(part.squared_error for part in errors)
         measured = {"sqnr_db": sqnr_db(signal, error), "max_abs_error": max(part.largest for part in errors)}
         return {**measured, **self._measured.get(module, {})}
-
-
-def _fold(slab: Slab, raw: np.ndarray) -> np.ndarray:
-    """Return the bits of a slab's rows, see weight_bits, as folds leave them."""
-    spec = slab.tensor.spec
-    return fold_bits(weight_bits(raw, spec.dtype, math.prod(spec.shape[1:])), slab.tensor.fold, slab.row)

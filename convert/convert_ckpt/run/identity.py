@@ -19,27 +19,26 @@ def check_identity(plan: Plan, source: TensorFolder) -> None:
     shards = {shard.name: shard.path for shard in source.shards}
     faults = []
     for tensor in plan.tensors:
-        if tensor.layer and tensor.layer.module in plan.statistics:
+        if tensor.layer and not tensor.encoded and tensor.layer.module in plan.statistics:
             row = np.empty(tensor.spec.nbytes // tensor.layer.N, np.uint8)
             fd = open_to_read(shards[tensor.shard])
             try:
                 read_fully(fd, row.data, tensor.view.offset, tensor.shard)
             finally:
                 os.close(fd)
-            faults.append(identity_fault(plan, tensor, row))
+            faults.append(identity_fault(plan, tensor, to_float(weight_bits(row, tensor.spec.dtype, tensor.layer.K))))
     if any(faults):
         raise FaultsError("nothing was written", [fault for fault in faults if fault])
 
 
-def identity_fault(plan: Plan, tensor: TensorPlan, raw: np.ndarray) -> str | None:
-    """Return a sentence if a layer's statistics are of another weight than the one whose bytes ``raw`` begin with."""
+def identity_fault(plan: Plan, tensor: TensorPlan, row: np.ndarray) -> str | None:
+    """Return a sentence if a layer's statistics are of another weight. row: the first one of its weight, float32."""
     layer = tensor.layer
     assert layer is not None
     statistics = plan.statistics.get(layer.module)
     expected = statistics.layers[layer.module].first_row_sha256 if statistics else None
     if statistics is None or expected is None:
         return None
-    row = to_float(weight_bits(raw[: tensor.spec.nbytes // layer.N], tensor.spec.dtype, layer.K))
     if hashlib.sha256(round_to_bf16(row).tobytes()).hexdigest() == expected:
         return None
     return (

@@ -54,7 +54,8 @@ class NonFiniteElements:
         """Note what a slab holds; bits as from weight_bits."""
         bad = ~np.isfinite(to_float(bits).reshape(-1))
         index = int(np.argmax(bad))
-        start = slab.start * 8 // DTYPE_BITS[slab.tensor.spec.dtype]
+        spec = slab.tensor.spec
+        start = slab.row * spec.shape[1] if slab.tensor.encoded else slab.start * 8 // DTYPE_BITS[spec.dtype]
         value = float(to_float(bits).reshape(-1)[index])
         found = _Found(slab.tensor, start + index, value, int(bad.sum()))
         with self._lock:

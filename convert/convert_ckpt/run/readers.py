@@ -29,7 +29,7 @@ class ShardReaders:
         self._shards = {shard.name: shard for shard in shards}
         self._digests = {shard.name: blake3(shard.header.data) for shard in self._shards.values()}
         self._n_hashed: Counter[str] = Counter()
-        self._unread = Counter(slab.tensor.shard for slab in slabs)
+        self._unread = Counter(shard for slab in slabs for shard in slab.shards)
         self._fds: dict[str, int] = {}
 
     def start(self) -> None:
@@ -41,6 +41,12 @@ class ShardReaders:
         if slab.hash_order is not None:
             self._read_ahead(slab)
         self._read(slab.tensor.shard, slab.offset, out)
+
+    def read_part(self, shard: str, offset: int, nbytes: int) -> np.ndarray:
+        """Return bytes of a shard, which a slab in work reads beside its own."""
+        out = np.empty(nbytes, np.uint8)
+        self._read(shard, offset, out)
+        return out
 
     def hash(self, slab: Slab, raw: np.ndarray) -> None:
         """Add the bytes of a first reading to the hash of their shard, after those before them."""
@@ -54,13 +60,12 @@ class ShardReaders:
 
     def count(self, slab: Slab) -> None:
         """Note that a slab is done; after its last one a shard is released."""
-        shard = slab.tensor.shard
         with self._signal.notify():
-            self._unread[shard] -= 1
-            if self._unread[shard]:
-                return
-        os.close(self._fds.pop(shard))
-        self._provider.release(shard)
+            self._unread.subtract(slab.shards)
+            done = [shard for shard in slab.shards if not self._unread[shard]]
+        for shard in done:
+            os.close(self._fds.pop(shard))
+            self._provider.release(shard)
 
     def describe(self, shard: str) -> dict[str, Any]:
         """Return the size in bytes and the BLAKE3 of a fully read shard."""

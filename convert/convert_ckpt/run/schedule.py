@@ -1,5 +1,6 @@
 """The work of a plan as an ordered list of slabs: what to read, and what to do with it."""
 
+import math
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ SLAB_NBYTES = 2 * 2**20
 # Two encodes per scan, so the backlog shrinks.
 _ENCODES_PER_SCAN = 2
 
-Action = Literal["copy", "quantize", "scan", "encode", "hash"]
+Action = Literal["copy", "quantize", "scan", "encode", "decode", "store", "hash"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Slab:
     """``nbytes`` bytes of a source tensor from byte ``start``; rows from ``row`` on if it is a weight or folded.
 
     They lie at ``offset`` in the shard. copy and quantize read and write; a weight with a scale of its own is read
-    twice, to scan its amax and to encode it; hash reads what has no place in the output. ``hash_order`` numbers the
+    twice, to scan its amax and to encode it; codes that are there already are decoded, or stored as they are, with
+    scales that are read beside them; hash reads what has no place in the output. ``hash_order`` numbers the
     slabs that together are all bytes of a source shard; it is None for a second reading, and for one of a shard that
     is no file of the plan. ``outputs`` are the files it writes to, or that wait for its hash: none if only the scan is
     needed, two where another file repeats its scale. A layer with statistics is quantized or encoded as one slab.
@@ -37,6 +39,12 @@ class Slab:
     offset: int
     hash_order: int | None
     outputs: tuple[str, ...]
+
+    @property
+    def shards(self) -> frozenset[str]:
+        """What it reads: its own shard, and those with the scales of its codes."""
+        encoded = self.tensor.encoded
+        return encoded.shards if encoded else frozenset({self.tensor.shard})
 
     @property
     def work_nbytes(self) -> int:
@@ -92,7 +100,7 @@ def narrow(plan: Plan, names: Collection[str], known_groups: Collection[str]) ->
 def scale_group(tensor: TensorPlan) -> str | None:
     """Return the name under which a weight shares the scale of the whole tensor, None where there is none."""
     layer = tensor.layer
-    if layer is None or not layer.scheme.has_tensor_scale:
+    if layer is None or not layer.scheme.has_tensor_scale or tensor.is_passed_through:
         return None
     return layer.fused_group or layer.module
 
@@ -119,7 +127,7 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
         names = tensor.layer.tensors.values() if tensor.layer else [tensor.spec.name]
         files = tuple(dict.fromkeys(place.file for name in names for place in places.get(name, ())))
         group, whole = scale_group(tensor), bool(tensor.statistics)
-        action: Action = "copy" if tensor.layer is None else "encode" if group else "quantize"
+        action: Action = "encode" if group else _action(tensor)
         if tensor.spec.name in unused:
             if tensor.shard not in hashed:
                 continue
@@ -137,6 +145,15 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     return _with_encodes(slabs, encodes)
 
 
+def _action(tensor: TensorPlan) -> Action:
+    """Return what is done with a tensor that is read once."""
+    if tensor.encoded and tensor.layer is None:
+        return "decode"
+    if tensor.is_passed_through:
+        return "store"
+    return "quantize" if tensor.layer else "copy"
+
+
 def list_fetches(slabs: list[Slab]) -> list[FetchStep]:
     """Return the shards that ``slabs`` read, in order; each is fetched while the one before is worked on.
 
@@ -146,8 +163,9 @@ def list_fetches(slabs: list[Slab]) -> list[FetchStep]:
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for i, slab in enumerate(slabs):
-        first.setdefault(slab.tensor.shard, i)
-        last[slab.tensor.shard] = i
+        for shard in sorted(slab.shards, key=lambda shard: shard != slab.tensor.shard):
+            first.setdefault(shard, i)
+            last[shard] = i
     order = list(first)
     return [
         FetchStep(shard, frozenset(done for done in order[: max(0, i - 1)] if last[done] < first[shard]))
@@ -184,12 +202,15 @@ def split(tensor: TensorPlan, *, whole: bool = False) -> Iterator[tuple[int, int
     whole: as one slab. An empty tensor is one too.
     """
     step, row_nbytes = SLAB_NBYTES, 0
-    if tensor.layer or tensor.fold:
-        row_nbytes = tensor.spec.nbytes // tensor.spec.shape[0]
-        multiple = tensor.layer.scheme.row_multiple if tensor.layer else 1
-        step = max(1, SLAB_NBYTES // (row_nbytes * multiple)) * multiple * row_nbytes
+    layers = [layer for layer in (tensor.layer, tensor.encoded and tensor.encoded.layer) if layer]
+    if layers or tensor.fold:
+        n_rows = tensor.spec.shape[0]
+        row_nbytes = tensor.view.nbytes // n_rows
+        multiple = math.lcm(*(layer.scheme.row_multiple for layer in layers))
+        # As many rows of codes as of what they stand for.
+        step = max(1, SLAB_NBYTES // (tensor.spec.nbytes // n_rows * multiple)) * multiple * row_nbytes
     if whole:
-        step = max(1, tensor.spec.nbytes)
+        step = max(1, tensor.view.nbytes)
     first_bytes = accumulate((length for _, length in tensor.view.ranges), initial=0)
     for (offset, length), first in sorted(zip(tensor.view.ranges, first_bytes, strict=False)):
         for at in range(0, max(length, 1), step):

@@ -1,28 +1,25 @@
 """A checkpoint to read: headers and configuration now, bytes on demand."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert_ckpt.source.original import Translation, translate
+from convert_ckpt.source.quantized import EncodedWeight, Quantization, read_quantization
 from convert_ckpt.source.signatures import find_refusal
 from convert_ckpt.source.source_card import read_source_card
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.storage.files import leads_outside
+from run_ckpt.storage.foreign import ABOUT_QUANTIZATION
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.side_files import WEIGHT_SUFFIXES, is_side_file
 from run_ckpt.storage.views import View, whole_views
 
 _LONGEST_NAME = 1000
-_QUANTIZED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-_QUANTIZED_NAMES = re.compile(
-    r".*\.(weight_scale|weight_scale_inv|weight_scale_2|weight_packed|input_scale|qweight|qzeros|scales|absmax"
-    r"|weight_quantizer\..*|SCB|quant_state\..*)"
-)
 # Hub cache folders: models--ORG--NAME/snapshots/REVISION[/component]
 _HUB_CACHE = re.compile(
     r"models--(?P<org>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(?P<rest>(/.*)?)$"
@@ -35,7 +32,8 @@ class Component:
 
     ``name`` is a folder name or a Hub repo id, never a path; ``config`` is None without config.json;
     ``card`` is what source_card.py takes from its model card. With a ``translation`` the tensors have diffusers' names,
-    and ``config`` is as diffusers would have written it.
+    and ``config`` is as diffusers would have written it. With a ``quantization`` they are weights in codes, and
+    ``config`` and ``side_files`` say nothing of it.
     """
 
     folder: TensorFolder
@@ -46,11 +44,18 @@ class Component:
     notes: tuple[str, ...]
     card: dict[str, Any] = field(default_factory=dict)
     translation: Translation | None = None
+    quantization: Quantization | None = None
 
     @property
     def views(self) -> tuple[View, ...]:
-        """The tensors to convert: as they are stored, or as a translation has them; by shard, by offset."""
-        return self.translation.views if self.translation else whole_views(self.folder)
+        """The tensors to convert: as they are stored, as a translation has them, or as numbers; by shard, by offset."""
+        seen = self.translation or self.quantization
+        return seen.views if seen else whole_views(self.folder)
+
+    @property
+    def encoded(self) -> Mapping[str, EncodedWeight]:
+        """Name of a view -> the weight whose codes lie there, in a source that is quantized already."""
+        return self.quantization.weights if self.quantization else {}
 
     @property
     def class_name(self) -> str | None:
@@ -79,9 +84,17 @@ def open_component(path: Path) -> Component:
     card = read_source_card(path) if path.is_dir() else {}
     component = Component(folder, name, revision, config, tuple(side_files), tuple(notes), card)
     refusal = find_refusal([tensor.spec.name for _, tensor in folder.tensors()], component.class_name)
-    faults += [refusal] if refusal else _quantized_faults(folder, config)
+    faults += [refusal] if refusal else []
+    try:
+        quantization = read_quantization(path, config or {}, folder)
+    except FaultsError as error:
+        faults += [] if refusal else error.faults
     if faults:
         raise FaultsError(f"{path.name}: can't be converted", faults)
+    if quantization:
+        plain = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY}
+        carried = tuple(file for file in side_files if file.name not in ABOUT_QUANTIZATION)
+        return replace(component, config=plain, side_files=carried, quantization=quantization)
     translation = translate(folder, component.class_name)
     if translation is None:
         return component
@@ -130,24 +143,6 @@ def _name_faults(folder: TensorFolder, config: dict[str, Any] | None, side_files
     class_name = _class_name(config or {})
     if class_name is not None and not (isinstance(class_name, str) and class_name.isidentifier()):
         yield f"{CONFIG_NAME}: {class_name!r} is no name of a class. Fetch it again."
-
-
-def _quantized_faults(folder: TensorFolder, config: dict[str, Any] | None) -> list[str]:
-    faults = []
-    if declared := (config or {}).get(CONFIG_KEY):
-        method = declared.get("quant_method", "unnamed") if isinstance(declared, dict) else "unnamed"
-        faults.append(f"{CONFIG_NAME}: already quantized (quant_method {method}). Convert the original checkpoint.")
-    marked = [
-        tensor.spec.name
-        for _, tensor in folder.tensors()
-        if tensor.spec.dtype in _QUANTIZED_DTYPES or _QUANTIZED_NAMES.fullmatch(tensor.spec.name)
-    ]
-    if marked:
-        faults.append(
-            f"{marked[0]}{f' and {len(marked) - 1} more tensors' if len(marked) > 1 else ''}:"
-            " already quantized. Convert the original checkpoint."
-        )
-    return faults
 
 
 def _identify(path: Path) -> tuple[str, str | None]:

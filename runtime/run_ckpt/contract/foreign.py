@@ -68,6 +68,22 @@ class ForeignTensors:
     unused: frozenset[str] = frozenset()
     stacked: Mapping[str, int] = field(default_factory=dict)
 
+    def plain_specs(self, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """Return what the tensors stand for: name of a tensor of codes, or of one that is plain -> plain tensor."""
+        coded = {name for layer in self.layers.values() for name in layer.tensors.values()} | self.unused
+        weights = {layer.tensors[WEIGHT]: plain_spec(layer) for layer in self.layers.values()}
+        return {name: spec for name, spec in stored.items() if name not in coded} | weights
+
+
+def plain_spec(layer: Layer) -> TensorSpec:
+    """Return the tensor that the codes of a layer stand for."""
+    return TensorSpec(layer.source_tensor, layer.source_dtype, (layer.N, layer.K))
+
+
+def is_stored_alike(encoded: Layer, layer: Layer) -> bool:
+    """True where two layers have the same codes for the same values, whatever their layout and spelling."""
+    return encoded.format == layer.format and encoded.scheme.block == layer.scheme.block
+
 
 def is_ours(config: Mapping[str, Any]) -> bool:
     """True where convert-ckpt wrote the quantization_config."""

@@ -39,15 +39,14 @@ class TileLayout:
         Raises ValueError unless rows and cols are multiples of the tile.
         """
         rows, cols = logical.shape
-        split = self._split(rows, cols)
+        split = self.axes(rows, cols)
         return logical.reshape(split).permute(self.order).reshape(rows, cols)
 
     def unshuffle(self, stored: Tensor) -> Tensor:
         """Return the logical order of a tensor in storage order; the exact inverse of shuffle."""
         rows, cols = stored.shape
-        split = self._split(rows, cols)
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return stored.reshape([split[axis] for axis in self.order]).permute(inverse).reshape(rows, cols)
+        split = self.axes(rows, cols)
+        return stored.reshape([split[axis] for axis in self.order]).permute(self.inverse).reshape(rows, cols)
 
     def pad_to_tile(self, logical: Tensor) -> Tensor:
         """Return ``logical`` [rows, cols] extended with 0x00 to its padded shape."""
@@ -55,7 +54,13 @@ class TileLayout:
         padded[: logical.shape[0], : logical.shape[1]] = logical
         return padded
 
-    def _split(self, rows: int, cols: int) -> tuple[int, ...]:
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """The place in ``order`` of each axis."""
+        return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
+
+    def axes(self, rows: int, cols: int) -> tuple[int, ...]:
+        """Return the sizes of the axes. Raises ValueError unless rows and cols are multiples of the tile."""
         tile_rows, tile_cols = self.tile
         if rows % tile_rows or cols % tile_cols:
             raise ValueError(

@@ -12,8 +12,10 @@ from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME
 from run_ckpt.contract.foreign import ForeignTensors, dialect_name, read_tensors
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
 from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.storage.checks import header_faults
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
 from run_ckpt.storage.json_files import read_config, read_json_object
+from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import TensorFolder, read_folder
 
@@ -62,6 +64,24 @@ def _read(path: Path) -> tuple[TensorFolder, dict[str, Any], ForeignTensors]:
         )
     folder = read_folder(path)
     return folder, declared, read_foreign(path, config, declared, folder)
+
+
+def find_quantized(path: Path, config: dict[str, Any], folder: TensorFolder) -> tuple[str, ForeignTensors] | None:
+    """Return what quantized the checkpoint at ``path`` and what its tensors are; None where nothing says that it is.
+
+    Raises CheckpointError, FaultsError with a sentence for each tensor that can't be read.
+    """
+    if not path.is_dir():
+        return None
+    if (path / MANIFEST_NAME).exists():
+        manifest = read_checked_manifest(path)
+        if faults := header_faults(manifest, folder):
+            raise FaultsError(f"{path}: not the checkpoint that its manifest describes", faults)
+        return manifest.tool["name"], ForeignTensors(manifest.layers, frozenset(manifest.fused_scales))
+    declared = declared_quantization(path, config)
+    if declared is None:
+        return None
+    return dialect_name(declared), read_foreign(path, config, declared, folder)
 
 
 def declared_quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:

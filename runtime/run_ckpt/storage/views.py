@@ -33,6 +33,11 @@ class View:
     rows: tuple[Rows, ...] = ()
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the shard: not those of ``spec`` where it is stored in codes."""
+        return sum(length for _, length in self.ranges)
+
+    @property
     def offset(self) -> int:
         """Where the first of its bytes in the shard lies."""
         return min(offset for offset, _ in self.ranges)

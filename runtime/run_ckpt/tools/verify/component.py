@@ -7,21 +7,26 @@ from typing import Any, TypeVar
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.folds import folds_by_tensor
+from run_ckpt.contract.foreign import ForeignTensors
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
 from run_ckpt.storage.checks import config_faults, header_faults, index_faults, unlisted_faults
 from run_ckpt.storage.components import Checkpoint, find_components
+from run_ckpt.storage.foreign import find_quantized
+from run_ckpt.storage.json_files import read_config
 from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.reader import TensorReader
-from run_ckpt.storage.shards import read_folder
+from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.views import recorded_views
 from run_ckpt.tools.verify.files import file_faults, other_bytes, other_model, source_faults
 from run_ckpt.tools.verify.tensors import (
     Measured,
+    Original,
     code_faults,
     copy_fault,
+    decoded_fault,
     fused_scale_fault,
     group_faults,
     measure,
@@ -156,8 +161,14 @@ def _compare_source(
     if source_folder is None:
         return []
     progress.start(_label("hash source", name), sum(entry["nbytes"] for entry in manifest.source["files"].values()))
+    quantized = _collect(faults, lambda: _read_quantized(source_path, source_folder), f"source {source_path.name}: ")
+    if quantized is None:
+        return []
+    encoded = {layer.source_tensor: layer for layer in quantized.layers.values()}
     views = recorded_views(source_folder, manifest.source.get("tensors"))
-    if another := other_model(manifest, source_path, views):
+    plain = quantized.plain_specs({view.spec.name: view.spec for view in views})
+    numbers = [replace(view, spec=plain[view.spec.name]) for view in views if view.spec.name in plain]
+    if another := other_model(manifest, source_path, numbers):
         faults.append(another)
         return []
     of_files = file_faults(source_folder.root, manifest.source["files"], "the manifest", progress)
@@ -165,25 +176,40 @@ def _compare_source(
         faults.append(other_bytes(manifest, source_path))
         return []
     faults += [f"source {fault}" for fault in of_files]
-    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, views)
+    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, numbers)
     with TensorReader(source_folder, views) as source:
         layers = [
-            layer for layer in manifest.layers.values() if _is_stored(reader, layer) and _is_source(source, layer)
+            layer
+            for layer in manifest.layers.values()
+            if _is_stored(reader, layer) and (layer.source_tensor in encoded or _is_source(source, layer))
         ]
         kept = [kept.spec for kept in manifest.kept.values() if _both_hold(reader, source, kept.spec.name)]
         nbytes = sum(layer.N * layer.K * DTYPE_BITS[layer.source_dtype] // 8 for layer in layers)
         progress.start(_label("compare", name), nbytes + sum(spec.nbytes for spec in kept))
         fold_of = folds_by_tensor(manifest.folds)
-        measured = map_threads(
-            lambda layer: measure(reader, source, layer, fold_of.get(layer.source_tensor), progress), layers
-        )
+
+        def measure_one(layer: Layer) -> Measured:
+            original = Original(source, encoded.get(layer.source_tensor), fold_of.get(layer.source_tensor))
+            return measure(reader, original, layer, progress)
+
+        measured = map_threads(measure_one, layers)
         for result in measured:
             faults += measured_faults(result)
         if len(layers) == len(manifest.layers):
             faults += tensor_scale_faults(reader, measured)
         copied = map_threads(lambda spec: copy_fault(reader, source, spec.name, fold_of.get(spec.name), progress), kept)
         faults += [fault for fault in copied if fault]
+        decoded = [encoded[name] for name in manifest.kept if name in encoded and reader.spec(name)]
+        differing = map_threads(lambda layer: decoded_fault(reader, source, layer, progress), decoded)
+        faults += [fault for fault in differing if fault]
     return measured
+
+
+def _read_quantized(path: Path, folder: TensorFolder) -> ForeignTensors:
+    """Return what the tensors of a source are that may be quantized already."""
+    config = (read_config(path) if path.is_dir() else None) or {}
+    found = find_quantized(path, config, folder)
+    return found[1] if found else ForeignTensors({})
 
 
 def _collect(faults: list[str], read: Callable[[], Read], where: str = "") -> Read | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from run_ckpt.contract.codec import fp8_scale, nvfp4_tensor_scale, quantize
 from run_ckpt.contract.folds import TensorFold
+from run_ckpt.contract.foreign import is_stored_alike
 from run_ckpt.contract.formats import E8M0, E8M0_NAN, F32_TINY, NVFP4_LARGEST
 from run_ckpt.contract.manifest import (
     INVERSE_TENSOR_SCALE,
@@ -20,10 +21,12 @@ from run_ckpt.contract.manifest import (
     Manifest,
     sqnr_db,
 )
+from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
 from run_ckpt.storage.reader import TensorReader, cut_bytes
 from run_ckpt.storage.rows import (
     STORED_DTYPES,
+    TORCH_DTYPES,
     cut_rows,
     decode_rows,
     read_codes,
@@ -43,8 +46,8 @@ _SQNR_TOLERANCE_DB = 0.011
 class Measured:
     """How far a layer's decoded weight is from the source's, measured here.
 
-    ``amax`` is the source's. ``n_wrong_scales``: those that its blocks don't give; 0 where one scale follows from the
-    whole weight.
+    ``amax`` is the source's, NaN where no scale has to follow from it. ``n_wrong_scales``: those that its blocks don't
+    give; 0 where one scale follows from the whole weight.
     """
 
     layer: Layer
@@ -110,27 +113,46 @@ def fused_scale_fault(reader: TensorReader, manifest: Manifest, fused: FusedScal
     return f"{name}: does not repeat the {fused.role} of {', '.join(fused.members)}. Convert again."
 
 
-def measure(
-    reader: TensorReader, source: TensorReader, layer: Layer, fold: TensorFold | None, progress: Progress
-) -> Measured:
-    """Decode a whole weight and compare it with the source's own values, as ``fold`` leaves them.
+@dataclass(frozen=True)
+class Original:
+    """A weight of the source: ``encoded`` is how it is stored where that is codes, ``fold`` what changes its values."""
+
+    source: TensorReader
+    encoded: Layer | None = None
+    fold: TensorFold | None = None
+
+    def rows(self, layer: Layer, start: int, stop: int) -> Tensor:
+        """Return rows of the weight that ``layer`` was made from, float32."""
+        if self.encoded:
+            return decode_rows(self.source, self.encoded, start, stop)
+        return fold_rows(read_source_rows(self.source, layer, start, stop).float(), self.fold, start)
+
+    def gives_scales(self, layer: Layer) -> bool:
+        """True where the layer's scales follow from the weight; those of codes that are passed through need not."""
+        return self.encoded is None or not is_stored_alike(self.encoded, layer)
+
+
+def measure(reader: TensorReader, original: Original, layer: Layer, progress: Progress) -> Measured:
+    """Decode a whole weight and compare it with the source's own values.
 
     Both in float32, the difference too; squares are summed in float64. Codes need not be the nearest ones, scales have
     to be those of the scale rule.
     """
     signals, errors, largest, amax, n_wrong = [], [], 0.0, 0.0, 0
-    for start, stop in cut_rows(layer):
-        raw = read_source_rows(source, layer, start, stop)
-        weight = fold_rows(raw.float(), fold, start)
+    encoded = original.encoded
+    multiple = math.lcm(layer.scheme.row_multiple, encoded.scheme.row_multiple if encoded else 1)
+    for start, stop in cut_rows(layer, multiple):
+        weight = original.rows(layer, start, stop)
         amax = max(amax, *map(abs, (value.item() for value in torch.aminmax(weight))))
-        if not layer.scheme.is_per_tensor:
+        if not layer.scheme.is_per_tensor and original.gives_scales(layer):
             scales = quantize(weight, layer.scheme, layer.scale_rule, read_tensor_scale(reader, layer))[1]
             n_wrong += int((scales.float() != read_scales(reader, layer, start, stop).float()).sum())
         difference = weight - decode_rows(reader, layer, start, stop)
         signals.append(_squared_sum(weight))
         errors.append(_squared_sum(difference))
         largest = max(largest, *map(abs, (value.item() for value in torch.aminmax(difference))))
-        progress.advance(raw.nbytes)
+        progress.advance(weight.numel() * DTYPE_BITS[layer.source_dtype] // 8)
+    amax = amax if original.gives_scales(layer) else math.nan
     return Measured(layer, sqnr_db(math.fsum(signals), math.fsum(errors)), largest, amax, n_wrong)
 
 
@@ -151,7 +173,7 @@ def measured_faults(measured: Measured) -> list[str]:
 def tensor_scale_faults(reader: TensorReader, measured: Iterable[Measured]) -> Iterator[str]:
     """Yield a sentence for each scale of a whole weight that its fused group's largest magnitude does not give."""
     largest: dict[str, float] = {}
-    whole = [result for result in measured if result.layer.scheme.has_tensor_scale]
+    whole = [result for result in measured if result.layer.scheme.has_tensor_scale and not math.isnan(result.amax)]
     for result in whole:
         group = result.layer.fused_group or result.layer.module
         largest[group] = max(largest.get(group, 0.0), result.amax)
@@ -180,6 +202,18 @@ def copy_fault(
             byte = start + int((data != original).nonzero()[0])
             return f"{reader.shard_name(name)}: {name}: differs from the source from byte {byte} on. Convert again."
         progress.advance(count)
+    return None
+
+
+def decoded_fault(reader: TensorReader, source: TensorReader, encoded: Layer, progress: Progress) -> str | None:
+    """Return a sentence if a plain tensor is not what the source's codes stand for, rounded to its dtype."""
+    name, dtype = encoded.source_tensor, TORCH_DTYPES[encoded.source_dtype]
+    row_nbytes = encoded.K * dtype.itemsize
+    for start, stop in cut_rows(encoded):
+        stored = reader.read(name, start * row_nbytes, (stop - start) * row_nbytes).view(dtype).reshape(-1, encoded.K)
+        if not torch.equal(stored, decode_rows(source, encoded, start, stop).to(dtype)):
+            return f"{reader.shard_name(name)}: {name}: is not what the source's codes stand for. Convert again."
+        progress.advance(stored.nbytes)
     return None
 
 
