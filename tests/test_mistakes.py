@@ -152,7 +152,7 @@ SOURCE = [
         "convert-ckpt model.txt OUT --format fp8", 1, "model.txt: not a .safetensors file. Give a checkpoint folder"
     ),
     Mistake("convert-ckpt truncated OUT --format fp8", 1, "but the file has 262,300. Fetch or write this file again."),
-    Mistake("convert-ckpt shard-missing OUT --format fp8", 1, "No such file or directory. Fetch this shard."),
+    Mistake("convert-ckpt shard-missing OUT --format fp8", 1, "model-00002-of-00002.safetensors: missing"),
     Mistake(
         "convert-ckpt unlisted-shard-missing OUT --format fp8", 1, "model: shards [2] of 2 are missing. Fetch them."
     ),

@@ -6,9 +6,12 @@ import sys
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
+from run_ckpt.cli.lines import fold_lines
 from run_ckpt.cli.progress import Bar, PlainLines, show_progress
 from run_ckpt.progress import Silent
 
@@ -64,6 +67,21 @@ def test_the_bar_shows_one_step_at_a_time_and_what_is_fetched_for_it() -> None:
     assert [(task.completed, task.total) for task in bars.tasks] == [(100, 400), (50, 200)]
     bar.start("convert transformer_2", 300)
     assert [(task.completed, task.total) for task in bars.tasks] == [(0, 300)]
+
+
+def test_a_long_line_folds_at_words_on_a_terminal() -> None:
+    file = io.StringIO()
+    Bar(RichProgress(console=Console(file=file, width=40))).log(
+        "  4 layers: kept, for a reason [that] is too long for it"
+    )
+    assert file.getvalue() == "  4 layers: kept, for a reason [that] is\n    too long for it\n"
+
+
+@given(st.text(st.sampled_from("ab /"), min_size=1), st.integers(10, 40))
+def test_folding_changes_nothing_but_white_space(text: str, width: int) -> None:
+    folded = fold_lines(text, width)
+    assert folded.split() == text.split()
+    assert all(len(line) <= width or " " not in line.strip() for line in folded.splitlines())
 
 
 def test_without_a_terminal_lines_are_plain_and_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,17 @@
 
 import json
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.preset import preset_names
 from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
+from run_ckpt.cli.lines import say
 from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.display import shown
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES
@@ -18,6 +20,9 @@ from run_ckpt.contract.layouts import LAYOUTS
 from run_ckpt.contract.manifest import METHODS
 from run_ckpt.contract.targets import TARGETS
 from run_ckpt.version import VERSION
+
+if TYPE_CHECKING:
+    from convert_ckpt.pipeline import Preview
 
 _EPILOG = f"""\b
 Examples:
@@ -138,7 +143,22 @@ def _show_plan(arguments: dict[str, Any], *, as_json: bool) -> None:
     others = {name: arguments[name] for name in ("output", "component", "keep_source")}
     options = Options(**{field.name: arguments[field.name] for field in fields(Options)})
     preview = plan_conversion(arguments["source"], options, progress=PlainLines(), **others)
-    click.echo(json.dumps(preview.components, indent=1) if as_json else shown(preview, lines=True))
+    if as_json:
+        click.echo(json.dumps(preview.components, indent=1))
+    elif not sys.stdout.isatty():
+        click.echo(shown(preview, lines=True))
+    else:
+        _show_on_terminal(preview)
+
+
+def _show_on_terminal(preview: "Preview") -> None:
+    from run_ckpt.cli.plan_table import print_plan
+    from run_ckpt.cli.tables import make_console
+
+    for component in preview.components:
+        linears = [tensor for tensor in component["tensors"] if tensor["is_linear"]]
+        print_plan(make_console(), component, linears)
+    say("\n".join(preview.summary))
 
 
 def _convert(arguments: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
@@ -150,7 +170,7 @@ def _convert(arguments: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     elif not quiet:
-        click.echo(shown(summary, lines=True))
+        say(str(summary))
 
 
 def main() -> None:

@@ -40,9 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would do: ``lines`` for people, and a JSON object for each of ``components``."""
+    """What a run would do: ``lines`` for people, and a JSON object for each of ``components``.
+
+    ``summary`` are the lines that are not about one tensor.
+    """
 
     lines: tuple[str, ...]
+    summary: tuple[str, ...]
     components: list[dict[str, Any]]
 
     def __str__(self) -> str:
@@ -86,7 +90,8 @@ def preview_checkpoint(
         costs = {}
         if planned.budget is None:
             costs = {part.name: target_costs(part.source, options) for part in planned.components}
-        return Preview((*plan_lines(opened, planned, costs), *taken), plan_json(planned, costs))
+        lines, summary = (plan_lines(opened, planned, costs, tensors=tensors) for tensors in (True, False))
+        return Preview((*lines, *taken), (*summary, *taken), plan_json(planned, costs))
 
 
 def convert_checkpoint(

@@ -11,6 +11,7 @@ from convert_ckpt.planning import Planned
 from convert_ckpt.run.disk import source_nbytes_here
 from convert_ckpt.run.memory import memory_lines
 from convert_ckpt.source.opened import OpenedSource
+from run_ckpt.contract.decided_by import BY_KIND
 from run_ckpt.contract.kept import kept_groups
 from run_ckpt.contract.module_names import block_pattern
 from run_ckpt.storage.units import format_nbytes
@@ -55,11 +56,16 @@ def plan_json(checkpoint: Planned, costs: Costs) -> list[dict[str, Any]]:
     ]
 
 
-def plan_lines(opened: OpenedSource, checkpoint: Planned, costs: Costs) -> Iterator[str]:
-    """Yield the lines of the whole plan; of a remote source also where it is and how much of it comes here."""
+def plan_lines(opened: OpenedSource, checkpoint: Planned, costs: Costs, *, tensors: bool) -> Iterator[str]:
+    """Yield the lines of the whole plan; of a remote source also where it is and how much of it comes here.
+
+    tensors: with a line for each tensor of unlike blocks.
+    """
     plans = checkpoint.components
     for planned in plans:
-        yield from plan_text(planned)
+        if tensors:
+            yield from _tensor_lines(planned)
+        yield from _component_lines(planned)
         yield from _cost_lines(costs.get(planned.name, {}))
     yield from memory_lines(plans)
     if checkpoint.budget:
@@ -102,17 +108,20 @@ def plan_notes(planned: ComponentPlan) -> Iterator[str]:
         yield f"note: {warning}"
 
 
-def plan_text(planned: ComponentPlan) -> Iterator[str]:
-    """Yield the lines of a component's plan; blocks that are treated alike share a line."""
-    plan = planned.plan
+def _tensor_lines(planned: ComponentPlan) -> Iterator[str]:
+    """Yield a line for each tensor; blocks that are treated alike share it."""
     counts: dict[_Line, int] = {}
-    for tensor in plan.tensors:
+    for tensor in planned.plan.tensors:
         line = _line(tensor)
         counts[line] = counts.get(line, 0) + 1
     widths = [max(map(len, column)) for column in zip(*(_cells(line, n) for line, n in counts.items()), strict=True)]
     for line, n in counts.items():
         cells = [cell.ljust(width) for cell, width in zip(_cells(line, n), widths, strict=True)]
         yield "  ".join(cells).rstrip()
+
+
+def _component_lines(planned: ComponentPlan) -> Iterator[str]:
+    plan = planned.plan
     for file in plan.files:
         yield f"{file.name}  {file.header.file_nbytes:,} bytes"
     yield from plan_notes(planned)
@@ -154,5 +163,6 @@ def _tensor_json(tensor: TensorPlan) -> dict[str, Any]:
         "shape": list(tensor.spec.shape),
         "format": layer.format.name if layer else "decoded" if tensor.encoded else "copied",
         "reason": tensor.reason,
+        "is_linear": tensor.decided_by != BY_KIND,
         "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "nbytes": s.nbytes} for s in outputs],
     }

@@ -67,7 +67,7 @@ class RunSummary:
         if len(self.n_layers) > 1:
             lines.append(f"Formats are mixed; right for: {', '.join(self.targets)}")
         check = shlex.join(["run-ckpt", "verify", self.output, "--source", self.source])
-        return "\n".join([*lines, f"It is in {self.output}. Check it: {check}"])
+        return "\n".join([*lines, f"It is in {self.output}. Check it:", f"  {check}"])
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; of the push its URL."""
@@ -85,7 +85,7 @@ class RunSummary:
             f" {format_nbytes(self.source_nbytes)} -> {format_nbytes(self.output_nbytes)}"
         )
         if self.was_complete:
-            return f"Complete: this command was done before. Converted {what}"
+            return f"Complete: this command was done before.\nConverted {what}"
         resumed = f", {self.n_files_resumed} finished files taken over" if self.n_files_resumed else ""
         return f"Converted {what} in {self.seconds:.3g} s{resumed}"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from run_ckpt.contract.display import shown
+from run_ckpt.cli.lines import say
 from run_ckpt.contract.file_names import join_names
 
 _FOLDER = click.Path(path_type=Path)
@@ -96,7 +96,7 @@ def verify(output: Path, source: Path | None, min_sqnr_db: float | None, as_json
         if report.measured:
             print_measured(make_console(), report)
         for fault in report.faults:
-            click.echo(shown(f"fault: {join_names(report.name, fault)}", lines=True), err=True)
-    click.echo(verdict(reports))
+            say(f"fault: {join_names(report.name, fault)}", err=True)
+    say(verdict(reports))
     if has_faults:
         sys.exit(1)

@@ -7,8 +7,8 @@ from typing import NoReturn
 
 import click
 
+from run_ckpt.cli.lines import say
 from run_ckpt.cli.streams import usable_streams
-from run_ckpt.contract.display import shown
 from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.extras import naming_extras
 
@@ -59,7 +59,7 @@ def run_command(
 
 
 def _fail(error: object, code: int = 1) -> NoReturn:
-    click.echo(shown(f"error: {error}", lines=True), err=True)
+    say(f"error: {error}", err=True)
     sys.exit(code)
 
 

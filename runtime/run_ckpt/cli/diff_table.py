@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from run_ckpt.cli.names import DottedName, plain
+from run_ckpt.cli.tables import make_table
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.diff import Difference, Outcome, ResultDiff
 
@@ -17,12 +17,7 @@ def print_diff(console: Console, found: ResultDiff, names: tuple[Path, Path]) ->
     for key, (before, after) in found.options.items():
         console.print(plain(f"{key}: {_show(before)} -> {_show(after)}"))
     if found.differences:
-        table = Table(header_style="bold", box=None, pad_edge=False)
-        table.add_column("tensor", overflow="fold")
-        table.add_column("count", justify="right")
-        table.add_column("stored as")
-        table.add_column("size", justify="right")
-        table.add_column("worst SQNR dB", justify="right")
+        table = make_table(None, ("tensor", "count", "stored as", "size", "worst\nSQNR dB"))
         for row in found.differences:
             table.add_row(DottedName(row.name), str(row.count), *map(plain, _cells(row)))
         console.print(table)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from run_ckpt.cli.lines import fold_lines
 from run_ckpt.contract.display import shown
 from run_ckpt.progress import Progress, Silent
 
@@ -97,6 +98,8 @@ class Bar:
             self._bars.advance(self._step, nbytes)
 
     def start_fetching(self, nbytes: int) -> None:
+        if self._fetch is not None:  # of the component before
+            self._bars.remove_task(self._fetch)
         self._fetch = self._bars.add_task("fetch", total=nbytes)
 
     def advance_fetching(self, nbytes: int) -> None:
@@ -104,7 +107,9 @@ class Bar:
             self._bars.advance(self._fetch, nbytes)
 
     def log(self, line: str) -> None:
-        self._bars.console.print(shown(line, lines=True), highlight=False, markup=False, soft_wrap=True)
+        console = self._bars.console
+        text = fold_lines(shown(line, lines=True), console.width)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _make_bars() -> RichProgress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from run_ckpt.cli.names import DottedName, plain
@@ -17,9 +17,11 @@ if TYPE_CHECKING:  # it imports torch
     from run_ckpt.tools.verify.component import ComponentReport
 
 _PLAIN_WIDTH = 160
+# What may be narrower than its text; all other columns stay whole.
+_FOLDED = {"layer", "linear layer", "tensor", "reason", "not taken because", "why"}
 _NUMERIC = {
-    *("count", "layers", "N x K", "SQNR dB", "worst SQNR dB", "manifest", "largest error"),
-    *("M", "time ms", "BF16 ms", "speed-up", "TFLOP/s", "weights GB/s"),
+    *("count", "layers", "N x K", "SQNR dB", "worst\nSQNR dB", "manifest", "largest\nerror"),
+    *("M", "time\nms", "BF16\nms", "speed\nup", "TFLOP/s", "weights\nGB/s"),
 }
 
 
@@ -30,26 +32,28 @@ def make_console() -> Console:
 
 
 def print_inspection(console: Console, inspection: Inspection) -> None:
-    """Print a summary, the quantized layers and the linear layers that were kept."""
-    console.print(_summary_table(inspection.summary))
-    layers = _table("quantized", ("layer", "count", "format", "N x K", "scale", "worst SQNR dB", "largest error"))
+    """Print the quantized layers, the linear layers that were kept, and a summary, which is read first."""
+    layers = make_table("quantized", ("layer", "count", "format", "N x K", "scale", "worst\nSQNR dB", "largest\nerror"))
     for row in inspection.layers:
         measured = (_number(row.sqnr_db, ".2f"), _number(row.max_abs_error, ".4g"))
         layers.add_row(
             DottedName(row.module), str(row.count), row.format, f"{row.N} x {row.K}", plain(row.scale), *measured
         )
     console.print(layers)
+    console.print()
     if inspection.kept_linears:
-        kept = _table("kept", ("linear layer", "count", "dtype", "N x K", "reason"))
+        kept = make_table("kept", ("linear layer", "count", "dtype", "N x K", "reason"))
         for linear in inspection.kept_linears:
             size = f"{linear.N} x {linear.K}"
             kept.add_row(DottedName(linear.module), str(linear.count), linear.dtype, size, plain(linear.reason))
         console.print(kept)
+        console.print()
+    console.print(_summary_table(inspection.summary))
 
 
 def print_measured(console: Console, report: ComponentReport) -> None:
     """Print the errors that verify measured, layer by layer."""
-    table = _table(report.name or None, ("layer", "format", "N x K", "SQNR dB", "manifest", "largest error"))
+    table = make_table(report.name or None, ("layer", "format", "N x K", "SQNR dB", "manifest", "largest\nerror"))
     for measured in report.measured:
         layer = measured.layer
         table.add_row(
@@ -66,7 +70,7 @@ def print_measured(console: Console, report: ComponentReport) -> None:
 def print_availability(console: Console, component: str, availability: Availability) -> None:
     """Print the backends in order of preference, with what each would run and why not the rest."""
     title = f"{component + ': ' if component else ''}backends on {availability.device}"
-    table = _table(title, ("backend", "layers", "not taken because"))
+    table = make_table(title, ("backend", "layers", "not taken because"))
     for row in availability.rows:
         reasons = "\n".join(f"{reason} ({count} layers)" for reason, count in row.reasons.items())
         table.add_row(row.name, str(row.n_layers), plain(reasons))
@@ -82,8 +86,19 @@ def print_availability(console: Console, component: str, availability: Availabil
 def print_bench(console: Console, component: str, bench: Bench) -> None:
     """Print the times of layers and of loading."""
     title = f"{component + ': ' if component else ''}layers on {bench.device}"
-    columns = ("format", "N x K", "layers", "backend", "M", "time ms", "BF16 ms", "speed-up", "TFLOP/s", "weights GB/s")
-    table = _table(title, columns)
+    columns = (
+        "format",
+        "N x K",
+        "layers",
+        "backend",
+        "M",
+        "time\nms",
+        "BF16\nms",
+        "speed\nup",
+        "TFLOP/s",
+        "weights\nGB/s",
+    )
+    table = make_table(title, columns)
     for row in bench.layers:
         times = (f"{row.seconds * 1e3:.3f}", f"{row.bf16_seconds * 1e3:.3f}", f"{row.ratio:.2f}")
         rates = (f"{row.tflops:.3f}", f"{row.gbytes_per_s:.2f}")
@@ -123,10 +138,19 @@ def _summary_table(summary: CheckpointSummary) -> Table:
     return table
 
 
-def _table(title: str | None, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title and plain(title), title_justify="left", header_style="bold")
+def make_table(title: str | None, columns: tuple[str, ...]) -> Table:
+    """Return a table for 80 columns: only names and reasons are folded, and no lines take room."""
+    table = Table(
+        title=title and plain(title),
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+    )
     for column in columns:
-        table.add_column(column, justify="right" if column in _NUMERIC else "left", overflow="fold")
+        justify: JustifyMethod = "right" if column in _NUMERIC else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column not in _FOLDED, vertical="top")
     return table
 
 
