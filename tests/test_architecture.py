@@ -53,6 +53,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torchmetrics": ("run_ckpt/tools/compare/metrics.py",),
     "PIL": ("run_ckpt/tools/compare/picture.py",),
     "sglang": ("run_ckpt/integrations/sglang/",),
+    "vllm": ("run_ckpt/integrations/vllm_omni/",),
+    "vllm_omni": ("run_ckpt/integrations/vllm_omni/",),
     "accelerate": ("run_ckpt/integrations/", "run_ckpt/loading/build.py"),
 }
 # Room -> the rooms whose modules it may import, itself aside. What stands in no room (cli, pipeline, push) is free.

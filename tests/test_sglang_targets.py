@@ -17,7 +17,8 @@ from run_ckpt.contract.formats import AITER_MXFP4, PLAIN_MXFP4, TENSOR_FP8
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.contract.manifest import WEIGHT, WEIGHT_SCALE, FusedScale, Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
-from run_ckpt.integrations.sglang.targets import Place, Share, Target, cut_evenly, find_targets, rename_tensors
+from run_ckpt.integrations.serving.share import Share, Target, cut_evenly
+from run_ckpt.integrations.sglang.targets import Place, find_targets, rename_tensors
 from tests.bits import assert_bits_equal
 from tests.checkpoints import random_weight
 from tests.codec import quantize_mxfp4

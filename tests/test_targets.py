@@ -248,3 +248,12 @@ def test_assemble_makes_a_whole_pipeline(tmp_path: Path) -> None:
     with pytest.raises(FaultsError, match="has no transformer"):
         assemble(tmp_path / "out", tmp_path / "other", str(base))
     assert not (tmp_path / "other").exists()
+
+
+def test_mxfp4_for_vllm_omni_leaves_what_its_plug_in_has_no_linear_for(tmp_path: Path) -> None:
+    convert(FLUX_DIGITS, tmp_path / "omni", format="mxfp4", target="vllm-omni")
+    convert(FLUX_DIGITS, tmp_path / "sglang", format="mxfp4")
+    omni, sglang = read_manifest(tmp_path / "omni"), read_manifest(tmp_path / "sglang")
+    assert (omni.dialect, omni.targets["vllm-omni"]) == ("mxfp4", None)
+    assert omni.layers.keys() < sglang.layers.keys()
+    assert "builds it as a plain linear" in str(sglang.targets["vllm-omni"])

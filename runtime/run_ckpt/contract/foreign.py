@@ -103,7 +103,7 @@ def layers_in_config(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"quantization_config: {PRIVATE_KEY} is damaged ({error}). Fetch it again.") from error
     dialect = DIALECTS[config["quant_method"]]
-    layout, granularity = _layout(config), dialect.granularity(config)
+    layout, granularity = declared_layout(config), dialect.granularity(config)
     layers = {}
     for module, quant_format in formats.items():
         scheme = quant_format.scheme(layout.name, granularity)
@@ -144,7 +144,7 @@ def read_tensors(
             if name.endswith(_BLOCKS):
                 layers[module], stacked[module] = _read_experts(module, tensors, specs)
             else:
-                layers[module] = _read_layer(module, tensors, specs, _layout(config))
+                layers[module] = read_layer(module, tensors, specs, declared_layout(config))
         except ValueError as error:
             faults.append(f"{name}: {error}.")
     for name, spec in sorted(specs.items()):
@@ -192,7 +192,8 @@ def _check(config: Mapping[str, Any]) -> None:
         )
 
 
-def _layout(config: Mapping[str, Any]) -> Layout:
+def declared_layout(config: Mapping[str, Any]) -> Layout:
+    """Return the storage order that a quantization_config declares. Raises CheckpointError for an unknown one."""
     name = config.get("layout", PLAIN.name) if is_ours(config) else PLAIN.name
     if name not in LAYOUTS:
         raise CheckpointError(f"quantization_config: layout {name!r} is none of {', '.join(LAYOUTS)}.")
@@ -205,8 +206,11 @@ def _layout(config: Mapping[str, Any]) -> Layout:
     return LAYOUTS[name]
 
 
-def _read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, TensorSpec], layout: Layout) -> Layer:
-    """Raises ValueError where weight and scale do not make a layer."""
+def read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, TensorSpec], layout: Layout) -> Layer:
+    """Return the layer that a weight and its scales make. tensors: role -> name in ``specs``.
+
+    Raises ValueError where they make none.
+    """
     weight, scale = specs[tensors[WEIGHT]], specs[tensors[WEIGHT_SCALE]]
     if len(weight.shape) != 2:
         raise ValueError(f"has {len(weight.shape)} dimensions, a linear weight has 2")

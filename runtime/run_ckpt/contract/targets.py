@@ -3,7 +3,16 @@
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from run_ckpt.contract.formats import BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, PLAIN_NVFP4, TENSOR_FP8, Scheme
+from run_ckpt.contract.formats import (
+    AITER_MXFP4,
+    BLOCK_FP8,
+    CHANNEL_FP8,
+    PLAIN_MXFP4,
+    PLAIN_MXFP8,
+    PLAIN_NVFP4,
+    TENSOR_FP8,
+    Scheme,
+)
 from run_ckpt.contract.manifest import Manifest
 
 # How a runtime matches an entry of the ignore list with a linear's name: all of it, any run of its dotted parts, or any
@@ -79,6 +88,7 @@ _ROWWISE = ("flux1", "flux2", "qwen-image")
 # looks up wrongly; and it hands FP8 on to FLUX.2's text encoder, which only modelopt can ignore.
 _OMNI_MODELOPT = ("flux1", "flux2", "ltx2", "qwen-image", "z-image")
 _OMNI_FP8 = ("flux1", "ltx2", "qwen-image", "wan", "z-image")
+_OMNI = ("flux1", "flux2", "ltx2", "qwen-image", "wan", "z-image")
 # Whose quantization_config may hold our key, by which our loader and plug-ins know what is quantized.
 _OWN = ("fp8", "mxfp4", "modelopt", "quark", "compressed-tensors")
 _FP8_SCHEMES = (TENSOR_FP8, CHANNEL_FP8, BLOCK_FP8)
@@ -147,6 +157,16 @@ _TARGETS = (
                 matching=NAME,
                 is_loud=False,
                 fused_scales=False,
+            ),
+            Reading("vllm-omni-plugin", "diffusers", ("mxfp4",), (AITER_MXFP4, PLAIN_MXFP4), _OMNI),
+            # E4M3 codes have the shape of the weight that a plain linear would take them for.
+            Reading(
+                "vllm-omni-plugin",
+                "diffusers",
+                ("mxfp4",),
+                (AITER_MXFP4, PLAIN_MXFP4, PLAIN_MXFP8, TENSOR_FP8),
+                _OMNI,
+                is_loud=False,
             ),
         ),
     ),

@@ -1,8 +1,6 @@
 """Give each linear of a new SGLang model what the manifest says: its method, its parameters, its share of a rank."""
 
-import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -17,16 +15,15 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from torch import Tensor, nn
 
 from run_ckpt.backends.backend import Device, describe_device
-from run_ckpt.backends.choose import Choice, choose_backend
+from run_ckpt.backends.choose import Choice
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.manifest import Manifest
+from run_ckpt.integrations.serving.backend import choose, summarize
+from run_ckpt.integrations.serving.share import Share, Target, cut_evenly
 from run_ckpt.integrations.sglang.config import PendingLinearMethod
 from run_ckpt.integrations.sglang.method import QuantizedLinearMethod
-from run_ckpt.integrations.sglang.targets import Rename, Share, Target, cut_evenly, find_targets, rename_tensors
+from run_ckpt.integrations.sglang.targets import Rename, find_targets, rename_tensors
 from run_ckpt.storage.rows import STORED_DTYPES
-
-# Names one backend for all layers, as --backend does elsewhere: that one or an error.
-BACKEND_VARIABLE = "CONVERT_CKPT_BACKEND"
 
 logger = init_logger(__name__)
 
@@ -53,7 +50,7 @@ def bind(model: nn.Module, manifest: Manifest, rename: Rename) -> Rename:
     for module in modules.values():
         if isinstance(module, LinearBase) and isinstance(module.quant_method, PendingLinearMethod):
             module.quant_method = UnquantizedLinearMethod()
-    logger.info("convert-ckpt: %s", _summarize(choices, device))
+    logger.info("convert-ckpt: %s", summarize(choices, device))
     return rename_tensors(manifest, targets, rename)
 
 
@@ -83,7 +80,7 @@ def _install(linear: LinearBase, target: Target, device: Device) -> Choice:
     """Replace the placeholder by the parameters of this rank; return which backend will multiply."""
     share = _share_of(linear, target)
     layer = share.layer()
-    choice = choose_backend(layer, device, os.environ.get(BACKEND_VARIABLE) or None)
+    choice = choose(layer, device)
     for role, spec in layer.specs().items():
         empty = torch.empty(spec.shape, dtype=STORED_DTYPES[spec.dtype], device="meta")
         parameter = nn.Parameter(empty, requires_grad=False)
@@ -111,14 +108,6 @@ def _load(share: Share, role: str, parameter: Tensor, loaded: Tensor) -> None:
     tensor = share.take(role, loaded)
     assert parameter.shape == tensor.shape, (parameter.shape, tensor.shape)
     parameter.data.copy_(tensor)
-
-
-def _summarize(choices: Sequence[Choice], device: Device) -> str:
-    taken = Counter(choice.backend.name for choice in choices)
-    reasons = {name: reason for choice in choices for name, reason in choice.passed_over.items()}
-    counts = ", ".join(f"{count} by {name}" for name, count in taken.items())
-    passed_over = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
-    return f"{len(choices)} quantized linears on {device}: {counts}{passed_over}"
 
 
 def _refuse_fsdp(model: nn.Module) -> None:

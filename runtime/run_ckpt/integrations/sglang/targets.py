@@ -1,14 +1,10 @@
-"""Which linear of a runtime's model holds which layers of a checkpoint, and which part of them a rank (pure)."""
+"""Which linear of SGLang's model holds which layers of a checkpoint, by its own map of names (pure)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping
 
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.manifest import Layer, Manifest
-from run_ckpt.loading.tensor_parallel import Part, Range, concat_rows, slice_columns, slice_rows
+from run_ckpt.integrations.serving.share import Target
 
 # A checkpoint's tensor name -> the model's, its place among the tensors fused there, how many these are.
 # The name "" stands for a tensor that is left out. This is the form of SGLang's own map.
@@ -16,47 +12,6 @@ Place = tuple[str, int | None, int | None]
 Rename = Callable[[str], Place]
 
 _WEIGHT = ".weight"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A linear of the model and the layers it holds, in the order of its rows."""
-
-    module: str
-    layers: tuple[Layer, ...]
-
-    @property
-    def N(self) -> int:
-        return sum(layer.N for layer in self.layers)
-
-    @property
-    def K(self) -> int:
-        return self.layers[0].K
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank holds of a target: ranges of its rows or columns, None for all."""
-
-    target: Target
-    rows: tuple[Range, ...] | None = None
-    columns: tuple[Range, ...] | None = None
-
-    def layer(self) -> Layer:
-        """Return the rank's layer. Raises SliceError where it can't be had exactly."""
-        return self._cut([(layer, {}) for layer in self.target.layers])[0]
-
-    def take(self, role: str, stored: Tensor) -> Tensor:
-        """Return the rank's tensor of one role from those of all members, as on disk, one below the other."""
-        sizes = [layer.specs()[role].shape[0] for layer in self.target.layers]
-        members = zip(self.target.layers, torch.split(stored, sizes), strict=True)
-        _, tensors = self._cut([(layer, {role: part}) for layer, part in members])
-        return tensors[role]
-
-    def _cut(self, parts: Sequence[Part]) -> Part:
-        whole = concat_rows(parts)
-        whole = slice_rows(whole, *self.rows) if self.rows else whole
-        return slice_columns(whole, *self.columns) if self.columns else whole
 
 
 def find_targets(manifest: Manifest, rename: Rename) -> dict[str, Target]:
@@ -94,21 +49,6 @@ def rename_tensors(manifest: Manifest, targets: Mapping[str, Target], rename: Re
             fused = (index, len(target.layers)) if is_fused else (None, None)
             places.update({name: (f"{target.module}.{role}", *fused) for role, name in layer.tensors.items()})
     return lambda name: places[name] if name in places else rename(name)
-
-
-def cut_evenly(sizes: Sequence[int], rank: int, n_ranks: int) -> tuple[Range, ...] | None:
-    """Return the ranges that one of ``n_ranks`` holds of an axis made of segments, each cut evenly.
-
-    None where that is the whole axis.
-    """
-    if n_ranks == 1:
-        return None
-    ranges, offset = [], 0
-    for size in sizes:
-        part = size // n_ranks
-        ranges.append((offset + rank * part, offset + (rank + 1) * part))
-        offset += size
-    return tuple(ranges)
 
 
 def _faults(name: str, members: Mapping[int, Layer], count: int) -> list[str]:

@@ -34,6 +34,9 @@ transformer = {class_name}.from_pretrained("{repo}"{subfolder}, torch_dtype=torc
 pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16)"""
 _SGLANG = 'sglang generate --model-path {base} {sglang_paths} --prompt "{prompt}" --save-output'
 
+_VLLM_OMNI = """hf download {repo_id} --local-dir {folder}
+run-ckpt assemble {folder} {folder}-pipeline --model-path {base}
+vllm serve {folder}-pipeline --omni"""
 _FROM_PRETRAINED = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")"""
@@ -55,10 +58,15 @@ _CONSUMERS = (
         "vllm-omni",
         "vLLM-Omni",
         "sh",
-        """hf download {repo_id} --local-dir {folder}
-run-ckpt assemble {folder} {folder}-pipeline --model-path {base}
-vllm serve {folder}-pipeline --omni""",
+        _VLLM_OMNI,
         "vllm-omni 0.30",
+    ),
+    Consumer(
+        "vllm-omni-plugin",
+        "vLLM-Omni",
+        "sh",
+        _VLLM_OMNI,
+        f"vllm-omni 0.30 with our plug-in: `pip install .` {_OURS}",
     ),
     Consumer(
         "diffusers-file",

@@ -1,0 +1,1 @@
+"""What the plug-ins for servers share: which part of a layer a rank holds, and its product on our backends."""
