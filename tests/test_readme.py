@@ -105,7 +105,7 @@ def test_the_python_blocks_run(checkout: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_named_beside_our_commands_is_there() -> None:
     others = {command[0] for command in COMMANDS if command[0] not in OURS}
-    assert others == {"pip", "sglang", "scripts/demo.sh", "scripts/test.sh"}
+    assert others == {"pip", "sglang", "vllm", "scripts/demo.sh", "scripts/test.sh"}
     for name in {*re.findall(r"\bscripts/\w+\.(?:sh|py)", README)}:
         assert (ROOT / name).is_file(), name
     for extra in {*re.findall(r"\"\.\[(\w+)\]\"", README)}:

@@ -1,0 +1,226 @@
+"""Load converted language models in vLLM 0.30.0 on a CPU, compare every linear with its source, and generate.
+
+    scripts/setup_vllm_omni.sh DIR
+    .venv/bin/python scripts/check_vllm.py DIR/bin/python [--models llama qwen3 qwen3-moe]
+
+Converts the small Llama and Qwen3 of tests/models.py, and a small mixture of experts, in every way that is meant for
+vLLM, and loads each by the LLM class of its build for CPUs. A linear is read by multiplying the identity with it, by
+vLLM's own kernel, whatever that made of the weight, and is compared with the source's and with the converted file's
+weights (run-ckpt dequantize), read alike. Ten tokens are generated after a prompt. Of experts only the prompt's
+log-probabilities are compared, with those of the decoded weights. Prints a line for each; exit 1 on a defect.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# As in check_sglang.py; products are BF16, so that their weights have eight bits.
+MAX_ERRORS = {"mxfp4": 0.13, "nvfp4": 0.13, "mxfp8": 0.032, "fp8": 0.032}
+MAX_BF16_ROUNDING = 2**-8
+# Of log-probabilities, between weights that are decoded on the fly and once, activations quantized or not.
+MAX_LOGPROB_ERROR = 0.35
+PROMPT = list(range(1, 13))
+N_TOKENS = 10
+
+VARIANTS = {
+    "mxfp4-quark": {"format": "mxfp4", "target": "vllm"},
+    "mxfp4-compressed-tensors": {
+        "format": "mxfp4",
+        "layout": "plain",
+        "dialect": "compressed-tensors",
+        "target": "vllm",
+    },
+    "nvfp4-compressed-tensors": {"format": "nvfp4"},
+    "mxfp8-compressed-tensors": {"format": "mxfp8"},
+    "fp8": {"format": "fp8", "target": "vllm"},
+    "fp8-channel": {"format": "fp8", "granularity": "channel", "target": "vllm"},
+    "fp8-block": {"format": "fp8", "granularity": "block", "target": "vllm"},
+    "fp8-tensor-fp8": {"format": "fp8", "granularity": "tensor", "dialect": "fp8"},
+    "fp8-tensor-quark": {"format": "fp8", "granularity": "tensor", "dialect": "quark"},
+    "fp8-tensor-compressed-tensors": {"format": "fp8", "granularity": "tensor", "dialect": "compressed-tensors"},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check what vLLM loads, for small language models.")
+    parser.add_argument("python", type=Path, help="the Python made by setup_vllm_omni.sh")
+    parser.add_argument("--models", nargs="+", choices=BUILDERS, default=list(BUILDERS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    arguments = parser.parse_args()
+    n_wrong = 0
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "bf16"
+            BUILDERS[name](source)
+            wanted = load(arguments.python, source)
+            for variant in arguments.variants:
+                n_wrong += check(arguments.python, name, source, variant, wanted)
+    print(f"{n_wrong} wrong" if n_wrong else "all right")
+    return 1 if n_wrong else 0
+
+
+def save_llama(folder: Path) -> None:
+    _save("llama", folder)
+
+
+def save_qwen3(folder: Path) -> None:
+    _save("qwen3", folder)
+
+
+def save_qwen3_moe(folder: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(folder)
+
+
+def _save(name: str, folder: Path) -> None:
+    from tests.models import MODELS, save
+
+    save(MODELS[name], MODELS[name].build(), str(folder))
+
+
+BUILDERS = {"llama": save_llama, "qwen3": save_qwen3, "qwen3-moe": save_qwen3_moe}
+
+
+def check(python: Path, name: str, source: Path, variant: str, wanted: dict[str, torch.Tensor]) -> int:
+    """Convert, load, compare; print a line and return 1 where anything is wrong."""
+    from convert_ckpt.options import Options
+    from convert_ckpt.pipeline import convert_checkpoint
+    from run_ckpt.contract.errors import CheckpointError
+    from run_ckpt.progress import Silent
+    from run_ckpt.storage.manifest_file import read_manifest
+    from run_ckpt.tools.rewrite.dequantize import dequantize
+
+    output, plain = source.parent / variant, source.parent / f"{variant}-plain"
+    options = Options(**VARIANTS[variant])
+    try:
+        convert_checkpoint(source, output, options, n_workers=2, restart=True, progress=Silent())
+    except CheckpointError as error:
+        print(f"{name:10} {variant}: not written: {error}", flush=True)
+        return 0
+    manifest = read_manifest(output)
+    dequantize(output, plain, dtype="bfloat16", progress=Silent())
+    try:
+        held, stored = load(python, output), load(python, plain)
+    except RuntimeError as error:
+        said = manifest.targets["vllm"]
+        print(
+            f"{name:10} {variant}: REFUSED, {'as the manifest says' if said else 'which is new'}: {error}", flush=True
+        )
+        return 0 if said else 1
+    defects, worst = compare(held, stored, wanted, MAX_ERRORS[options.format])
+    if manifest.targets["vllm"] and not defects:
+        defects.append(f"it is right, but the manifest says: {manifest.targets['vllm']}")
+    kind = f"{manifest.dialect}, {next(iter(manifest.layers.values())).scheme}"
+    for defect in defects:
+        print(f"DEFECT {defect}")
+    print(f"{name:10} {variant}: {'WRONG' if defects else 'RIGHT'} ({kind}), worst error {worst:.4f}", flush=True)
+    return 1 if defects else 0
+
+
+def compare(
+    held: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], limit: float
+) -> tuple[list[str], float]:
+    """Return what is wrong, and the largest relative error of a linear against the source."""
+    defects, worst = [], 0.0
+    for name in wanted.keys() - {"logprobs"}:
+        error, added = relative_error(held[name], wanted[name]), relative_error(held[name], stored[name])
+        worst = max(worst, error)
+        if not error <= limit or not added <= MAX_BF16_ROUNDING:
+            defects.append(f"{name}: off by {error:.4g} from the source, {added:.4g} from the converted file")
+    off = float((held["logprobs"] - stored["logprobs"]).abs().max())
+    if not off <= MAX_LOGPROB_ERROR:
+        defects.append(f"log-probabilities: off by {off:.4g} from those of the decoded weights")
+    return defects, worst
+
+
+_AT_START = """
+from missing_libraries import fill_in_torchaudio, fill_in_torchvision
+
+fill_in_torchvision()
+fill_in_torchaudio()
+"""
+
+
+def relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    wanted = wanted.float()
+    return float((value.float() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def load(python: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Return what vLLM holds of a folder: a weight [N, K] for each linear, and the log-probabilities of the prompt.
+
+    Raises RuntimeError with vLLM's last words where it does not load.
+    """
+    result, start = folder.parent / "held.safetensors", folder.parent / "start"
+    result.unlink(missing_ok=True)
+    # Python runs this in each of vLLM's processes, before anything is imported.
+    start.mkdir(exist_ok=True)
+    (start / "sitecustomize.py").write_text(_AT_START)
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_PLUGINS": "none of them",
+        "PYTHONPATH": f"{start}:{ROOT / 'scripts'}",
+    }
+    command = [str(python), str(Path(__file__).resolve()), "--load", str(folder), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if not result.exists():
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        raise RuntimeError((lines or done.stderr.splitlines() or ["no word"])[-1])
+    return load_file(result)
+
+
+def load_here(folder: str, result: str) -> None:
+    """In vLLM's Python: load, read every linear, generate, and write what load() returns."""
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.layers.linear import LinearBase
+
+    llm = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=64, max_num_seqs=2)
+
+    def read(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {
+                name: module.quant_method.apply(module, torch.eye(module.input_size).bfloat16(), None).t().contiguous()
+                for name, module in model.named_modules()
+                if isinstance(module, LinearBase)
+            }
+
+    (weights,) = llm.apply_model(read)
+    sampling = SamplingParams(temperature=0.0, max_tokens=N_TOKENS, prompt_logprobs=0, detokenize=False)
+    (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling)
+    assert len(answer.outputs[0].token_ids) == N_TOKENS, answer
+    said = [next(iter(found.values())).logprob for found in answer.prompt_logprobs[1:]]
+    save_file({**weights, "logprobs": torch.tensor(said)}, result)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--load"]:
+        load_here(*sys.argv[2:])
+    else:
+        sys.exit(main())
