@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from run_ckpt.cli.main import run_ckpt
-from run_ckpt.contract.manifest import sqnr_db
+from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.manifest import MANIFEST_NAME, sqnr_db
 from run_ckpt.progress import Silent
-from run_ckpt.storage.manifest_file import read_manifest
+from run_ckpt.storage.manifest_file import read_manifest, result_hash
 from run_ckpt.tools.verify.component import ComponentReport, verdict, verify_output
 from tests.codec import dequantize_mxfp4
 from tests.converted import (
@@ -575,3 +577,27 @@ def set_float(data: bytearray, value: float) -> None:
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def test_a_result_is_told_from_another_by_its_hash(copy_of: Callable[[str], Path]) -> None:
+    output = copy_of("mxfp4-aiter")
+    stated = result_hash({"": output})
+    manifest = blake3((output / MANIFEST_NAME).read_bytes()).hexdigest()
+    assert stated == blake3(f" {manifest}\n".encode()).hexdigest()
+    assert all(not report.faults for report in verify_output(output, None, Silent(), expected=stated))
+    for other in ("0" * 64, "", stated[:-1]):
+        with pytest.raises(CheckpointError, match=f"its hash is {stated}, expected is {other}"):
+            verify_output(output, None, Silent(), expected=other)
+    edit_manifest(output, lambda document: document["recipe"].update(preset="other"))
+    assert all(not report.faults for report in verify_output(output, None, Silent()))  # sealed anew, it is sound
+    with pytest.raises(CheckpointError, match=f"expected is {stated}"):
+        verify_output(output, None, Silent(), expected=stated)
+
+
+def test_the_hash_of_a_pipeline_covers_each_component(tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST_NAME).write_text(name)
+    hashes = [blake3(name.encode()).hexdigest() for name in ("transformer", "transformer_2")]
+    expected = blake3(f"transformer {hashes[0]}\ntransformer_2 {hashes[1]}\n".encode()).hexdigest()
+    assert result_hash({name: tmp_path / name for name in ("transformer_2", "transformer")}) == expected

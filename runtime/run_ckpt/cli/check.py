@@ -67,13 +67,15 @@ def _show_availability(components: Mapping[str, Path], device: str, as_json: boo
 @click.argument("output", type=_FOLDER)
 @click.option("--source", type=_FOLDER, help="What OUTPUT was made from: decode every block and compare.")
 @click.option("--min-sqnr", "min_sqnr_db", type=float, metavar="DB", help="A layer with less is a fault.")
+@click.option("--expect", "expected", metavar="HASH", help="The result's hash, as convert-ckpt or its card states it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(output: Path, source: Path | None, min_sqnr_db: float | None, as_json: bool) -> None:
+def verify(output: Path, source: Path | None, min_sqnr_db: float | None, expected: str | None, as_json: bool) -> None:
     """Check every file of OUTPUT against its manifest, and against its source if given.
 
     Without --source: sizes, hashes, headers, scales, padding, index, config. With it also: every
     weight's SQNR and largest error, and every copied tensor bit for bit. Lists all faults; exit 1
-    if there is any. A SOURCE of another model is one fault, and no weight is compared.
+    if there is any. A SOURCE of another model is one fault, and no weight is compared. What is in OUTPUT
+    says nothing of who made it; --expect ties it to the hash that its publisher states.
 
     \b
     Examples:
@@ -86,7 +88,7 @@ def verify(output: Path, source: Path | None, min_sqnr_db: float | None, as_json
     from run_ckpt.tools.verify.component import verdict, verify_output
 
     with show_progress() as progress:
-        reports = verify_output(output, source, progress, min_sqnr_db=min_sqnr_db)
+        reports = verify_output(output, source, progress, min_sqnr_db=min_sqnr_db, expected=expected)
     has_faults = any(report.faults for report in reports)
     if as_json:
         found = {"verdict": verdict(reports), "components": [report.to_json() for report in reports]}

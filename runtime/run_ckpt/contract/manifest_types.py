@@ -14,6 +14,11 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
+def _sentence(value: Any) -> bool:
+    """A recipe's own words; cleaned where they are shown."""
+    return isinstance(value, str)
+
+
 def _class_name(value: Any) -> bool:
     return isinstance(value, str) and value.isidentifier()
 
@@ -86,7 +91,7 @@ _SOURCE: dict[str, Check] = {"name": _text, "revision": _optional(_revision), "c
 # Table of the manifest -> the fields of each of its entries.
 _TABLES: dict[str, dict[str, Check]] = {
     "layers": _LAYER,
-    "kept": {**_SPEC, "reason": _text, "decided_by": _map_of(_optional(_text))},
+    "kept": {**_SPEC, "reason": _sentence, "decided_by": _map_of(_optional(_text))},
     "fused_scales": {**_SPEC, "role": _text, "members": _list_of(_text)},
 }
 

@@ -1,11 +1,13 @@
 """The manifest of a converted component, read from its folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from run_ckpt.contract.errors import FaultsError, ManifestError
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from run_ckpt.contract.manifest_checks import manifest_faults
 from run_ckpt.storage.files import MAX_MANIFEST_NBYTES, read_small
+from run_ckpt.storage.hashing import hash_bytes, hash_path
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -29,3 +31,17 @@ def read_checked_manifest(folder: Path) -> Manifest:
     if faults:
         raise FaultsError(f"{folder / MANIFEST_NAME}: contradicts itself", faults)
     return manifest
+
+
+def result_hash(components: Mapping[str, Path]) -> str:
+    """Return the hash of a result whose components lie in these folders, see hash_of_manifests."""
+    return hash_of_manifests({name: hash_path(path / MANIFEST_NAME) for name, path in components.items()})
+
+
+def hash_of_manifests(hashes: Mapping[str, str]) -> str:
+    """Return a hash that ties every file of a result to who states it.
+
+    hashes: component -> BLAKE3 of its manifest, which holds the hashes of all its files.
+    BLAKE3 of the lines "COMPONENT HASH", by component.
+    """
+    return hash_bytes("".join(f"{name} {digest}\n" for name, digest in sorted(hashes.items())).encode())

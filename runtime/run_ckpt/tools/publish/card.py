@@ -11,6 +11,7 @@ from run_ckpt.contract.display import shown
 from run_ckpt.contract.file_names import HEATMAP_NAME, join_names
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, MANIFEST_NAME, RTN, Layer
+from run_ckpt.storage.manifest_file import hash_of_manifests
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.consumers import commands, list_consumers
 from run_ckpt.tools.publish.hardware import hardware
@@ -123,7 +124,9 @@ def _how_to_run(components: Sequence[ConvertedComponent], repo_id: str, base: st
         needs = f" ({consumer.needs})" if consumer.needs else ""
         text = commands(consumer, tuple(components), repo_id, shown)
         yield f"**{consumer.title}**{needs}\n\n```{consumer.language}\n{text}\n```"
-    yield f"Check a copy, every byte of it: `hf download {repo_id} --local-dir COPY && run-ckpt verify COPY`."
+    fetch = f"hf download {repo_id} --local-dir COPY"
+    stated = hash_of_manifests({component.name: component.manifest_blake3 for component in components})
+    yield f"Check a copy, every byte of it:\n\n```sh\n{fetch}\nrun-ckpt verify COPY --expect {stated}\n```"
 
 
 def _hardware(components: Sequence[ConvertedComponent]) -> Iterator[str]:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from run_ckpt.contract.file_names import join_names
-from run_ckpt.contract.manifest import KeptTensor, Layer, Manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Layer, Manifest
 from run_ckpt.contract.module_names import block_pattern, split_name
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.storage.components import find_components
+from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.tools.summary import CheckpointSummary, summarize
 
@@ -62,6 +63,7 @@ class ConvertedComponent:
     manifest: Manifest
     summary: CheckpointSummary
     rows: tuple[TensorRow, ...]
+    manifest_blake3: str
 
 
 def read_result(output: Path) -> tuple[ConvertedComponent, ...]:
@@ -73,7 +75,9 @@ def read_result(output: Path) -> tuple[ConvertedComponent, ...]:
     for name, path in find_components(output).items():
         manifest = read_checked_manifest(path)
         rows = tuple(list_rows(name, manifest))
-        components.append(ConvertedComponent(name, path, manifest, summarize(name, manifest), rows))
+        components.append(
+            ConvertedComponent(name, path, manifest, summarize(name, manifest), rows, hash_path(path / MANIFEST_NAME))
+        )
     return tuple(components)
 
 

@@ -15,7 +15,7 @@ from run_ckpt.storage.checks import config_faults, header_faults, index_faults, 
 from run_ckpt.storage.components import Checkpoint, find_components
 from run_ckpt.storage.foreign import find_quantized
 from run_ckpt.storage.json_files import read_config
-from run_ckpt.storage.manifest_file import read_checked_manifest
+from run_ckpt.storage.manifest_file import read_checked_manifest, result_hash
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.threads import map_threads
@@ -71,18 +71,29 @@ class ComponentReport:
 
 
 def verify_output(
-    output: Path, source: Path | None, progress: Progress, *, min_sqnr_db: float | None = None
+    output: Path,
+    source: Path | None,
+    progress: Progress,
+    *,
+    min_sqnr_db: float | None = None,
+    expected: str | None = None,
 ) -> list[ComponentReport]:
     """Return a report for every component of a conversion's result.
 
     source: folder, single file, or the pipeline folder of all components. It is only read.
-    min_sqnr_db: a layer below it is a fault. Raises CheckpointError only where there is nothing to look at; all other
-    faults are in the reports.
+    min_sqnr_db: a layer below it is a fault. expected: the result's hash as its publisher states it.
+    Raises CheckpointError only where there is nothing to look at, or another result than expected; all other faults
+    are in the reports.
     """
     for path in filter(None, (output, source)):
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder.")
     components = find_components(output)
+    if expected is not None and result_hash(components) != expected.strip().lower():
+        raise CheckpointError(
+            f"{output}: its hash is {result_hash(components)}, expected is {expected}: it is another result, or was"
+            " changed. Fetch it again from its publisher."
+        )
     reports = []
     for name, path in components.items():
         part = source / name if source and name else source
