@@ -71,6 +71,8 @@ VARIANTS = (
     Variant("MXFP4, to nearest, W+A", MXFP4, by_row(PLAIN_MXFP4)),
     Variant("MXFP4, GPTQ, W", (*MXFP4, *GPTQ), None),
     Variant("MXFP4, GPTQ, W+A", (*MXFP4, *GPTQ), by_row(PLAIN_MXFP4)),
+    Variant("MXFP4, GPTQ, fold, W", (*MXFP4, *GPTQ, "--fold"), None),
+    Variant("MXFP4, GPTQ, fold, W+A", (*MXFP4, *GPTQ, "--fold"), by_row(PLAIN_MXFP4)),
     Variant("FP8, to nearest, W", FP8, None),
     Variant("FP8, to nearest, W+A by token", FP8, by_row(CHANNEL_FP8)),
     Variant("FP8, GPTQ, W", (*FP8, *GPTQ), None),

@@ -18,7 +18,7 @@ _HELD_OUT_SHARE = 0.025
 def train(folder: Path) -> tuple[Path, Path]:
     """Train a Llama of 1.3 million weights on single letters; return its checkpoint and a file of text it never saw.
 
-    The text is that of Python's help(): its language reference, 0.7 MB.
+    The text is that of Python's help(): its language reference, 0.7 MB. What it saw is in "seen.txt" beside them.
     """
     text = "\n".join(topics[name] for name in sorted(topics))
     n_seen = int(len(text) * (1 - _HELD_OUT_SHARE))
@@ -31,6 +31,7 @@ def train(folder: Path) -> tuple[Path, Path]:
     _fit(model, torch.tensor(tokenizer(text[:n_seen])["input_ids"]))
     model.to(torch.bfloat16).save_pretrained(folder / "bf16")
     tokenizer.save_pretrained(folder / "bf16")
+    (folder / "seen.txt").write_text(text[:n_seen], encoding="utf-8")
     (folder / "unseen.txt").write_text(text[n_seen:], encoding="utf-8")
     return folder / "bf16", folder / "unseen.txt"
 
