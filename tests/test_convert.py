@@ -170,6 +170,16 @@ def test_nvfp4_says_what_sglang_reads_and_nothing_that_it_makes_up(tmp_path: Pat
     }
 
 
+def test_nvfp4_of_flux2_is_not_written_for_sglang_which_would_swap_its_last_modulation(tmp_path: Path) -> None:
+    names = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"]
+    weights = {f"{name}.weight": random_weight(256, 256, seed=i) for i, name in enumerate(names)}
+    source = save_checkpoint(tmp_path / "in", [weights], {"_class_name": "Flux2Transformer2DModel"})
+    with pytest.raises(FaultsError, match=r"SGLang exchanges the halves of norm_out\.linear.*--dialect mxfp4"):
+        convert(source, tmp_path / "out", format="nvfp4")
+    convert(source, tmp_path / "out", format="nvfp4", dialect="mxfp4")
+    assert "sglang" in read_manifest(tmp_path / "out").targets
+
+
 def test_nibbles_that_no_consumer_swaps_are_refused(llm: Path, tmp_path: Path) -> None:
     for options in ({"format": "fp8"}, {"format": "nvfp4"}):
         with pytest.raises(UsageError, match="--swap-weight-nibbles: is for NVFP4"):

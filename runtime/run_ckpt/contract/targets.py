@@ -97,6 +97,11 @@ _INPUT_SCALE = {
     "*": "multiplies by an input_scale, which NVFP4 here has not. Use --dialect compressed-tensors, whose activations"
     " stay as they are"
 }
+# SGLang 0.5.23, runtime/models/dits/flux_2.py, post_load_weights: it takes every NVFP4 file for one in BFL's order.
+_SWAPPED = {
+    "Flux2Transformer2DModel": "exchanges the halves of norm_out.linear, silently. Use --dialect mxfp4, which our"
+    " plug-in reads, or --format fp8"
+}
 _NO_EXPERTS = (
     "its mixture of experts takes no FP8 by tensor with activations by token; use --granularity channel or block"
 )
@@ -119,9 +124,19 @@ _TARGETS = (
                 "sglang",
                 "diffusers",
                 ("modelopt",),
-                (TENSOR_FP8, PLAIN_NVFP4),
+                (TENSOR_FP8,),
                 matching=NAME,
                 dequantizes=(TENSOR_FP8,),
+                is_loud=False,
+                fused_scales=True,
+            ),
+            Reading(
+                "sglang",
+                "diffusers",
+                ("modelopt",),
+                (PLAIN_NVFP4,),
+                not_for=_SWAPPED,
+                matching=NAME,
                 is_loud=False,
                 fused_scales=True,
             ),
