@@ -11,9 +11,9 @@ from convert_ckpt.pipeline import convert_checkpoint
 from convert_ckpt.run.share import Share
 from convert_ckpt.run_summary import RunSummary
 from convert_ckpt.source.opened import Selection
-from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress, Silent
+from run_ckpt.storage.reference import parse_reference
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.hub_server import HubServer, serve_hub
 

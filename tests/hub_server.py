@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_stand_in_token"
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf")
+_TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>.+)")
 _INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>.+))?")
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 
@@ -173,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(fault.status, fault.body, fault.headers)
         elif path.startswith("/cdn/"):
             self._send_cdn(path, fault)
+        elif match := _TREE.fullmatch(path):
+            self._send_tree(match, token)
         elif match := _INFO.fullmatch(path):
             self._send_info(match, token)
         elif match := _RESOLVE.fullmatch(path):
@@ -203,6 +206,16 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{**describe(path, files[path]), **self.hub.lies.get(path, {})} for path in sorted(files)]
             info = {"id": match["repo"], "sha": commit, "siblings": siblings, "tags": [], "private": False}
             self._send(200, json.dumps(info).encode())
+
+    def _send_tree(self, match: re.Match[str], token: str | None) -> None:
+        found = self._find(match, token)
+        if found:
+            entries = []
+            for path, data in sorted(found[1].items()):
+                entry = describe(path, data)
+                lfs = {"lfs": {"oid": entry["lfs"]["sha256"], **entry["lfs"]}} if "lfs" in entry else {}
+                entries.append({"type": "file", "path": path, "oid": entry["blobId"], "size": len(data), **lfs})
+            self._send(200, json.dumps(entries).encode())
 
     def _send_file(self, match: re.Match[str], token: str | None, fault: Fault | None) -> None:
         found = self._find(match, token)

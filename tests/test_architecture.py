@@ -42,6 +42,8 @@ HOMES: dict[str, tuple[str, ...]] = {
         "convert_ckpt/source/hub.py",
         "convert_ckpt/source/source_card.py",
         "run_ckpt/storage/hub_client.py",
+        "run_ckpt/storage/reference.py",
+        "run_ckpt/storage/snapshots.py",
         "run_ckpt/tools/assemble.py",
         "run_ckpt/tools/publish/metadata.py",
         "run_ckpt/tools/publish/repository.py",

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert_ckpt.api import convert as convert_by_api
-from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.display import shown
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.contract.manifest import MANIFEST_NAME, seal_manifest
 from run_ckpt.contract.module_names import matches_pattern, pattern_regex
+from run_ckpt.storage.reference import parse_reference
 from run_ckpt.tools.publish.card import make_card
 from run_ckpt.tools.publish.rows import read_result
 from tests.checkpoints import FLUX_DIGITS, convert, random_weight, save_checkpoint

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from convert_ckpt.source.reference import HubRef, UrlRef, parse_reference
 from run_ckpt.contract.errors import UsageError
+from run_ckpt.storage.reference import HubRef, UrlRef, parse_reference
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from convert_ckpt.pipeline import Preview, convert_checkpoint, preview_checkpoin
 from convert_ckpt.run.share import NOTHING, Share, parse_share
 from convert_ckpt.run_summary import RunSummary
 from convert_ckpt.source.opened import Selection
-from convert_ckpt.source.reference import parse_reference
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.progress import Progress, Silent
+from run_ckpt.storage.reference import parse_reference
 from run_ckpt.storage.units import parse_nbytes
 
 

@@ -26,13 +26,13 @@ from convert_ckpt.run.partial_output import PREDICTION, Staging
 from convert_ckpt.run.share import NOTHING, Share
 from convert_ckpt.run_summary import RunSummary, summarize_run
 from convert_ckpt.source.opened import EVERYTHING, Selection, open_source
-from convert_ckpt.source.reference import Reference
 from run_ckpt.contract.errors import CheckpointError, FaultsError, NonFiniteError, UsageError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults
 from run_ckpt.storage.checks import check_structure
+from run_ckpt.storage.reference import Reference
 
 if TYPE_CHECKING:
     pass

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.run.share import Share
-from convert_ckpt.source.reference import Reference
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.targets import TARGETS
 from run_ckpt.storage.manifest_file import read_manifest
+from run_ckpt.storage.reference import Reference
 from run_ckpt.storage.units import format_nbytes
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert_ckpt.source.reference import HubRef
 from convert_ckpt.source.store import GIT_BLOB, SHA256, RemoteFile, Retry
-from run_ckpt.contract.errors import FetchError
+from run_ckpt.contract.errors import FetchError, TransientError
 from run_ckpt.storage.hub_client import CLIENT, hub_errors, make_client
+from run_ckpt.storage.reference import HubRef
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -121,15 +121,20 @@ class HubRepo:
 
 
 def _find_repo(client: "HfApi", reference: HubRef, retry: Retry) -> "ModelInfo":
-    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
-
     repo_id = reference.repo_id
-    try:
-        return _model_info(client, repo_id, reference.revision, retry)
-    except FetchError as error:
-        if not reference.may_be_path or isinstance(error.__cause__, GatedRepoError | RevisionNotFoundError):
+
+    def ask() -> "ModelInfo":
+        try:
+            return _ask(client, repo_id, reference.revision)
+        except TransientError as error:
+            if reference.may_be_path and not error.is_answer:  # rather a path that is misspelt than one to wait for
+                raise FetchError(str(error)) from error
             raise
-        raise FetchError(f"{repo_id}: no such path here, and {str(error).removeprefix(f'{repo_id}: ')}") from error
+
+    try:
+        return retry(ask)
+    except FetchError as error:
+        raise reference.as_path_error(error) from error
 
 
 def _pinned_info(
@@ -138,7 +143,7 @@ def _pinned_info(
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        return _model_info(client, reference.repo_id, pinned_revision, retry)
+        return retry(lambda: _ask(client, reference.repo_id, pinned_revision))
     except FetchError as error:
         if isinstance(error.__cause__, RevisionNotFoundError):
             raise FetchError(
@@ -148,15 +153,12 @@ def _pinned_info(
         raise
 
 
-def _model_info(client: "HfApi", repo_id: str, revision: str | None, retry: Retry) -> "ModelInfo":
+def _ask(client: "HfApi", repo_id: str, revision: str | None) -> "ModelInfo":
     from huggingface_hub import constants
 
-    def ask() -> "ModelInfo":
-        with hub_errors(repo_id, revision=revision):
-            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            return client.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
-
-    return retry(ask)
+    with hub_errors(repo_id, revision=revision):
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        return client.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
 
 
 def _remote_file(sibling: "RepoSibling") -> RemoteFile:

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from convert_ckpt.source.component import Component, open_component
-from convert_ckpt.source.reference import HubRef, Reference, UrlRef
 from convert_ckpt.source.shards import FetchedShards, LocalShards, ShardProvider
 from convert_ckpt.source.skeleton import fill_skeleton, make_skeleton
 from convert_ckpt.source.store import SHA256, RemoteFile, Retry, Store
@@ -16,6 +15,7 @@ from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.file_names import join_names, unsafe_file_name
 from run_ckpt.progress import Progress
 from run_ckpt.storage.components import find_components
+from run_ckpt.storage.reference import HubRef, Reference, UrlRef
 from run_ckpt.storage.shards import Shard
 
 

@@ -11,10 +11,12 @@ from run_ckpt.cli.lines import say
 from run_ckpt.contract.file_names import join_names
 
 _FOLDER = click.Path(path_type=Path)
+# A path, or what it is called on the Hub.
+_NAME = click.Path()
 
 
 @click.command("inspect")
-@click.argument("output", type=_FOLDER)
+@click.argument("output", type=_NAME)
 @click.option("--all", "every_layer", is_flag=True, help="A row for each layer; default: like blocks in one row.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every layer.")
 @click.option(
@@ -22,7 +24,7 @@ _FOLDER = click.Path(path_type=Path)
     help="Show which backend would run the layers there, and why not the others: a torch device such as cuda, or"
     " any GPU's architecture, such as gfx950, gfx942, sm90 or sm120.",
 )
-def inspect_output(output: Path, every_layer: bool, as_json: bool, device: str | None) -> None:
+def inspect_output(output: str, every_layer: bool, as_json: bool, device: str | None) -> None:
     """Show what OUTPUT is: sizes, layers, errors, and what was kept and why.
 
     Reads the manifest alone; run-ckpt verify checks that it is true.
@@ -31,11 +33,13 @@ def inspect_output(output: Path, every_layer: bool, as_json: bool, device: str |
     Examples:
       run-ckpt inspect flux-mxfp4
       run-ckpt inspect flux-mxfp4 --device gfx950
+      run-ckpt inspect me/flux-mxfp4
     """
     from run_ckpt.storage.components import find_components
+    from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.summary import inspect_component
 
-    components = find_components(output)
+    components = find_components(local_path(output, small=device is None))
     if device is not None:
         _show_availability(components, device, as_json)
         return
@@ -64,12 +68,12 @@ def _show_availability(components: Mapping[str, Path], device: str, as_json: boo
 
 
 @click.command()
-@click.argument("output", type=_FOLDER)
-@click.option("--source", type=_FOLDER, help="What OUTPUT was made from: decode every block and compare.")
+@click.argument("output", type=_NAME)
+@click.option("--source", type=_NAME, help="What OUTPUT was made from: decode every block and compare.")
 @click.option("--min-sqnr", "min_sqnr_db", type=float, metavar="DB", help="A layer with less is a fault.")
 @click.option("--expect", "expected", metavar="HASH", help="The result's hash, as convert-ckpt or its card states it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(output: Path, source: Path | None, min_sqnr_db: float | None, expected: str | None, as_json: bool) -> None:
+def verify(output: str, source: str | None, min_sqnr_db: float | None, expected: str | None, as_json: bool) -> None:
     """Check every file of OUTPUT against its manifest, and against its source if given.
 
     Without --source: sizes, hashes, headers, scales, padding, index, config. With it also: every
@@ -80,15 +84,17 @@ def verify(output: Path, source: Path | None, min_sqnr_db: float | None, expecte
     \b
     Examples:
       run-ckpt verify flux-mxfp4
-      run-ckpt verify flux-mxfp4 --source flux
+      run-ckpt verify flux-mxfp4 --source black-forest-labs/FLUX.1-dev
       run-ckpt verify flux-mxfp4 --source flux --min-sqnr 18 --json
     """
     from run_ckpt.cli.progress import show_progress
     from run_ckpt.cli.tables import make_console, print_measured
+    from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.verify.component import verdict, verify_output
 
+    path, source_path = local_path(output), source and local_path(source)
     with show_progress() as progress:
-        reports = verify_output(output, source, progress, min_sqnr_db=min_sqnr_db, expected=expected)
+        reports = verify_output(path, source_path or None, progress, min_sqnr_db=min_sqnr_db, expected=expected)
     has_faults = any(report.faults for report in reports)
     if as_json:
         found = {"verdict": verdict(reports), "components": [report.to_json() for report in reports]}

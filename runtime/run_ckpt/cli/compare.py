@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # they import torch
     from run_ckpt.tools.compare.text import TextComparison
 
 _FOLDER = click.Path(path_type=Path)
+# A path, or what it is called on the Hub.
+_NAME = click.Path()
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -26,9 +28,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--model-path", required=True, help="BASE: the unconverted pipeline or language model, folder or Hub repo."
 )
 @click.option(
-    "--transformer-path", "outputs", type=_FOLDER, multiple=True, required=True, help="Converted folder, or several."
+    "--transformer-path", "outputs", type=_NAME, multiple=True, required=True, help="Converted folder, or several."
 )
-@click.argument("more_outputs", metavar="[OUT2 ...]", type=_FOLDER, nargs=-1)
+@click.argument("more_outputs", metavar="[OUT2 ...]", type=_NAME, nargs=-1)
 @click.option("--prompts", type=_FILE, help="A text file with one prompt in each line.")
 @click.option("--text", type=_FILE, help="For a language model: the text to predict.")
 @click.option("--samples", type=click.IntRange(1), help="How many to draw, the prompts in turn.  [default: one each]")
@@ -46,8 +48,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--fail-over", metavar="FIGURE=VALUE", multiple=True, help="Exit 1 if a result has more, such as kl=0.1.")
 @placement_options
 def compare(
-    outputs: tuple[Path, ...],
-    more_outputs: tuple[Path, ...],
+    outputs: tuple[str, ...],
+    more_outputs: tuple[str, ...],
     output: Path | None,
     as_json: bool,
     fail_under: tuple[str, ...],
@@ -68,13 +70,15 @@ def compare(
     """
     if bool(options["prompts"]) == bool(options["text"]):
         raise UsageError("give either --prompts FILE, for a pipeline, or --text FILE, for a language model.")
+    from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.compare.figures import faults, measured_figures, parse_limits
 
     figures = measured_figures(of_text=bool(options["text"]), with_lpips=options["lpips"])
     limits = parse_limits(figures, fail_under, fail_over)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-    found = _compare(options.pop("model_path"), (*outputs, *more_outputs), options)
+    results = tuple(map(local_path, (*outputs, *more_outputs)))
+    found = _compare(options.pop("model_path"), results, options)
     if output:
         _write(found, output)
     if as_json:

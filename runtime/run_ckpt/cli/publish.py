@@ -6,6 +6,8 @@ from typing import Any
 import click
 
 _FOLDER = click.Path(path_type=Path)
+# A path, or what it is called on the Hub.
+_NAME = click.Path()
 
 
 @click.command()
@@ -38,26 +40,28 @@ def push(output: Path, repo_id: str, base_model: str | None, **options: Any) -> 
 
 
 @click.command()
-@click.argument("output", type=_FOLDER)
+@click.argument("output", type=_NAME)
 @click.option("--repo", "repo_id", metavar="OWNER/NAME", help="Where it will be found.  [default: OUTPUT's name]")
 @click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
-def card(output: Path, repo_id: str | None, base_model: str | None) -> None:
+def card(output: str, repo_id: str | None, base_model: str | None) -> None:
     """Print the model card that run-ckpt push would upload with OUTPUT.
 
     Every number in it is from the manifest.
     """
+    from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.publish.card import make_card
     from run_ckpt.tools.publish.rows import read_result
 
-    click.echo(make_card(read_result(output), repo_id or output.resolve().name, base_model=base_model), nl=False)
+    path = local_path(output, small=True)
+    click.echo(make_card(read_result(path), repo_id or path.resolve().name, base_model=base_model), nl=False)
 
 
 @click.command()
-@click.argument("outputs", metavar="OUTPUT...", type=_FOLDER, nargs=-1, required=True)
+@click.argument("outputs", metavar="OUTPUT...", type=_NAME, nargs=-1, required=True)
 @click.option(
     "--output", "file", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True
 )
-def report(outputs: tuple[Path, ...], file: Path) -> None:
+def report(outputs: tuple[str, ...], file: Path) -> None:
     """Write one OUTPUT, or a comparison of several, as a page to look at.
 
     Sizes, a map of the error of every layer, and what was kept and why. The page is one file that
@@ -68,8 +72,10 @@ def report(outputs: tuple[Path, ...], file: Path) -> None:
       run-ckpt report flux-mxfp4 flux-fp8 --output report.html
     """
     from run_ckpt.storage.atomic import write_durably
+    from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.publish.report import make_report
     from run_ckpt.tools.publish.rows import read_result
 
-    write_durably(file, make_report({output.resolve().name: read_result(output) for output in outputs}))
+    results = {Path(output).resolve().name: read_result(local_path(output, small=True)) for output in outputs}
+    write_durably(file, make_report(results))
     click.echo(f"Wrote {file}.")

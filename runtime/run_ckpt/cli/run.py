@@ -18,6 +18,8 @@ from run_ckpt.cli.model_options import (
 from run_ckpt.extras import naming_extras
 
 _FOLDER = click.Path(path_type=Path)
+# A path, or what it is called on the Hub.
+_NAME = click.Path()
 _SMALL_M = "1,16,256,4096"
 
 
@@ -33,8 +35,8 @@ def _parse_rows(_context: click.Context, _parameter: click.Parameter, text: str)
 
 @click.command()
 @click.option("--model-path", required=True, help="The pipeline: a folder or a Hub repo, in diffusers' layout.")
-@click.option("--transformer-path", type=_FOLDER, required=True, help="Converted folder for its transformer.")
-@click.option("--transformer-2-path", type=_FOLDER, help="Converted folder for its transformer_2 (Wan 2.2).")
+@click.option("--transformer-path", type=_NAME, required=True, help="Converted folder for its transformer.")
+@click.option("--transformer-2-path", type=_NAME, help="Converted folder for its transformer_2 (Wan 2.2).")
 @click.option("--prompt", required=True, help="What to generate.")
 @click.option("--output", type=_FOLDER, required=True, help="The image (.png, .jpg, .webp) or video (.mp4, .gif).")
 @pipeline_options
@@ -43,8 +45,8 @@ def _parse_rows(_context: click.Context, _parameter: click.Parameter, text: str)
 @naming_extras("run-ckpt generate", "diffusers")
 def generate(
     model_path: str,
-    transformer_path: Path,
-    transformer_2_path: Path | None,
+    transformer_path: str,
+    transformer_2_path: str | None,
     prompt: str,
     output: Path,
     seed: int,
@@ -60,12 +62,13 @@ def generate(
           --transformer-2-path OUT/transformer_2 --prompt "a cat walks" --output video.mp4
     """
     from run_ckpt.cli.progress import show_progress
+    from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.generate import Request, check_output, load_pipeline, load_transformers
     from run_ckpt.tools.generate import generate as run
 
     check_output(output)
     paths = {"transformer": transformer_path, "transformer_2": transformer_2_path}
-    given = {name: path for name, path in paths.items() if path}
+    given = {name: local_path(path) for name, path in paths.items() if path}
     place = placement(options)
     with show_progress() as progress:
         loaded = load_transformers(given, place, progress, click.echo)
@@ -74,7 +77,7 @@ def generate(
 
 
 @click.command()
-@click.argument("output", type=_FOLDER)
+@click.argument("output", type=_NAME)
 @device_option
 @click.option("--backend", help="Measure this one.  [default: the first that can run]")
 @click.option(
@@ -83,7 +86,7 @@ def generate(
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of activations.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(
-    output: Path, device: str | None, backend: str | None, rows: tuple[int, ...], dtype: str, as_json: bool
+    output: str, device: str | None, backend: str | None, rows: tuple[int, ...], dtype: str, as_json: bool
 ) -> None:
     """Time the layers of OUTPUT against BF16, and loading it against reading its files.
 
@@ -96,9 +99,10 @@ def bench(
 
     from run_ckpt.cli.tables import make_console, print_bench
     from run_ckpt.storage.components import find_components
+    from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.bench import bench_component
 
-    for name, path in find_components(output).items():
+    for name, path in find_components(local_path(output)).items():
         result = bench_component(
             path,
             device=device or default_device(),

@@ -36,10 +36,14 @@ class FetchError(CheckpointError):
 
 
 class TransientError(FetchError):
-    """The same request may succeed later. ``wait_seconds`` is how long the store asks to wait, if it does."""
+    """The same request may succeed later. ``wait_seconds`` is how long the store asks to wait, if it does.
 
-    def __init__(self, text: str, wait_seconds: float | None = None):
+    ``is_answer``: a store said so; else nobody may be there.
+    """
+
+    def __init__(self, text: str, wait_seconds: float | None = None, *, is_answer: bool = True):
         self.wait_seconds = wait_seconds
+        self.is_answer = is_answer
         super().__init__(text)
 
 

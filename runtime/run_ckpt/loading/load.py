@@ -16,6 +16,7 @@ from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.replace import replace_linears
 from run_ckpt.progress import Progress, Silent
 from run_ckpt.storage.components import Checkpoint
+from run_ckpt.storage.snapshots import local_path
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def load_quantized(
 ) -> nn.Module:
     """Return the model of the converted component in folder ``path``, its quantized linears in place, in eval mode.
 
+    path: owner/name[@revision] or hf://owner/name[@revision][/folder] fetches it from the Hub, into the Hub's cache.
     model: any module with matching names, best on the meta device; its tensors are replaced. Default:
     the diffusers or transformers class that config.json names.
     dtype: what floating tensors that are not quantized become; default: as stored. Those which the class keeps in
@@ -41,7 +43,7 @@ def load_quantized(
     Nothing is filled in, cast or left out silently: raises CheckpointError (FaultsError with every
     fault, ManifestError, BackendError), which names the tensor, the file and the remedy.
     """
-    path, device, started = Path(path), torch.device(device), time.perf_counter()
+    path, device, started = local_path(path), torch.device(device), time.perf_counter()
     with open_to_load(path) as checkpoint:
         model = _build_model(path) if model is None else model
         linears = replace_linears(model, checkpoint.manifest.layers, backend)

@@ -11,6 +11,7 @@ from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.storage.checks import header_faults
 from run_ckpt.storage.containers import describe_container
+from run_ckpt.storage.files import similar_path
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.reader import TensorReader
@@ -33,7 +34,9 @@ def find_components(path: Path) -> dict[str, Path]:
             )
         return {"": path}
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder. Give a checkpoint folder or a {SUFFIX} file.")
+        raise CheckpointError(
+            f"{path}: no such file or folder{similar_path(path)}. Give a checkpoint folder or a {SUFFIX} file."
+        )
     components = {entry.name: entry for entry in sorted(path.glob("transformer*")) if entry.is_dir()}
     if odd := [name for name in components if not fullmatch(r"[\w.-]+", name)]:
         raise CheckpointError(f"{path}: {odd[0]!r}: no name of a component. Rename that folder.")

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import stat
+from difflib import get_close_matches
 from pathlib import Path
 
 # Files that are read whole. 300,000 tensors make an index of 30 MB, and a manifest of 270 MB.
@@ -12,6 +13,8 @@ MAX_INDEX_NBYTES = 128 * 2**20
 MAX_MANIFEST_NBYTES = 512 * 2**20
 # The Hub's cache holds a commit's files as links to where their bytes are.
 _HUB_CACHE = re.compile(r"(?P<repo>.*/models--[^/]+)/snapshots/[0-9a-f]{40}(/.*)?")
+# Of difflib: a letter wrong or two swapped, but not another word.
+_ALIKE = 0.75
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
 
 
@@ -50,6 +53,17 @@ def read_small(
 def read_text(path: str | Path, max_nbytes: int = MAX_TEXT_NBYTES) -> str:
     """Return the text of a small file. Raises OSError as read_small, and UnicodeDecodeError."""
     return read_small(path, max_nbytes).decode()
+
+
+def similar_path(path: Path) -> str:
+    """Return `` (did you mean X?)`` for a path that is not there, "" where nothing beside it is spelt alike."""
+    missing = next((part for part in [*reversed(path.parents), path] if not part.exists()), path)
+    try:
+        names = [entry.name for entry in missing.parent.iterdir()]
+    except OSError:
+        return ""
+    similar = get_close_matches(missing.name, names, n=1, cutoff=_ALIKE)
+    return f" (did you mean {missing.with_name(similar[0]) / path.relative_to(missing)}?)" if similar else ""
 
 
 def leads_outside(path: Path) -> bool:

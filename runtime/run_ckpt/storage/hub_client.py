@@ -27,6 +27,8 @@ _ANSWERS = {
 }
 # What may be answered otherwise when it is asked again; all above 500 too.
 _PASSING = (408, 409, 412, 425, 429)
+# What the client raises where nobody is there, by name: it is httpx's in huggingface_hub 1.x and httpx2's in 2.x.
+_UNREACHED = ("ConnectError", "ConnectTimeout")
 _PUSH_AGAIN = "Push again later: it goes on where it stopped."
 
 
@@ -89,7 +91,8 @@ def hub_errors(
         if writes:
             raise PublishError(f"{text} {_PUSH_AGAIN}" if passing else text) from error
         if passing:
-            raise TransientError(text, _wait_seconds(answer) if answer else None) from error
+            wait_seconds = _wait_seconds(answer) if answer else None
+            raise TransientError(text, wait_seconds, is_answer=type(error).__name__ not in _UNREACHED) from error
         raise FetchError(text) from error
 
 

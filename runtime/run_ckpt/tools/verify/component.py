@@ -13,6 +13,7 @@ from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
 from run_ckpt.storage.checks import config_faults, header_faults, index_faults, unlisted_faults
 from run_ckpt.storage.components import Checkpoint, find_components
+from run_ckpt.storage.files import similar_path
 from run_ckpt.storage.foreign import find_quantized
 from run_ckpt.storage.json_files import read_config
 from run_ckpt.storage.manifest_file import read_checked_manifest, result_hash
@@ -87,7 +88,7 @@ def verify_output(
     """
     for path in filter(None, (output, source)):
         if not path.exists():
-            raise CheckpointError(f"{path}: no such file or folder.")
+            raise CheckpointError(f"{path}: no such file or folder{similar_path(path)}.")
     components = find_components(output)
     if expected is not None and result_hash(components) != expected.strip().lower():
         raise CheckpointError(

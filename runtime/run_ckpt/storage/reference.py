@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.errors import FetchError, UsageError
+from run_ckpt.storage.files import similar_path
 from run_ckpt.storage.hub_client import page_of_hub
 
 _HUB_SCHEME = "hf://"
@@ -35,6 +36,15 @@ class HubRef:
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{_HUB_SCHEME}{self.repo_id}{revision}{'/' + self.folder if self.folder else ''}"
+
+    def as_path_error(self, error: FetchError) -> FetchError:
+        """Return what to say where the Hub has no such repo, or can't be asked: it may have been meant as a path."""
+        from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+        if not self.may_be_path or isinstance(error.__cause__, GatedRepoError | RevisionNotFoundError):
+            return error
+        what = str(error).removeprefix(f"{self.repo_id}: ")
+        return FetchError(f"{self.repo_id}: no such path here{similar_path(Path(self.repo_id))}, and {what}")
 
 
 @dataclass(frozen=True)
