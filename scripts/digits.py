@@ -55,9 +55,13 @@ def sample(transformer: FluxTransformer2DModel, request: Request) -> Tensor:
 
 
 def calibrate(transformer: FluxTransformer2DModel, folder: Path, n_samples: int = 32, seed: int = 1000) -> None:
-    """Record what goes into the linear layers while ``n_samples`` digits are sampled, a quarter of them held out."""
+    """Record what goes into the linear layers, and what their errors do, while ``n_samples`` digits are sampled.
+
+    A quarter of them is held out.
+    """
     request = make_request(n_samples, seed)
-    with record_statistics(transformer, folder, settings={"n_samples": n_samples, "seed": seed}) as recorder:
+    settings = {"n_samples": n_samples, "seed": seed}
+    with record_statistics(transformer, folder, fisher=True, settings=settings) as recorder:
         for noise, labels in zip(request.noise.split(4), request.labels.split(4), strict=True):
             recorder.next_sample()
             sample(transformer, Request(noise, labels))

@@ -8,6 +8,7 @@ variants, the median one of 0.2. One run, dB summed (median):
 
 MXFP4, to nearest               W 29.4 (32.7)   W+A 28.3 (31.1)
 MXFP4, GPTQ                     W 38.3 (40.7)   W+A 31.8 (34.5)
+half-way in size, GPTQ          W 44.3 (46.4)   W+A 36.5 (38.8)
 FP8, to nearest                 W 40.2 (45.5)   W+A by token 39.7 (44.8)
 FP8, GPTQ                       W 49.2 (51.4)   W+A by token 46.2 (48.7), by tensor 46.0 (48.5), static 46.2 (48.7)
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 from run_ckpt import load_quantized
 from run_ckpt.contract.codec import dequantize, fp8_scale, quantize, quantize_fp8
 from run_ckpt.contract.formats import CHANNEL_FP8, PLAIN_MXFP4, Scheme
+from run_ckpt.contract.formats import MXFP4 as MXFP4_FORMAT
 from run_ckpt.contract.manifest import INPUT_SCALE
 from run_ckpt.loading.linear import QuantizedLinear
 
@@ -50,6 +52,11 @@ def by_row(scheme: Scheme) -> Rounding:
     return lambda _, rows: dequantize(*quantize(rows, scheme, "even"), scheme)
 
 
+def as_stored(layer: QuantizedLinear, rows: Tensor) -> Tensor:
+    """Round as the layer's kernel does: MXFP4 in blocks, FP8 by token."""
+    return by_row(PLAIN_MXFP4 if layer.layer.scheme.format == MXFP4_FORMAT else CHANNEL_FP8)(layer, rows)
+
+
 def by_tensor(_: QuantizedLinear, rows: Tensor) -> Tensor:
     """Round to FP8 under one scale for all tokens, which is taken from them."""
     return round_to_fp8(rows, fp8_scale(rows.abs().amax()))
@@ -66,6 +73,8 @@ def round_to_fp8(rows: Tensor, scale: Tensor) -> Tensor:
 
 GPTQ = ("--calibration", "stats")
 MXFP4, FP8 = ("--format", "mxfp4"), ("--format", "fp8")
+# Between the sizes of both.
+HALF_WAY = ("--max-size", "8030000")
 VARIANTS = (
     Variant("MXFP4, to nearest, W", MXFP4, None),
     Variant("MXFP4, to nearest, W+A", MXFP4, by_row(PLAIN_MXFP4)),
@@ -73,6 +82,8 @@ VARIANTS = (
     Variant("MXFP4, GPTQ, W+A", (*MXFP4, *GPTQ), by_row(PLAIN_MXFP4)),
     Variant("MXFP4, GPTQ, fold, W", (*MXFP4, *GPTQ, "--fold"), None),
     Variant("MXFP4, GPTQ, fold, W+A", (*MXFP4, *GPTQ, "--fold"), by_row(PLAIN_MXFP4)),
+    Variant("half-way, GPTQ, W", (*MXFP4, *GPTQ, *HALF_WAY), None),
+    Variant("half-way, GPTQ, W+A", (*MXFP4, *GPTQ, *HALF_WAY), as_stored),
     Variant("FP8, to nearest, W", FP8, None),
     Variant("FP8, to nearest, W+A by token", FP8, by_row(CHANNEL_FP8)),
     Variant("FP8, GPTQ, W", (*FP8, *GPTQ), None),

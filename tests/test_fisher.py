@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from run_ckpt import record_statistics
+from run_ckpt.contract.codec import dequantize, quantize
 from run_ckpt.contract.errors import CheckpointError, FaultsError
-from run_ckpt.storage.layer_statistics import InputStatistics, fisher_name, read_statistics
+from run_ckpt.contract.formats import PLAIN_MXFP4
+from run_ckpt.storage.layer_statistics import InputStatistics, fisher_name, read_statistics, rounding_name
 from tests.test_calibrate import calibrate, make_pipeline
 from tests.test_statistics import make_block, record, rewrite
 
@@ -88,6 +90,22 @@ def test_it_predicts_what_noise_in_a_layer_does_to_the_output(name: str, tmp_pat
 def test_a_layer_that_changes_nothing_has_none(tmp_path: Path) -> None:
     record_fisher(make_residual(), tmp_path)
     assert not fisher_of(tmp_path)["aside"].any()
+
+
+def test_what_rounding_the_input_costs_is_recorded_beside_it(tmp_path: Path) -> None:
+    model = make_residual()
+    rows: list[Tensor] = []
+    model.down.register_forward_hook(lambda _layer, args, _y: rows.append(args[0].flatten(0, -2)))
+    record_fisher(model, tmp_path, torch.no_grad)
+    assert len(rows) == N_SAMPLES + 16  # once more with gradients
+    plain = [x for n, x in enumerate(rows) if n >= 32 or n % 2 == 0]
+    x = torch.cat(plain[::8]).bfloat16().float()  # every eighth call; all of its 48 rows
+    found = read_statistics(tmp_path)["down"]
+    scale = x.abs().amax(1, keepdim=True) / 448
+    by_token = (x / scale).to(torch.float8_e4m3fn).float() * scale
+    in_blocks = dequantize(*quantize(x, PLAIN_MXFP4, "even"), PLAIN_MXFP4)
+    for name, rounded in {"fp8": by_token, "mxfp4": in_blocks}.items():
+        np.testing.assert_allclose(found.read(rounding_name(name)), (rounded - x).square().mean(0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])

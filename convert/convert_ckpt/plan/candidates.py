@@ -89,7 +89,10 @@ def list_groups(name: str, source: Component, options: Options) -> list[Group]:
 # norms take the scale of a layer out of what it does to the model's output: absolute ones order layers worse.
 WEIGHTS = ("relative error of the weights", "the weights, mean of the layers")
 OUTPUTS = ("output error of the layers on held out samples", "the layers' outputs, all together")
-FISHER = ("output error of the layers on held out samples times Fisher information", "the model's output")
+FISHER = (
+    "errors of layers' weights and activations on held out samples times Fisher information",
+    "the model's output, activations rounded as weights are",
+)
 
 
 def predict(

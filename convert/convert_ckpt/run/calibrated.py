@@ -20,7 +20,7 @@ from convert_ckpt.run.slab import ErrorSums, TensorWrite, decode_grid, encode_on
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.folds import TensorFold
 from run_ckpt.contract.manifest import GPTQ, RTN, WEIGHT, WEIGHT_SCALE, Layer, sqnr_db
-from run_ckpt.storage.layer_statistics import InputStatistics, block_ranges, fisher_name
+from run_ckpt.storage.layer_statistics import InputStatistics, block_ranges, fisher_name, rounding_name
 
 # Layers that share an input follow each other, and workers are few.
 _INPUTS_KEPT = 2
@@ -96,14 +96,17 @@ class CalibratedQuantizer:
     ) -> Damage:
         """Return what the layer's output loses by quantize() on held out samples; bits are finite.
 
-        With Fisher information, it is the model's output: error is what part of its energy is lost, and signal is 1.
+        With Fisher information, it is the model's output: error is what part of its energy is lost, and signal is 1. It
+        holds what rounding the activations to the same format costs too, as the format's kernels do.
         """
         assert tensor.layer is not None
         fisher = _read_fisher(tensor)
         writes, _, _ = quantize(bits, tensor.layer, 0, buffers, tensor_scale)
         _, total = self._round(bits, tensor, writes, tensor_scale, fisher)
         error = min(total.output_error, total.nearest_error)
-        return Damage(error, total.signal if fisher is None else 1.0)
+        if fisher is None:
+            return Damage(error, total.signal)
+        return Damage(error + _activation_error(bits, tensor, fisher), 1.0)
 
     def _round(
         self,
@@ -149,6 +152,20 @@ def _read_fisher(tensor: TensorPlan) -> np.ndarray | None:
     for part, exponents in tensor.fold.rows if tensor.fold else ():
         fisher[part.first : part.first + len(exponents)] *= np.exp2(2 * np.array(exponents, np.float32))
     return fisher
+
+
+def _activation_error(bits: np.ndarray, tensor: TensorPlan, fisher: np.ndarray) -> float:
+    """Return the sum over n of fisher_n mean((W e)_n^2) for errors e of rounding the input, as if independent."""
+    assert tensor.layer is not None
+    assert tensor.statistics is not None
+    errors = tensor.statistics.read(rounding_name(tensor.layer.format.name)).astype(np.float64)
+    if tensor.fold and tensor.fold.columns:
+        errors *= np.exp2(-2 * np.array(tensor.fold.columns, np.float64))
+    total = 0.0
+    for start in range(0, len(bits), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        total += float(fisher[rows] @ np.square(to_float(bits[rows])) @ errors)
+    return total
 
 
 def _read_input(statistics: InputStatistics, fold: TensorFold | None) -> _Input:

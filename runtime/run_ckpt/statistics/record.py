@@ -236,7 +236,7 @@ class Recorder:
             if needed + sum(sums_nbytes(sums.K, sums.block_size) for sums in self._sums.values()) > self._memory:
                 self._too_large.add(leader)
                 return
-        self._sums[leader] = InputSums(K, block_size, device)
+        self._sums[leader] = InputSums(K, block_size, device, rounding=self._fisher is not None)
 
     def _block_size(self, K: int) -> int:
         kind, _, size = self._hessian.partition("=")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from run_ckpt.statistics.rounding import RoundingSums
 from run_ckpt.storage.layer_statistics import block_ranges, pack_below_diagonal
 
 _F32_NBYTES = 4
@@ -18,7 +19,7 @@ class InputSums:
     BF16 is not positive definite.
     """
 
-    def __init__(self, K: int, block_size: int, device: torch.device):
+    def __init__(self, K: int, block_size: int, device: torch.device, *, rounding: bool = False):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
@@ -26,6 +27,7 @@ class InputSums:
         self.block_size = block_size
         self._n_rows = [0, 0]
         self._sum, self._amax = zeros(K), zeros(K)
+        self._rounding = RoundingSums(K) if rounding else None
         self._ranges = list(block_ranges(K, block_size))
         self._squares = [zeros(K), zeros(K)]
         self._products = [[zeros(stop - start, stop - start) for start, stop in self._ranges] for _ in range(2)]
@@ -34,6 +36,8 @@ class InputSums:
         """Add rows [n, K]."""
         x = rows.bfloat16().float()
         self._n_rows[held_out] += len(x)
+        if self._rounding:
+            self._rounding.add(x)
         self._sum += x.sum(0)
         self._amax = torch.maximum(self._amax, x.abs().amax(0))
         self._squares[held_out] += x.square().sum(0)
@@ -56,7 +60,7 @@ class InputSums:
             ]
             arrays[f"{name}.diagonal"] = (squares / max(1, self._n_rows[held_out])).cpu().numpy()
             arrays[f"{name}.correlations"] = np.concatenate([np.empty(0, np.float16), *correlations])
-        return arrays
+        return {**arrays, **(self._rounding.tensors() if self._rounding else {})}
 
     @property
     def n_rows(self) -> tuple[int, int]:

@@ -14,6 +14,8 @@ Layers that are given the same tensor (q, k and v; gate and up) share a file, na
     fisher.<layer>        F32 [N]   of each layer, where it was recorded: what an error of the layer's output does to
                                     the model's. That changes by the sum over n of fisher_n mean(e_n^2) of its energy,
                                     e [rows, N] the error, the mean over rows (run_ckpt.statistics.fisher)
+    rounding.<format>     F32 [K]   beside it: the mean squared error of each channel where rows are rounded to the
+                                    format, of every format that takes K
 
 ``__metadata__``: ``statistics_version``; ``model``, the class; ``layers``, JSON {name: {N, first_row_sha256}}, the hash
 being that of row 0 of the weight as BF16 (null where it could not be read); ``block_size``, how many columns a block
@@ -32,6 +34,7 @@ import numpy as np
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError, HeaderError
 from run_ckpt.contract.file_names import SUFFIX
+from run_ckpt.contract.formats import FORMATS
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.folders import open_folder
@@ -166,6 +169,16 @@ def fisher_name(layer: str) -> str:
     return f"fisher.{layer}"
 
 
+def rounding_name(format_name: str) -> str:
+    """Return the tensor that holds what rounding an input to a format costs."""
+    return f"rounding.{format_name}"
+
+
+def rounded_formats(K: int) -> list[str]:
+    """Return the formats whose whole blocks make up K."""
+    return [name for name, quant_format in FORMATS.items() if K % quant_format.K_granule == 0]
+
+
 def block_ranges(K: int, block_size: int) -> Iterator[tuple[int, int]]:
     """Yield the columns [start, stop) of each block; none without correlations."""
     for start in range(0, K if block_size else 0, block_size or 1):
@@ -207,8 +220,9 @@ def _specs(K: int, block_size: int, layers: Mapping[str, LayerIdentity], *, has_
     for name in _SUMS:
         shapes[f"{name}.diagonal"] = ("F32", (K,))
         shapes[f"{name}.correlations"] = ("F16", (count,))
-    for layer, identity in layers.items() if has_fisher else ():
-        shapes[fisher_name(layer)] = ("F32", (identity.N,))
+    if has_fisher:
+        shapes |= {fisher_name(layer): ("F32", (identity.N,)) for layer, identity in layers.items()}
+        shapes |= {rounding_name(name): ("F32", (K,)) for name in rounded_formats(K)}
     return {name: TensorSpec(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
 
 
@@ -240,7 +254,9 @@ def _value_faults(statistics: InputStatistics) -> Iterator[str]:
     for count, what in zip(statistics.read("n_rows"), ("summed up", "held out"), strict=True):
         if count <= 0:
             yield f"no rows were {what}."
-    fisher = map(fisher_name, statistics.layers if statistics.has_fisher else ())
+    fisher: list[str] = []
+    if statistics.has_fisher:
+        fisher = [*map(fisher_name, statistics.layers), *map(rounding_name, rounded_formats(statistics.K))]
     for name in ("mean", "amax", "weight_amax", *(f"{name}.diagonal" for name in _SUMS), *fisher):
         values = statistics.read(name)
         n_bad = int(np.count_nonzero(~np.isfinite(values)))
