@@ -32,6 +32,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "convert_ckpt/run/readers.py",
     ),
     "llvmlite": ("convert_ckpt/kernels/",),
+    "ray": ("convert_ckpt/run/fleet.py",),
     "click": ("convert_ckpt/cli.py", "run_ckpt/cli/"),
     "matplotlib": ("run_ckpt/tools/publish/heatmap.py",),
     "rich": ("run_ckpt/cli/",),

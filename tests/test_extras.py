@@ -99,6 +99,14 @@ def test_compare_asks_for_its_packages_before_it_loads_anything(
     assert done.stderr.endswith(f"error: run-ckpt compare needs {package}: pip install 'convert-ckpt[{extra}]'\n")
 
 
+def test_the_engine_ray_without_ray_names_the_extra(tmp_path: Path) -> None:
+    code = "from convert_ckpt.cli import main; main()"
+    args = [FLUX_DIGITS, tmp_path / "out", "--format", "fp8", "--engine", "ray", "--quiet"]
+    done = run_without("ray", code, *args)
+    assert done.stderr == "error: --engine ray needs ray: pip install 'convert-ckpt[ray]'\n"
+    assert not (tmp_path / "out.partial").exists()
+
+
 @pytest.mark.parametrize("args", [("inspect",), ("card",), ("report", "--output", "there")], ids=lambda args: args[0])
 def test_a_result_is_described_without_torch(output: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
     command, *rest = (str(tmp_path / "page.html") if arg == "there" else arg for arg in args)

@@ -9,6 +9,7 @@ from typing import Any
 
 from convert_ckpt.options import Options
 from convert_ckpt.pipeline import Preview, convert_checkpoint, preview_checkpoint
+from convert_ckpt.run.cluster import ENGINES, LOCAL, Cluster
 from convert_ckpt.run.share import NOTHING, Share, parse_share
 from convert_ckpt.run_summary import RunSummary
 from convert_ckpt.source.opened import Selection
@@ -49,6 +50,9 @@ def convert(
     max_memory: int | str | None = None,
     part: str | None = None,
     finalize: bool = False,
+    engine: str = LOCAL,
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
     push_to_hub: str | None = None,
     push_at_end: bool = False,
     revision: str | None = None,
@@ -75,6 +79,10 @@ def convert(
     part: make this share of the shards, such as "3/16", and leave the others to calls on other machines that share
         ``output``, in any order. The one that finds all shards finished publishes.
     finalize: make nothing, publish what the parts made; the call for when no part found all shards finished.
+    engine: "local", or "ray": tasks on a Ray cluster whose machines share ``output``, and ``source`` if that is a path.
+    ray_address: of the cluster, "auto" for the one that this machine is part of. Default: RAY_ADDRESS, or a cluster of
+        this machine alone.
+    ray_workers: tasks at once, with ``workers`` threads each (default: up to 4). Default: as many as fit.
 
     push_to_hub: repo owner/name to upload the result to, each shard as soon as it is finished.
     push_at_end: upload all shards at the end instead.
@@ -122,7 +130,8 @@ def convert(
         restart=restart,
         progress=progress,
         selection=Selection(_strings(component), keep_source),
-        share=_choose_share(part, finalize, restart=restart, push_to_hub=push_to_hub),
+        share=_choose_share(part, finalize, restart=restart, push_to_hub=push_to_hub, ray_address=ray_address),
+        cluster=_choose_cluster(engine, ray_address, ray_workers, workers),
     )
     place = {"revision": revision, "private": private, "commit_message": commit_message, "overwrite": overwrite}
     if push_to_hub is None:
@@ -189,6 +198,16 @@ def _choose_share(part: str | None, finalize: bool, **others: object) -> Share |
         if value:
             raise UsageError(f"--{asked}: does not go with --{name.replace('_', '-')}.")
     return parse_share(part) if part else NOTHING
+
+
+def _choose_cluster(engine: str, address: str | None, n_tasks: int | None, n_threads: int | None) -> Cluster | None:
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: unknown. Choose one of {', '.join(ENGINES)}.")
+    if engine == LOCAL and (address or n_tasks):
+        raise UsageError("--ray-address, --ray-workers: go with --engine ray.")
+    if n_tasks is not None and n_tasks < 1:
+        raise UsageError(f"--ray-workers {n_tasks}: at least one is needed.")
+    return None if engine == LOCAL else Cluster(address, n_tasks, n_threads)
 
 
 def _refuse_unused(push_options: dict[str, Any]) -> None:

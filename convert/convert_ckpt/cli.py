@@ -11,6 +11,7 @@ import click
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.preset import preset_names
+from convert_ckpt.run.cluster import ENGINES, LOCAL
 from run_ckpt.cli.command import EXIT_CODES, completion_option, run_command
 from run_ckpt.cli.lines import say
 from run_ckpt.contract.dialects.table import DIALECTS
@@ -104,6 +105,9 @@ class _NewFolder(click.Path):
 @click.option("--max-memory", metavar="SIZE", help="For layers done by GPTQ, such as 8GB.  [default: half of it]")
 @click.option("--part", metavar="I/N", help="Make the I-th of N shares; the last run to end publishes.")
 @click.option("--finalize", is_flag=True, help="Publish what runs with --part made, and make nothing.")
+@click.option("--engine", type=click.Choice(ENGINES), default=LOCAL, help="What makes the shards.")
+@click.option("--ray-address", metavar="ADDRESS", help="Of a Ray cluster; auto for this machine's.")
+@click.option("--ray-workers", type=click.IntRange(min=1), help="Tasks at once.  [default: as many as fit]")
 @click.option("--push-to-hub", metavar="OWNER/NAME", help="Upload the result, each shard as soon as it is finished.")
 @click.option("--push-at-end", is_flag=True, help="Upload all shards at the end instead.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to; made if missing.  [default: main]")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from convert_ckpt.plan.target_costs import target_costs
 from convert_ckpt.planning import plan_checkpoint
 from convert_ckpt.prediction import Predictor
 from convert_ckpt.preview import plan_json, plan_lines, run_notes
+from convert_ckpt.run.assignment import Maker, ThisMachine
+from convert_ckpt.run.cluster import Cluster
 from convert_ckpt.run.component import Conversion, ShardListener
 from convert_ckpt.run.disk import check_disk
 from convert_ckpt.run.fingerprint import fingerprint
@@ -26,7 +29,7 @@ from convert_ckpt.run.partial_output import PREDICTION, Staging
 from convert_ckpt.run.share import NOTHING, Share
 from convert_ckpt.run_summary import RunSummary, summarize_run
 from convert_ckpt.source.opened import EVERYTHING, Selection, open_source
-from run_ckpt.contract.errors import CheckpointError, FaultsError, NonFiniteError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, MissingPackageError, NonFiniteError, UsageError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
@@ -106,6 +109,7 @@ def convert_checkpoint(
     listener: ShardListener | None = None,
     max_memory: int | None = None,
     share: Share | None = None,
+    cluster: Cluster | None = None,
 ) -> RunSummary:
     """Convert SOURCE to OUTPUT, going on where an earlier run of the same command was stopped.
 
@@ -113,6 +117,7 @@ def convert_checkpoint(
     max_memory: bytes for layers whose codes are chosen by statistics; default: half of the machine's.
     listener: gets each shard as soon as it is finished, those of the earlier run first.
     share: what to make of the files; other runs make the others, at the same time or not, and the last one publishes.
+    cluster: makes the files, in place of this machine.
     """
     started = time.monotonic()
     max_memory = max_memory or default_max_memory()
@@ -123,7 +128,7 @@ def convert_checkpoint(
         return summarize(plans, was_complete=True)
     if restart or not staging.may_be_published():
         check_output(reference, output)
-    with staging:
+    with staging, ExitStack() as on_exit:
         pinned_revision = None if restart else staging.pinned_revision(str(reference))
         with open_source(reference, selection, progress.log, staging.skeleton, pinned_revision) as opened:
             predictor = Predictor(opened, options, staging.fetched, n_workers, max_memory, progress)
@@ -137,7 +142,8 @@ def convert_checkpoint(
             check_memory(plans, max_memory)
             for line in run_notes(opened, checkpoint):
                 progress.log(line)
-            conversion = Conversion(opened, plans, staging, n_workers, max_memory, progress, listener)
+            maker = on_exit.enter_context(_open_maker(cluster, n_workers, max_memory))
+            conversion = Conversion(opened, plans, staging, maker, progress, listener)
             if share == NOTHING and (missing := conversion.missing()):
                 faults = [
                     f"{name}: no run has finished it. Run its part, or all of it without --part." for name in missing
@@ -193,6 +199,20 @@ def _find_complete(
     if faults:
         raise FaultsError("nothing was written", faults)
     return plans
+
+
+@contextmanager
+def _open_maker(cluster: Cluster | None, n_workers: int, max_memory: int) -> Iterator[Maker]:
+    """Yield what makes the files: a Ray cluster, or this machine."""
+    if cluster is None:
+        yield ThisMachine(n_workers, max_memory)
+        return
+    try:
+        from convert_ckpt.run.fleet import Fleet
+    except ModuleNotFoundError as error:
+        raise MissingPackageError("--engine ray needs ray: pip install 'convert-ckpt[ray]'", name="ray") from error
+    with Fleet(cluster, max_memory) as fleet:
+        yield fleet
 
 
 def _predict(

@@ -20,6 +20,7 @@ EXTRAS = {
     "s3fs": "s3",
     "gcsfs": "gs",
     "adlfs": "az",
+    "ray": "ray",
 }
 
 

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from convert_ckpt.plan.plan import ComponentPlan, Plan
-from convert_ckpt.run.engine import Engine, FileRecord
+from convert_ckpt.plan.plan import ComponentPlan
+from convert_ckpt.run.assignment import Assignment, Maker
+from convert_ckpt.run.engine import FileRecord
 from convert_ckpt.run.fingerprint import check_unchanged, shard_identities
-from convert_ckpt.run.memory import n_workers_within
 from convert_ckpt.run.partial_output import Staging
-from convert_ckpt.run.schedule import narrow, work_nbytes
+from convert_ckpt.run.schedule import narrow
 from convert_ckpt.run.share import Share, files_of_share
 from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import OpenedSource
@@ -40,15 +40,13 @@ class ShardListener(Protocol):
 class Conversion:
     """What a run makes of ``plans`` in ``staging``, as a whole or a share of it.
 
-    max_memory: bytes for layers whose codes are chosen by statistics. ``listener`` gets each shard as soon as it is
-    finished, those of an earlier run first.
+    ``listener`` gets each shard as soon as it is finished, those of an earlier run first.
     """
 
     opened: OpenedSource
     plans: list[ComponentPlan]
     staging: Staging
-    n_workers: int
-    max_memory: int
+    maker: Maker
     progress: Progress
     listener: ShardListener | None = None
 
@@ -56,7 +54,7 @@ class Conversion:
         """Make the files of a share (None: all) that are not there yet; return how many were."""
         names = files_of_share(self.plans, share)
         left = [self._left_to_do(planned, names[planned.name]) for planned in self.plans if names[planned.name]]
-        self.progress.start("convert", sum(work_nbytes(work.plan, work.group_amax) for work in left))
+        self.progress.start("convert", sum(work.assignment.nbytes() for work in left))
         for work in left:
             self._make_files(work)
         return sum(len(work.intact) for work in left)
@@ -83,7 +81,8 @@ class Conversion:
             intact = _check({name: records[name] for name in records.keys() & names}, folder, self.progress)
         group_amax = {group: bits for record in records.values() for group, bits in record.group_amax.items()}
         plan = narrow(planned.plan, names - intact, group_amax)
-        return _Work(planned, plan, group_amax, {name: records[name] for name in sorted(intact)})
+        assignment = Assignment(self.opened, planned.name, plan, planned.source.folder.shards, group_amax)
+        return _Work(planned, assignment, {name: records[name] for name in sorted(intact)})
 
     def _make_files(self, work: "_Work") -> None:
         planned, component = work.planned, _folder_name(work.planned)
@@ -102,10 +101,8 @@ class Conversion:
             for name, record in work.intact.items():
                 hand_over(name, record)
 
-            shards = planned.source.folder.shards
-            provider = self.opened.provide_shards(planned.name, shards, self.staging.fetched / component, self.progress)
-            engine = Engine(work.plan, shards, folder, work.group_amax, on_file, self.progress, provider)
-            engine.run(n_workers_within(self.max_memory, work.plan, self.n_workers))
+            fetched = self.staging.fetched / component
+            self.maker.make(work.assignment, folder, fetched, on_file, self.progress)
             check_unchanged(before, shard_identities(self.opened, planned))
 
     def _records(self, planned: ComponentPlan) -> dict[str, FileRecord]:
@@ -115,11 +112,10 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is left of a component: the plan of the files to make, and the records of those that are intact."""
+    """What is left of a component: the files to make, and the records of those that are intact."""
 
     planned: ComponentPlan
-    plan: Plan
-    group_amax: dict[str, int]
+    assignment: Assignment
     intact: dict[str, FileRecord]
 
 

@@ -107,8 +107,8 @@ class Engine:
         self._readers = ShardReaders(shards, provider or LocalShards(shards), self._slabs, self._signal)
         self._outputs = OutputFiles(plan, folder, self._slabs, self._signal, self._record)
 
-    def run(self, n_workers: int) -> None:
-        """Make all files. Raises the first error of any thread.
+    def run(self, n_workers: int) -> dict[str, int]:
+        """Make all files; return the amax of all scale groups known now. Raises the first error of any thread.
 
         Weights that hold NaN or infinity are an error when all have been looked at: nothing is written any more then.
         """
@@ -134,6 +134,7 @@ class Engine:
             raise self._signal.failure
         for note in self._nonfinite.notes():
             self._progress.log(note)
+        return self._amax
 
     def _work(self) -> None:
         buffers = Buffers()

@@ -22,8 +22,13 @@ def default_max_memory() -> int:
 
 def n_workers_within(max_memory: int, plan: Plan, n_workers: int) -> int:
     """Return how many workers may each have a layer with statistics at the same time."""
-    largest = max((nbytes for _, nbytes in _layers(plan)), default=0)
+    largest = largest_layer(plan)
     return max(1, min(n_workers, max_memory // largest)) if largest else n_workers
+
+
+def largest_layer(plan: Plan) -> int:
+    """Return the bytes that the largest layer with statistics takes in work, 0 without any."""
+    return max((nbytes for _, nbytes in _layers(plan)), default=0)
 
 
 def memory_lines(plans: list[ComponentPlan]) -> Iterator[str]:

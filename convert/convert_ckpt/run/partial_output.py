@@ -147,6 +147,7 @@ class Staging:
 
     def publish(self) -> None:
         """Rename the result to OUTPUT and remove the rest."""
+        self._partial.clean()  # of other processes that were lost
         self._refuse_foreign(self._read_fingerprint())
         self._partial.publish(_RESULT)
         self.remove()

@@ -92,9 +92,10 @@ def narrow(plan: Plan, names: Collection[str], known_groups: Collection[str]) ->
     groups = {scale_group(tensor) for tensor in plan.tensors if is_needed(tensor)} - {None, *known_groups}
     tensors = tuple(tensor for tensor in plan.tensors if is_needed(tensor) or scale_group(tensor) in groups)
     layers = {tensor.layer.module: tensor.layer for tensor in tensors if tensor.layer}
-    manifest = replace(plan.manifest, layers=layers, fused_scales=fused)
+    manifest = replace(plan.manifest, layers=layers, fused_scales=fused, kept={}, unquantized_linears={})
     unused = tuple(tensor for tensor in plan.unused if tensor.shard in shards)
-    return replace(plan, tensors=tensors, files=files, manifest=manifest, unused=unused)
+    statistics = {module: found for module, found in plan.statistics.items() if module in layers}
+    return replace(plan, tensors=tensors, files=files, manifest=manifest, unused=unused, statistics=statistics)
 
 
 def scale_group(tensor: TensorPlan) -> str | None:
@@ -152,6 +153,24 @@ def _action(tensor: TensorPlan) -> Action:
     if tensor.is_passed_through:
         return "store"
     return "quantize" if tensor.layer else "copy"
+
+
+def list_scans(plan: Plan, known_groups: Collection[str]) -> list[Plan]:
+    """Return the scans, shard by shard, of those scale groups that lie in several files and whose amax isn't known.
+
+    After them each file can be made by itself, and each weight of these groups is still read twice.
+    """
+    file_of = {shard: file.name for file in plan.files for shard in file.source_shards}
+    files: dict[str, set[str | None]] = {}
+    for tensor in plan.tensors:
+        if (group := scale_group(tensor)) and group not in known_groups:
+            files.setdefault(group, set()).add(file_of.get(tensor.shard))
+    by_shard: dict[str, list[TensorPlan]] = {}
+    for tensor in plan.tensors:
+        if len(files.get(scale_group(tensor) or "", ())) > 1:
+            by_shard.setdefault(tensor.shard, []).append(tensor)
+    nothing = narrow(plan, (), known_groups)
+    return [replace(nothing, tensors=tuple(tensors)) for tensors in by_shard.values()]
 
 
 def list_fetches(slabs: list[Slab]) -> list[FetchStep]:

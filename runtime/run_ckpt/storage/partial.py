@@ -79,9 +79,11 @@ class PartialFolder:
     def take_alone(self) -> bool:
         """Lock all others out again; False where some are still at work. Then nothing may be written any more."""
         self.is_alone = relock(self._lock_fd, shared=False) and self.folder.holds(self._lock_name, self._lock_fd)
-        if self.is_alone:
-            _clean(self.folder)
         return self.is_alone
+
+    def clean(self) -> None:
+        """Remove files that a killed process did not complete. Raises CheckpointError for what no run makes."""
+        _clean(self.folder)
 
     def _open(self) -> bool:
         """Make or open the folder and take its lock; False where it was removed meanwhile."""
@@ -108,7 +110,7 @@ class PartialFolder:
             self._lock_fd = fd
             on_failure.callback(os.close, self._lock_fd)
             if self.is_alone:
-                _clean(self.folder)
+                self.clean()
             on_failure.pop_all()
         return True
 
@@ -167,7 +169,6 @@ class PartialFolder:
 
 
 def _clean(folder: Folder) -> None:
-    """Remove files that a killed run did not complete. Raises CheckpointError for what no run makes."""
     for name in folder.names():
         status = folder.status(name)
         if stat.S_ISDIR(status.st_mode):

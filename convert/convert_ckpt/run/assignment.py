@@ -1,0 +1,68 @@
+"""Files to make, and what that takes: the same for a whole run, for a part, and for a task on another machine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from convert_ckpt.plan.plan import Plan
+from convert_ckpt.run.engine import Engine, FileRecord
+from convert_ckpt.run.memory import n_workers_within
+from convert_ckpt.run.schedule import work_nbytes
+from convert_ckpt.source.opened import OpenedSource
+from run_ckpt.progress import Progress
+from run_ckpt.storage.folders import Folder
+from run_ckpt.storage.shards import Shard
+
+OnFile = Callable[[str, FileRecord], None]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The files of ``plan``, a component's or a share of it (schedule.narrow): names and offsets, nothing to decide.
+
+    ``shards`` are those that it reads; ``group_amax`` holds the float32 bits of the amax of scale groups, as far as
+    they are known.
+    """
+
+    opened: OpenedSource
+    component: str
+    plan: Plan
+    shards: tuple[Shard, ...]
+    group_amax: dict[str, int]
+
+    def nbytes(self) -> int:
+        """Return the sum of what a progress will be told."""
+        return work_nbytes(self.plan, self.group_amax.keys())
+
+    def carry_out(
+        self, folder: Folder, fetched: Path, n_workers: int, on_file: OnFile, progress: Progress
+    ) -> dict[str, int]:
+        """Make the files in ``folder`` by ``n_workers`` threads; return the amax of all scale groups known now.
+
+        fetched: the folder for shards of a remote source. on_file: called for each finished file, from any thread.
+        """
+        provider = self.opened.provide_shards(self.component, self.shards, fetched, progress)
+        engine = Engine(self.plan, self.shards, folder, self.group_amax, on_file, progress, provider)
+        return engine.run(n_workers)
+
+
+class Maker(Protocol):
+    """Carries out an assignment, on this machine or on others."""
+
+    def make(
+        self, assignment: Assignment, folder: Folder, fetched: Path, on_file: OnFile, progress: Progress
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class ThisMachine:
+    """Up to ``n_workers`` threads; max_memory: bytes for layers whose codes are chosen by statistics."""
+
+    n_workers: int
+    max_memory: int
+
+    def make(self, assignment: Assignment, folder: Folder, fetched: Path, on_file: OnFile, progress: Progress) -> None:
+        """Make the files of an assignment."""
+        n_workers = n_workers_within(self.max_memory, assignment.plan, self.n_workers)
+        assignment.carry_out(folder, fetched, n_workers, on_file, progress)

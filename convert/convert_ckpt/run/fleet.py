@@ -1,0 +1,186 @@
+"""Files made by a Ray cluster, which places the tasks, repeats those of lost machines, and brings their results."""
+
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from convert_ckpt.plan.plan import Plan, TensorPlan
+from convert_ckpt.run.assignment import Assignment, OnFile
+from convert_ckpt.run.cluster import Cluster
+from convert_ckpt.run.engine import FileRecord
+from convert_ckpt.run.fleet_progress import LOOK_SECONDS, Report, Shown, Tally
+from convert_ckpt.run.memory import largest_layer, n_workers_within
+from convert_ckpt.run.schedule import list_scans, list_slabs, narrow
+from run_ckpt.contract.errors import CheckpointError, UsageError
+from run_ckpt.progress import Progress
+from run_ckpt.storage.folders import Folder, open_folder
+from run_ckpt.version import VERSION
+
+# What a task takes without statistics: interpreter, Ray's worker, compiled kernels, slabs in flight. Measured: 0.6 GB.
+_TASK_NBYTES = 2**30
+# More threads wait for the disk sooner than they help, and a shard is converted in seconds.
+_MOST_THREADS = 4
+# Tasks handed to Ray at once, so that it can place, and a cluster that grows sees what for.
+_MOST_TASKS = 1000
+_RETRIES = 3
+
+
+class Fleet:
+    """The connection to a cluster; a context manager. Its ``make`` is that of an assignment.Maker.
+
+    A task makes one output file, or scans the scale groups of one shard; it is given a plan narrowed to that. Only this
+    process writes records and publishes. A task that was lost with its machine runs again on another one.
+    """
+
+    def __init__(self, cluster: Cluster, max_memory: int):
+        self._cluster = cluster
+        self._max_memory = max_memory
+
+    def __enter__(self) -> "Fleet":
+        with ExitStack() as on_exit:
+            # Ray prints what happens to machines, and standard output is for results.
+            on_exit.enter_context(redirect_stdout(sys.stderr))
+            if not ray.is_initialized():
+                _connect(self._cluster.address)
+                on_exit.callback(ray.shutdown)
+            self._n_threads = _choose_threads(self._cluster.n_threads)
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            self._tally: Any = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
+            self._on_exit = on_exit.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._on_exit.close()
+
+    def make(self, assignment: Assignment, folder: Folder, fetched: Path, on_file: OnFile, progress: Progress) -> None:
+        """Make the files of an assignment, first the scans that they wait for."""
+        amax = dict(assignment.group_amax)
+
+        def on_scan(_: dict[str, FileRecord], found: dict[str, int]) -> None:
+            for group, bits in found.items():
+                amax[group] = max(amax.get(group, 0), bits)
+
+        def on_made(records: dict[str, FileRecord], _: dict[str, int]) -> None:
+            for name, record in records.items():
+                on_file(name, record)
+
+        plan = assignment.plan
+        scans = [_cut(assignment, scan, {}) for scan in list_scans(plan, amax.keys())]
+        self._run(scans, folder.path, on_scan, progress)
+        files = [_cut(assignment, narrow(plan, {file.name}, amax.keys()), amax) for file in plan.files]
+        self._run(files, folder.path, on_made, progress)
+
+    def _run(
+        self,
+        assignments: list[Assignment],
+        folder: Path,
+        on_done: Callable[[dict[str, FileRecord], dict[str, int]], None],
+        progress: Progress,
+    ) -> None:
+        """Carry out all; ``on_done`` is given the results of each, in the order in which they end."""
+        waiting = deque(assignments)
+        running: dict[Any, str] = {}
+        shown = Shown(progress)
+        try:
+            while waiting or running:
+                while waiting and len(running) < (self._cluster.n_tasks or _MOST_TASKS):
+                    next_one = waiting.popleft()
+                    running[self._submit(next_one, folder)] = _name(next_one)
+                done, _ = ray.wait([*running], timeout=LOOK_SECONDS)
+                shown.update(*ray.get(self._tally.read.remote()))
+                for reference in done:
+                    on_done(*_result(reference, running.pop(reference)))
+            shown.update(*ray.get(self._tally.read.remote(forget=True)))
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+    def _submit(self, assignment: Assignment, folder: Path) -> Any:
+        n_threads = n_workers_within(self._max_memory, assignment.plan, self._n_threads)
+        task = ray.remote(_carry_out).options(
+            num_cpus=n_threads,
+            memory=_TASK_NBYTES + n_threads * largest_layer(assignment.plan),
+            max_retries=_RETRIES,
+            retry_exceptions=[OSError],
+            scheduling_strategy="SPREAD",
+        )
+        return task.remote(VERSION, assignment, n_threads, folder, self._tally)
+
+
+def _connect(address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"--ray-address {address}: no Ray cluster answers ({error}). Start one with ray start."
+        ) from error
+
+
+def _choose_threads(asked: int | None) -> int:
+    """Return how many threads a task has. Raises UsageError for more than any machine's CPUs."""
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if asked and any(cpus) and asked > max(cpus):
+        raise UsageError(f"--workers {asked}: no machine of the cluster has so many CPUs, at most {max(cpus)}.")
+    return asked or min([_MOST_THREADS, *filter(None, cpus)])
+
+
+def _carry_out(
+    version: str, assignment: Assignment, n_threads: int, path: Path, tally: Any
+) -> tuple[dict[str, FileRecord], dict[str, int]]:
+    """Run on a machine of the cluster: return the records of the files made, and what is known of scale groups."""
+    if version != VERSION:
+        raise CheckpointError(f"this machine has convert-ckpt {VERSION}, the driver {version}. Install the same.")
+    records: dict[str, FileRecord] = {}
+    report = Report(tally, _name(assignment))
+    try:
+        folder = open_folder(path, follow=False)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is not on this machine. OUTPUT must be shared by the cluster.") from error
+    with folder, TemporaryDirectory(prefix="convert-ckpt-") as fetched:
+        amax = assignment.carry_out(folder, Path(fetched) / "source", n_threads, records.__setitem__, report)
+    report.send()
+    return records, amax
+
+
+def _cut(assignment: Assignment, plan: Plan, group_amax: dict[str, int]) -> Assignment:
+    """Return the part of an assignment that ``plan`` is, with paths that mean the same on every machine."""
+    names = {shard for slab in list_slabs(plan, group_amax.keys()) for shard in slab.shards}
+    shards = (replace(s, path=s.path.absolute()) for s in assignment.shards if s.name in names)
+    plan = replace(plan, tensors=tuple(_with_absolute_path(tensor) for tensor in plan.tensors))
+    return replace(assignment, plan=plan, shards=tuple(shards), group_amax=group_amax)
+
+
+def _with_absolute_path(tensor: TensorPlan) -> TensorPlan:
+    statistics = tensor.statistics
+    return replace(tensor, statistics=replace(statistics, path=statistics.path.absolute())) if statistics else tensor
+
+
+def _name(assignment: Assignment) -> str:
+    names = [file.name for file in assignment.plan.files] or [f"scan of {assignment.shards[0].name}"]
+    return f"{assignment.component}/{names[0]}".lstrip("/")
+
+
+def _result(reference: Any, name: str) -> tuple[dict[str, FileRecord], dict[str, int]]:
+    """Return what a task returned; raise what it raised."""
+    try:
+        result: tuple[dict[str, FileRecord], dict[str, int]] = ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise CheckpointError(
+            f"{name}: was lost with its machine {_RETRIES + 1} times ({type(error).__name__}). See why, then"
+            " run the same command again."
+        ) from error
+    return result
