@@ -13,11 +13,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from convert_ckpt.source.source_card import card_facts
+from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.card import make_card
 from run_ckpt.tools.publish.rows import read_result
+from run_ckpt.tools.publish.tool_url import PLACEHOLDER
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.converted import FLUX_DIGITS, SCHEMES, convert, edit_manifest, make_linear
 from tests.hub_upload_server import serve_hub
+from tests.test_extras import PROJECT
 from tests.test_run_ckpt_cli import run
 
 REVISION = "0ef5fff789c832c5c7f4e127f94c8b54bbcced44"
@@ -229,6 +232,24 @@ def test_a_pipeline_has_one_card_that_tells_its_components_apart(tmp_path: Path)
     card = card_of(output)
     assert "| `transformer_2` |" in card
     assert "`transformer_2/model.layers.*.mlp.down_proj`" in card
+
+
+def test_the_source_is_named_with_its_component_and_memory_is_said(hub_source: Path, tmp_path: Path) -> None:
+    output = convert(hub_source / "transformer", tmp_path / "out", format="mxfp4")
+    card = card_of(output)
+    assert "of [`maker/flux/transformer`](https://huggingface.co/maker/flux) at commit" in card
+    # Two layers [256, 256]: half a byte an element, a scale for 32.
+    layer = 256 * 256 // 2 + 256 * 256 // 32
+    assert f"It takes {format_nbytes(2 * layer)} of memory, and about {format_nbytes(3 * layer)} while" in card
+    assert "at commit e4048607a535" in card
+
+
+def test_the_card_says_how_to_get_the_tool(tmp_path: Path) -> None:
+    output = convert(FLUX_DIGITS, tmp_path / "out", format="mxfp4")
+    assert "For a checkout of convert-ckpt: `git clone https://example.org/it`." in card_of(
+        output, url="https://example.org/it"
+    )
+    assert PROJECT["urls"]["Repository"] == PLACEHOLDER
 
 
 def test_the_command_prints_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

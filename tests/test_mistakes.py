@@ -239,6 +239,7 @@ RESULTS = [
     ),
     Mistake("run-ckpt card good", 1, "good: no quantization_manifest.json."),
     Mistake("run-ckpt report good", 1, "good: no quantization_manifest.json."),
+    Mistake("run-ckpt push result me/digits", 2, "a placeholder. Give --tool-url URL, or set CONVERT_CKPT_URL."),
     Mistake("run-ckpt push result digits", 2, "digits: not the name of a repo. Give owner/name."),
 ]
 
@@ -290,6 +291,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     make_things(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.delenv("CONVERT_CKPT_URL", raising=False)
         yield folder
 
 

@@ -71,6 +71,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, picture: bytes | None) -> Iterator[Hub]
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("CONVERT_CKPT_URL", "https://example.org/convert-ckpt")
         yield hub
 
 
@@ -240,7 +241,7 @@ def test_without_matplotlib_the_card_goes_without_picture_and_says_so(
 ) -> None:
     monkeypatch.setattr("run_ckpt.tools.publish.heatmap.can_draw", lambda: False)
     lines = Lines()
-    (card,) = card_files(read_result(output), REPO, None, lines)
+    (card,) = card_files(read_result(output), Target(REPO, tool_url="https://example.org/x"), None, lines)
     assert card.name == CARD_NAME
     assert b"sqnr_heatmap" not in card.content  # type: ignore[operator]
     assert "matplotlib" in lines.lines[0]
@@ -285,6 +286,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, output:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
+    monkeypatch.setenv("CONVERT_CKPT_URL", "https://example.org/convert-ckpt")
     with pytest.raises(PublishError, match="no full answer") as error:
         push(output)
     assert "\n" not in str(error.value)
@@ -394,6 +396,21 @@ def test_the_same_command_again_pushes_what_the_repo_lacks(hub: Hub, source: Pat
     assert folder_bytes(tmp_path / "out").items() <= hub.files(REPO).items()
     again = api.convert(source, tmp_path / "out", push_to_hub=REPO, **options)
     assert "nothing to push" in str(again.pushed)
+
+
+def test_a_card_that_names_no_place_of_the_tool_is_not_pushed(
+    hub: Hub, source: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CONVERT_CKPT_URL")
+    monkeypatch.setattr("run_ckpt.tools.publish.tool_url._installed_url", lambda: None)
+    with pytest.raises(UsageError, match=r"placeholder\. Give --tool-url URL, or set CONVERT_CKPT_URL"):
+        push(output)
+    with pytest.raises(UsageError, match="placeholder"):
+        api.convert(source, tmp_path / "out", format="mxfp4", preset="generic", push_to_hub=REPO)
+    assert hub.requests == []
+    assert not (tmp_path / "out").exists()
+    push(output, tool_url="https://example.org/mine")
+    assert b"git clone https://example.org/mine" in hub.files(REPO)[CARD_NAME]
 
 
 def test_push_options_without_a_repo_are_wrong_usage(source: Path, tmp_path: Path) -> None:

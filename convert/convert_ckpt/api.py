@@ -60,6 +60,7 @@ def convert(
     commit_message: str | None = None,
     overwrite: bool = False,
     base_model: str | None = None,
+    tool_url: str | None = None,
     progress: Progress | None = None,
 ) -> RunSummary:
     """Convert the checkpoint ``source``, write it to the folder ``output``, and return what was done.
@@ -91,6 +92,7 @@ def convert(
     commit_message: title of the last commit.
     overwrite: replace what the repo holds.
     base_model: what the model card names as base. Default: ``source``, if that is on the Hub.
+    tool_url: where the model card says this tool is. Default: $CONVERT_CKPT_URL, or what the installed package says.
 
     progress: what the run reports to, from any of its threads. Default: nothing.
 
@@ -134,6 +136,7 @@ def convert(
         cluster=_choose_cluster(engine, ray_address, ray_workers, workers),
     )
     place = {"revision": revision, "private": private, "commit_message": commit_message, "overwrite": overwrite}
+    place["tool_url"] = tool_url
     if push_to_hub is None:
         _refuse_unused({"push_at_end": push_at_end, "base_model": base_model, **place})
         return run()

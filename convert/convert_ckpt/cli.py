@@ -117,6 +117,7 @@ class _NewFolder(click.Path):
 @click.option(
     "--base-model", metavar="OWNER/NAME", help="What the card names as base.  [default: SOURCE, if on the Hub]"
 )
+@click.option("--tool-url", metavar="URL", help="Where the card says the tool is.  [default: $CONVERT_CKPT_URL]")
 @click.option("--quiet", is_flag=True, help="Print errors alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON on standard output.")
 @completion_option

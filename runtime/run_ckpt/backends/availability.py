@@ -12,6 +12,7 @@ from run_ckpt.backends.backend import Device, describe_device
 from run_ckpt.backends.choose import BACKENDS, choose_backend
 from run_ckpt.contract.errors import BackendError, UsageError
 from run_ckpt.contract.manifest import Manifest
+from run_ckpt.contract.memory import load_nbytes, weights_nbytes
 from run_ckpt.storage.manifest_file import read_checked_manifest
 
 _ARCHITECTURE = re.compile(r"(gfx|sm)[0-9][0-9a-f]+")
@@ -86,7 +87,5 @@ def manifest_availability(manifest: Manifest, device: Device) -> Availability:
         except BackendError:
             n_unsupported += 1
     rows = (BackendRow(backend.name, taken[backend.name], dict(reasons[backend.name])) for backend in BACKENDS)
-    layer_nbytes = [sum(spec.nbytes for spec in layer.specs().values()) for layer in layers]
-    weights_nbytes = sum(layer_nbytes) + sum(kept.spec.nbytes for kept in manifest.kept.values())
-    load_nbytes = weights_nbytes + max(layer_nbytes, default=0)
-    return Availability(str(device), tuple(rows), n_unsupported, weights_nbytes, load_nbytes, device.is_here)
+    memory = (weights_nbytes(manifest), load_nbytes(manifest))
+    return Availability(str(device), tuple(rows), n_unsupported, *memory, device.is_here)

@@ -8,6 +8,9 @@ import click
 _FOLDER = click.Path(path_type=Path)
 # A path, or what it is called on the Hub.
 _NAME = click.Path()
+_tool_url = click.option(
+    "--tool-url", metavar="URL", help="Where the card says the tool is.  [default: $CONVERT_CKPT_URL, or the package's]"
+)
 
 
 @click.command()
@@ -18,6 +21,7 @@ _NAME = click.Path()
 @click.option("--commit-message", metavar="TEXT", help="Title of the last commit.")
 @click.option("--overwrite", is_flag=True, help="Replace what the repo holds.")
 @click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
+@_tool_url
 def push(output: Path, repo_id: str, base_model: str | None, **options: Any) -> None:
     """Upload OUTPUT to the Hugging Face Hub, with a model card.
 
@@ -43,7 +47,8 @@ def push(output: Path, repo_id: str, base_model: str | None, **options: Any) -> 
 @click.argument("output", type=_NAME)
 @click.option("--repo", "repo_id", metavar="OWNER/NAME", help="Where it will be found.  [default: OUTPUT's name]")
 @click.option("--base-model", metavar="OWNER/NAME", help="What OUTPUT was made from.  [default: by its manifest]")
-def card(output: str, repo_id: str | None, base_model: str | None) -> None:
+@_tool_url
+def card(output: str, repo_id: str | None, base_model: str | None, tool_url: str | None) -> None:
     """Print the model card that run-ckpt push would upload with OUTPUT.
 
     Every number in it is from the manifest.
@@ -51,9 +56,11 @@ def card(output: str, repo_id: str | None, base_model: str | None) -> None:
     from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.publish.card import make_card
     from run_ckpt.tools.publish.rows import read_result
+    from run_ckpt.tools.publish.tool_url import tool_url as find_url
 
     path = local_path(output, small=True)
-    click.echo(make_card(read_result(path), repo_id or path.resolve().name, base_model=base_model), nl=False)
+    name, url = repo_id or path.resolve().name, find_url(tool_url)
+    click.echo(make_card(read_result(path), name, base_model=base_model, url=url), nl=False)
 
 
 @click.command()

@@ -118,7 +118,8 @@ AITER = Layout(
     target_arch="gfx950",
     tuned_K=256,
     machines=(
-        "AMD Instinct MI350 series (gfx950) with AITER 0.1.14 or newer. Weights lie in the order of"
+        "AMD Instinct MI350 series (gfx950) with AITER 0.1.14 or newer; the order was compared with what AITER's own"
+        " code makes at commit e4048607a535 (2026-08-22). Weights lie in the order of"
         " `shuffle_weight(w, (16, 16))` and scales in that of `e8m0_shuffle`, so `gemm_a4w4` reads both as they are"
         " stored. Every other machine needs a loader that undoes the order, which is exact; what does not know the"
         " order must not load it."

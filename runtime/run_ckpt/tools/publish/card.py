@@ -11,12 +11,12 @@ from run_ckpt.contract.display import shown
 from run_ckpt.contract.file_names import HEATMAP_NAME, join_names
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, MANIFEST_NAME, RTN, Layer
-from run_ckpt.storage.manifest_file import hash_of_manifests
 from run_ckpt.storage.units import format_nbytes
-from run_ckpt.tools.publish.consumers import commands, list_consumers
-from run_ckpt.tools.publish.hardware import hardware
+from run_ckpt.tools.publish.consumers import how_to_run
+from run_ckpt.tools.publish.hardware import hardware, memory
 from run_ckpt.tools.publish.metadata import front_matter, hub_id, make_metadata
 from run_ckpt.tools.publish.rows import ConvertedComponent, TensorRow
+from run_ckpt.tools.publish.tool_url import PLACEHOLDER
 
 _N_WORST = 10
 # Of convert-ckpt, those with a value that is left out where there is none.
@@ -34,16 +34,24 @@ _HUB_URL = "https://huggingface.co"
 
 
 def make_card(
-    components: Sequence[ConvertedComponent], repo_id: str, *, base_model: str | None = None, has_heatmap: bool = False
+    components: Sequence[ConvertedComponent],
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    has_heatmap: bool = False,
+    url: str = PLACEHOLDER,
 ) -> str:
-    """Return README.md for a result that is to be found as ``repo_id``; every number in it is from the manifests."""
+    """Return README.md for a result that is to be found as ``repo_id``; every number in it is from the manifests.
+
+    url: where the tool is to be found.
+    """
     base = base_model or hub_id(components)
     sections = (
         [front_matter(make_metadata(components, base_model=base_model)) + f"# {repo_id.rpartition('/')[2]}"],
         _what_it_is(components, base),
         [f"![SQNR of every layer, by block and projection]({HEATMAP_NAME})"] if has_heatmap else [],
-        ["## How to run it", *_how_to_run(components, repo_id, base)],
-        ["## Hardware", *_hardware(components)],
+        ["## How to run it", *how_to_run(components, repo_id, base, url)],
+        ["## Hardware", *_hardware(components), *memory(components)],
         ["## What was measured", *_measured(components)],
         ["## What stays as it was", *_kept(components)],
         ["## How to make it again", *_reproduce(components)],
@@ -83,7 +91,8 @@ def _calibrated_with(recipe: Mapping[str, Any]) -> str:
 def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> Iterator[str]:
     source = components[0].manifest.source
     recipe = components[0].manifest.recipe
-    name = f"[{base}]({_HUB_URL}/{base})" if base else _code(source["name"])
+    # Of a Hub repo this is owner/name/component.
+    name = f"[{_code(source['name'])}]({_HUB_URL}/{base})" if hub_id(components) else _code(source["name"])
     at = (
         f" at commit [{_code(source['revision'][:12])}]({_HUB_URL}/{base}/tree/{source['revision']})"
         if base and source.get("revision")
@@ -113,20 +122,6 @@ def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> I
         for component in components
     ]
     yield _table(("", "before", "after", "times smaller", "parameters quantized"), rows, right=4)
-
-
-def _how_to_run(components: Sequence[ConvertedComponent], repo_id: str, base: str | None) -> Iterator[str]:
-    shown = base or "BASE"
-    consumers = list_consumers(components[0])
-    if base is None and any("{base}" in consumer.code for consumer in consumers):
-        yield "BASE stands for the Hub id or the folder of the pipeline that this was made from."
-    for consumer in consumers:
-        needs = f" ({consumer.needs})" if consumer.needs else ""
-        text = commands(consumer, tuple(components), repo_id, shown)
-        yield f"**{consumer.title}**{needs}\n\n```{consumer.language}\n{text}\n```"
-    fetch = f"hf download {repo_id} --local-dir COPY"
-    stated = hash_of_manifests({component.name: component.manifest_blake3 for component in components})
-    yield f"Check a copy, every byte of it:\n\n```sh\n{fetch}\nrun-ckpt verify COPY --expect {stated}\n```"
 
 
 def _hardware(components: Sequence[ConvertedComponent]) -> Iterator[str]:

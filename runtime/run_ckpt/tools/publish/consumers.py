@@ -1,10 +1,12 @@
 """How to run a published checkpoint: for each dialect the commands of the consumers that read it."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.targets import Reading, find_readings
+from run_ckpt.storage.manifest_file import hash_of_manifests
 from run_ckpt.tools.publish.rows import ConvertedComponent
 
 # Presets of classes that make videos.
@@ -25,7 +27,9 @@ class Consumer:
     needs: str = ""
 
 
-_OURS = "in a checkout of convert-ckpt"
+# Where a command that installs the tool is typed; the card says how to get one.
+CHECKOUT = "a checkout of convert-ckpt"
+_OURS = f"in {CHECKOUT}"
 _REGISTER = """import torch
 from diffusers import DiffusionPipeline, {class_name}
 {register}
@@ -142,6 +146,23 @@ model = load_quantized(snapshot_download("{repo_id}"){subpath}, device="cuda")""
         _WITH_DIFFUSERS,
     ),
 )
+
+
+def how_to_run(components: Sequence[ConvertedComponent], repo_id: str, base: str | None, url: str) -> Iterator[str]:
+    """Yield the paragraphs of a card with the commands of each consumer. url: where the tool is."""
+    shown = base or "BASE"
+    consumers = list_consumers(components[0])
+    if base is None and any("{base}" in consumer.code for consumer in consumers):
+        yield "BASE stands for the Hub id or the folder of the pipeline that this was made from."
+    if any(CHECKOUT in consumer.needs for consumer in consumers):
+        yield f"For {CHECKOUT}: `git clone {url}`."
+    for consumer in consumers:
+        needs = f" ({consumer.needs})" if consumer.needs else ""
+        text = commands(consumer, tuple(components), repo_id, shown)
+        yield f"**{consumer.title}**{needs}\n\n```{consumer.language}\n{text}\n```"
+    fetch = f"hf download {repo_id} --local-dir COPY"
+    stated = hash_of_manifests({component.name: component.manifest_blake3 for component in components})
+    yield f"Check a copy, every byte of it:\n\n```sh\n{fetch}\nrun-ckpt verify COPY --expect {stated}\n```"
 
 
 def list_consumers(component: ConvertedComponent) -> list[Consumer]:

@@ -17,6 +17,7 @@ from run_ckpt.tools.publish.card import make_card
 from run_ckpt.tools.publish.heatmap import draw_heatmap, make_grids
 from run_ckpt.tools.publish.repository import LocalFile, Repository, Target, open_repository
 from run_ckpt.tools.publish.rows import ConvertedComponent, read_result
+from run_ckpt.tools.publish.tool_url import tool_url
 from run_ckpt.tools.verify.files import file_faults
 
 _CARD_FILES = (CARD_NAME, HEATMAP_NAME)
@@ -49,7 +50,7 @@ def push_result(output: Path, target: Target, *, base_model: str | None, progres
     components = read_result(output)
     repository = open_repository(target)
     files = _verified_files(components, progress)
-    files += card_files(components, target.repo_id, base_model, progress)
+    files += card_files(components, target, base_model, progress)
     return _send(repository, files, target, progress)
 
 
@@ -140,14 +141,15 @@ def _verified_files(components: Sequence[ConvertedComponent], progress: Progress
 
 
 def card_files(
-    components: Sequence[ConvertedComponent], repo_id: str, base_model: str | None, progress: Progress
+    components: Sequence[ConvertedComponent], target: Target, base_model: str | None, progress: Progress
 ) -> Iterator[LocalFile]:
     picture = draw_heatmap(make_grids(row for component in components for row in component.rows))
     if picture is None:
         progress.log('the model card goes without its heat map: pip install ".[hub]" brings matplotlib, which draws it')
     else:
         yield _in_memory(HEATMAP_NAME, picture)
-    card = make_card(components, repo_id, base_model=base_model, has_heatmap=picture is not None)
+    url = tool_url(target.tool_url)
+    card = make_card(components, target.repo_id, base_model=base_model, has_heatmap=picture is not None, url=url)
     yield _in_memory(CARD_NAME, card.encode())
 
 

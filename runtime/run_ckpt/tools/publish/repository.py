@@ -16,6 +16,7 @@ from run_ckpt.contract.manifest import Manifest
 from run_ckpt.storage.hashing import add_file
 from run_ckpt.storage.hub_client import hub_errors, make_client, new_git_blob_hash, page_of_repo
 from run_ckpt.storage.manifest_file import read_manifest
+from run_ckpt.tools.publish.tool_url import checked_tool_url
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -26,13 +27,18 @@ _MISREAD_NAME = re.compile(r"-(4bit|awq|gptq)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Target:
-    """Where to push to and how. ``revision`` is a branch, None for main; it is made where it does not exist."""
+    """Where to push to and how. ``revision`` is a branch, None for main; it is made where it does not exist.
+
+    ``tool_url`` is where the card says the tool is, see tool_url.py. Raises UsageError for a name that
+    can't be, or where the card would hold a placeholder.
+    """
 
     repo_id: str
     revision: str | None = None
     private: bool = False
     commit_message: str | None = None
     overwrite: bool = False
+    tool_url: str | None = None
 
     def __post_init__(self) -> None:
         if self.repo_id.count("/") != 1:
@@ -42,6 +48,7 @@ class Target:
                 f"{self.repo_id}: SGLang takes a model whose name contains {match[0]} for one that plain diffusers"
                 " reads, which this is not. Choose another name."
             )
+        checked_tool_url(self.tool_url)
 
 
 @dataclass(frozen=True)
