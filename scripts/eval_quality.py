@@ -8,6 +8,7 @@ variants, the median one of 0.2. One run, dB summed (median):
 
 MXFP4, to nearest               W 29.4 (32.7)   W+A 28.3 (31.1)
 MXFP4, GPTQ                     W 38.3 (40.7)   W+A 31.8 (34.5)
+MXFP4, GPTQ, fold               W 37.1 (40.2)   W+A 33.1 (34.5)
 half-way in size, GPTQ          W 44.3 (46.4)   W+A 36.5 (38.8)
 FP8, to nearest                 W 40.2 (45.5)   W+A by token 39.7 (44.8)
 FP8, GPTQ                       W 49.2 (51.4)   W+A by token 46.2 (48.7), by tensor 46.0 (48.5), static 46.2 (48.7)

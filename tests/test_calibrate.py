@@ -11,7 +11,7 @@ from run_ckpt.cli.main import run_ckpt
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.storage.layer_statistics import read_statistics
 from run_ckpt.storage.units import parse_nbytes
-from run_ckpt.tools.calibrate import DEFAULT_PROMPTS, hold_out
+from run_ckpt.tools.calibrate import DEFAULT_PROMPTS, hold_out, sizes_in_turn
 from run_ckpt.tools.compare.trajectory import Sample, read_samples
 from tests.pipelines import make_language_model, make_pipeline
 
@@ -69,6 +69,32 @@ def test_passes_that_fit_a_memory_write_the_same_files(base: Path, tmp_path: Pat
     assert files
     for file in files:
         assert (tmp_path / "passes" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_samples_have_several_sizes_by_turns(base: Path, tmp_path: Path) -> None:
+    options = ("--model-path", base / "pipeline", "--prompts", base / "prompts.txt", "--steps", 2, "--samples", 4)
+    result = run("calibrate", *options, "--output", tmp_path, "--size", "32x32", "--size", "32x64")
+    assert result.exit_code == 0, result.output
+    statistics = read_statistics(tmp_path / "transformer")["transformer_blocks.0.attn.to_q"]
+    # Patches of 2 x 2 pixels: 256 and 512 tokens, in two steps each; the second sample is held out.
+    assert statistics.read("n_rows").tolist() == [2 * (256 + 256 + 512), 2 * 512]
+    assert statistics.settings["sizes"] == ["32x32", "32x64"]
+
+
+@pytest.mark.parametrize("n_sizes", [1, 2, 3, 4])
+def test_held_out_samples_have_every_size(n_sizes: int) -> None:
+    sizes = [(n, n) for n in range(1, n_sizes + 1)]
+    found = list(sizes_in_turn(32, sizes))
+    held_out = [size["width"] for n, size in enumerate(found) if n % 4 == 1]
+    assert set(held_out) == {n for n, _ in sizes}
+    assert list(sizes_in_turn(2, ())) == [{}, {}]
+
+
+@pytest.mark.parametrize("more", [("--size", "32"), ("--size", "0x4"), ("--size", "32x32", "--width", 32)])
+def test_sizes_that_make_no_sense_are_refused(more: tuple[object, ...], base: Path, tmp_path: Path) -> None:
+    result = run("calibrate", "--model-path", base / "pipeline", "--output", tmp_path / "stats", *more)
+    assert isinstance(result.exception, UsageError)
+    assert not (tmp_path / "stats").exists()
 
 
 def test_a_language_model_reads_windows_of_the_text(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--samples", type=click.IntRange(2), default=32, show_default=True, help="How many to run.")
 @click.option("--seed", type=int, default=1000, show_default=True, help="Of the first sample; each next has the next.")
 @pipeline_options
+@click.option("--size", "sizes", multiple=True, metavar="WxH", help="Sizes that samples have by turns. Repeatable.")
 @click.option(
     "--context", type=click.IntRange(2), default=2048, show_default=True, help="Tokens in a window of the text."
 )
@@ -65,4 +66,14 @@ def calibrate(
         from run_ckpt.tools.compare.trajectory import read_samples
 
         drawn = read_samples(prompts or DEFAULT_PROMPTS, samples, seed)
-        calibrate_pipeline(model_path, drawn, pipeline_arguments(options), recording, placement(options), click.echo)
+        arguments, sizes = pipeline_arguments(options), [_parse_size(size) for size in options["sizes"]]
+        if sizes and (options["width"] or options["height"]):
+            raise UsageError("give either --width and --height, for all samples, or --size, by turns.")
+        calibrate_pipeline(model_path, drawn, arguments, recording, placement(options), click.echo, sizes)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UsageError(f"--size {text}: no size. Write width x height in pixels, such as 1024x768.")
+    return int(width), int(height)

@@ -29,7 +29,7 @@ from run_ckpt.storage.units import format_nbytes
 # Correlations of the whole input up to this K, in blocks above: what ``auto`` means.
 _FULL_UP_TO = 6144
 _BLOCK_SIZE = 1024
-_HELD_OUT_EVERY = 4
+HELD_OUT_EVERY = 4
 _NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -256,7 +256,7 @@ class Recorder:
 
 def held_out_in_turn(number: int) -> bool:
     """True for the second of every four, counted from 0."""
-    return number % _HELD_OUT_EVERY == 1
+    return number % HELD_OUT_EVERY == 1
 
 
 class _Seen:

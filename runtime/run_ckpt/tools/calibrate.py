@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.statistics.record import Recorder, held_out_in_turn, record_statistics
+from run_ckpt.statistics.record import HELD_OUT_EVERY, Recorder, held_out_in_turn, record_statistics
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.compare.text import cut_windows, load_language_model
 from run_ckpt.tools.compare.trajectory import Sample
@@ -47,10 +47,12 @@ def calibrate_pipeline(
     recording: Recording,
     placement: Placement,
     say: Callable[[str], None],
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Record the transformers of a diffusers pipeline, each in the folder of its component's name.
 
-    options: go to the pipeline, those that are None are left to it. Raises UsageError for options that the pipeline
+    options: go to the pipeline, those that are None are left to it. sizes: widths and heights that samples have by
+    turns, see sizes_in_turn(). Raises UsageError for options that the pipeline
     does not have, and where there are too few samples; CheckpointError for what can't be loaded.
     """
     pipeline = load_pipeline(base, {}, placement, say)
@@ -62,12 +64,14 @@ def calibrate_pipeline(
     if not found:
         raise UsageError(f"--model-path {base}: {type(pipeline).__name__} has no transformer to calibrate.")
 
-    def work(sample: Sample) -> Callable[[], object]:
-        arguments = {**options, "output_type": "latent"}
+    def work(sample: Sample, size: Mapping[str, int]) -> Callable[[], object]:
+        arguments = {**options, **size, "output_type": "latent"}
         return lambda: run_pipeline(pipeline, sample.prompt, sample.seed, arguments, lambda _: None)
 
-    runs = [_Run(work(sample), held_out) for sample, held_out in zip(samples, hold_out(samples), strict=True)]
-    settings = _settings([(sample.prompt, sample.seed) for sample in samples], options, placement)
+    shaped = zip(samples, sizes_in_turn(len(samples), sizes), hold_out(samples), strict=True)
+    runs = [_Run(work(sample, size), held_out) for sample, size, held_out in shaped]
+    given = {**options, **({"sizes": [f"{width}x{height}" for width, height in sizes]} if sizes else {})}
+    settings = _settings([(sample.prompt, sample.seed) for sample in samples], given, placement)
     _record_all({recording.folder / name: model for name, model in found.items()}, runs, recording, settings, say)
 
 
@@ -95,6 +99,16 @@ def calibrate_text(
     runs = [_Run(work(tokens), held_out_in_turn(number)) for number, tokens in enumerate(windows)]
     settings = _settings([tokens.tolist() for tokens in windows], {}, placement)
     _record_all({recording.folder: model}, runs, recording, settings, say)
+
+
+def sizes_in_turn(n_samples: int, sizes: Sequence[tuple[int, int]]) -> Iterator[dict[str, int]]:
+    """Yield width and height of each sample, {} without ``sizes``; among those held out, too, they take turns."""
+    for number in range(n_samples):
+        if sizes:
+            width, height = sizes[(number + number // HELD_OUT_EVERY) % len(sizes)]
+            yield {"width": width, "height": height}
+        else:
+            yield {}
 
 
 def hold_out(samples: Sequence[Sample]) -> Iterator[bool]:
