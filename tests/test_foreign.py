@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from run_ckpt import load_quantized
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.progress import Silent
 from run_ckpt.tools.rewrite.dequantize import dequantize
@@ -79,6 +80,31 @@ def test_experts_of_gpt_oss_are_what_transformers_makes_of_them(tmp_path: Path) 
         parts = tensors[f"{prefix}_blocks"], tensors[f"{prefix}_scales"]
         assert_bits_equal(plain[prefix], mxfp4.convert_moe_packed_tensors(*parts, dtype=torch.bfloat16).contiguous())
         assert_bits_equal(plain[f"{prefix}_bias"], tensors[f"{prefix}_bias"])
+
+
+def meta_model() -> torch.nn.Module:
+    """A model on the meta device with the linears that write_foreign writes, and the embedding."""
+    model = torch.nn.Module()
+    with torch.device("meta"):
+        layers = {module: torch.nn.Linear(K, N, bias=False) for module, (N, K) in MODULES.items()}
+        layers |= {"model.embed_tokens": torch.nn.Embedding(64, 512), "lm_head": torch.nn.Linear(512, 64, bias=False)}
+    for path, layer in layers.items():
+        owner, (*parts, leaf) = model, path.split(".")
+        for part in parts:
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        owner.add_module(leaf, layer)
+    return model
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_loaded_layers_multiply_by_the_tools_own_weights(tmp_path: Path, name: str) -> None:
+    source, weights = write_foreign(tmp_path / "source", name)
+    model = load_quantized(source, model=meta_model(), dtype=torch.float32, backend="reference")
+    for module, (_, K) in MODULES.items():
+        # Sums with zeros lose the sign of -0.
+        assert torch.equal(model.get_submodule(module)(torch.eye(K)), weights[f"{module}.weight"].T)
 
 
 @pytest.mark.parametrize("name", ["modelopt-nvfp4", "fp8-block", "compressed-mxfp4"])
