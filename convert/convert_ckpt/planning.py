@@ -162,7 +162,12 @@ def _choose(
     """
     if options.max_nbytes is None:
         assert options.min_sqnr is not None
-        return least_size(choices, 10 ** (-options.min_sqnr / 10))
+        try:
+            return least_size(choices, 10 ** (-options.min_sqnr / 10))
+        except ValueError:
+            least = math.fsum(min(choice.damage for choice in group) for group in choices)
+            best = -10 * math.log10(least)
+            raise UsageError(f"{options.budget}: {best:.1f} dB is the highest SQNR possible. Ask for less.") from None
     room = options.max_nbytes - others
     smallest = sum(min(choice.nbytes for choice in group) for group in choices)
     while True:

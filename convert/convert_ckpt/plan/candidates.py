@@ -11,6 +11,7 @@ from convert_ckpt.plan.policy import Choice
 from convert_ckpt.plan.recipe import KEEP, find_fused_groups
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.decided_by import BY_FORMAT
+from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS
 from run_ckpt.contract.manifest import Layer
@@ -20,13 +21,19 @@ from run_ckpt.contract.manifest import Layer
 class Group:
     """Layers of a component that get one format. ``layers`` maps a format to what the members would be then.
 
-    They may also stay as they are, ``source_nbytes`` all together.
+    They may also stay as they are, ``source_nbytes`` all together, where ``can_stay``.
     """
 
     component: str
     members: tuple[str, ...]
     layers: Mapping[str, tuple[Layer, ...]]
     source_nbytes: int
+    can_stay: bool = True
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """All that it may become."""
+        return (*self.layers, KEEP) if self.can_stay else tuple(self.layers)
 
     def nbytes(self, format_name: str) -> int:
         """Return the size of all tensors of the group in a format."""
@@ -37,7 +44,7 @@ class Group:
     @property
     def smallest(self) -> str:
         """The format of the fewest bytes."""
-        return min((*self.layers, KEEP), key=self.nbytes)
+        return min(self.formats, key=self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ def list_groups(name: str, source: Component, options: Options) -> list[Group]:
     for candidate in formats:
         decisions[candidate], fused = decide_formats(context, rules, candidate)
         layers[candidate] = make_layers(context, decisions[candidate], fused, dialect)
+    cast = _cast_at_load(context, dialect, formats)
     units = [group.members for group in find_fused_groups(context.linears, context.preset)]
     in_units = {member for members in units for member in members}
     units += [(module,) for module in context.linears if module not in in_units]
@@ -79,9 +87,10 @@ def list_groups(name: str, source: Component, options: Options) -> list[Group]:
             for candidate in formats
             if all(decisions[candidate][member].decided_by == BY_FORMAT for member in members)
         }
-        if able:
-            nbytes = sum(context.linears[member].nbytes for member in members)
-            groups.append(Group(name, members, able, nbytes))
+        nbytes = sum(context.linears[member].nbytes for member in members)
+        group = Group(name, members, able, nbytes, can_stay=cast.isdisjoint(members))
+        if able and len(group.formats) > 1:
+            groups.append(group)
     return groups
 
 
@@ -121,8 +130,10 @@ def predict(
 def list_choices(groups: Sequence[Group], prediction: Prediction) -> list[list[Choice]]:
     """Return what the optimiser chooses from."""
     return [
-        [Choice(candidate, group.nbytes(candidate), damage[candidate]) for candidate in group.layers]
-        + [Choice(KEEP, group.source_nbytes, 0.0)]
+        [
+            Choice(candidate, group.nbytes(candidate), 0.0 if candidate == KEEP else damage[candidate])
+            for candidate in group.formats
+        ]
         for group, damage in zip(groups, prediction.damages, strict=True)
     ]
 
@@ -131,6 +142,16 @@ def _candidate_formats(context: PlanContext) -> tuple[str, ...]:
     """Return the format that was asked for, and those that it may be raised to in a result of both."""
     asked = context.options.format
     return (asked, *(name for name in FORMATS[asked].raised_to if _can_be_mixed(context, (asked, name))))
+
+
+def _cast_at_load(context: PlanContext, dialect: Dialect, formats: Sequence[str]) -> set[str]:
+    """Return the modules that the target would cast without scales if they stayed, as no ignore list reaches them."""
+    schemes = {context.options.scheme(name) for name in formats}
+    class_name = context.source.class_name or ""
+    reading = context.target.find_reading(context.naming, context.preset.name, class_name, dialect.name, schemes)
+    if isinstance(reading, str) or not reading.matching or context.runtime.ignores:
+        return set()
+    return {module for module, name in context.names(context.linears).items() if name is not None}
 
 
 def _can_be_mixed(context: PlanContext, formats: tuple[str, ...]) -> bool:
