@@ -53,15 +53,19 @@ def main(gib: float, folder: Path | None, repeats: int) -> None:
 
 def make_checkpoint(folder: Path, nbytes: int) -> None:
     """Write four shards of random BF16 linear weights; the first holds one tensor of a quarter of all."""
+    make_shards(folder, 4, nbytes // 4, large_first=True)
+
+
+def make_shards(folder: Path, count: int, shard_nbytes: int, *, large_first: bool = False) -> Path:
+    """Write shards of eight linear weights each, random BF16, and return the folder. large_first: one in the first."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"_class_name": "BenchTransformer2DModel"}))
-    shard_nbytes = nbytes // 4
     weight_map = {}
     noise = random_bf16(CHUNK_NBYTES)
-    for number in range(4):
-        file_name = f"diffusion_pytorch_model-{number + 1:05}-of-00004.safetensors"
-        K = 4096 * (4 if number == 0 else 1)
-        n_tensors = 1 if number == 0 else 8
+    for number in range(count):
+        file_name = f"diffusion_pytorch_model-{number + 1:05}-of-{count:05}.safetensors"
+        is_large = large_first and number == 0
+        n_tensors, K = (1, 16384) if is_large else (8, min(4096, shard_nbytes // 8 // 512 // 256 * 256))
         N = shard_nbytes // n_tensors // K // 2 // 256 * 256
         specs = [TensorSpec(f"blocks.{number * 8 + i}.proj.weight", "BF16", (N, K)) for i in range(n_tensors)]
         weight_map.update({spec.name: file_name for spec in specs})
@@ -73,6 +77,7 @@ def make_checkpoint(folder: Path, nbytes: int) -> None:
             os.fsync(file.fileno())
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def random_bf16(nbytes: int) -> bytes:

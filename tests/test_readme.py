@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -126,10 +127,22 @@ def test_the_sizes_are_what_the_plans_say(model: str) -> None:
     assert f"\n{sizes.row(model, sizes.MODELS[model])}\n" in README
 
 
+def test_what_a_terabyte_costs_is_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    scale = load_script("bench_scale")
+    fitted = re.search(r"\((\S+) s fixed, (\S+) s a task, (\S+) s per GB", README)
+    assert fitted is not None
+    model = scale.Model(*map(float, fitted.groups()))
+    for n_nodes in (1, 8, 64):
+        row = scale.row(scale.Machines(n_nodes, 4, 4, 3.0, 20.0, 5.0, 0.266), model)
+        assert f"\n| {' | '.join(row)} |\n" in README
+
+
 def load_script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look
     spec.loader.exec_module(module)
     return module
