@@ -20,6 +20,8 @@ from run_ckpt.contract.folds import Fold
 from run_ckpt.progress import Silent
 from run_ckpt.storage.layer_statistics import read_statistics
 from run_ckpt.storage.manifest_file import read_manifest
+from run_ckpt.tools.publish.card import make_card
+from run_ckpt.tools.publish.rows import read_result
 from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, load_all, save_checkpoint
@@ -162,6 +164,31 @@ def test_the_result_verifies_loads_and_dequantizes(
     plain = source.case.build()
     plain.load_state_dict(load_all(tmp_path / "plain"), strict=False)
     assert relative_error(run(source.case, plain), loaded) < 0.05
+
+
+def test_the_loader_and_the_card_say_that_loras_do_not_fit(
+    sources: Callable[[str], Source], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = sources("llama")
+    convert(source.folder, tmp_path / "out", format="fp8", calibration=source.stats, fold=True)
+    load_quantized(tmp_path / "out", model=source.case.build())
+    assert "a LoRA that was trained on the source does not fit" in caplog.text
+    card = make_card(read_result(tmp_path / "out"), "me/llama")
+    assert "bit for bit those of the source, but for norms and modulations" in card
+    assert "--calibration stats --fold" in card
+
+
+def test_the_consumers_own_code_decodes_a_folded_result(sources: Callable[[str], Source], tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    source = sources("llama")
+    convert(source.folder, tmp_path / "out", format="fp8", calibration=source.stats, fold=True)
+    dequantize(tmp_path / "out", tmp_path / "plain", dtype="bfloat16", progress=Silent())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
+    config = CompressedTensorsConfig(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", quantization_config=config)
+    assert torch.equal(run(source.case, loaded), run(source.case, plain))
 
 
 @pytest.mark.parametrize("options", [{"format": "mxfp4"}, {"format": "fp8", "static": True}], ids=["mxfp4", "fp8"])

@@ -54,6 +54,12 @@ def load_quantized(
         linear.dtype = _dtype_in(model, f"{name}.weight", dtype or DTYPES[linear.layer.source_dtype])
         linear.prepare(device)
     _finish(model, device)
+    if checkpoint.manifest.folds:
+        _logger.warning(
+            "%s: the inputs of some layers were smoothed (--fold): a LoRA that was trained on the source does not fit."
+            " Train it on this model, or convert without --fold.",
+            path,
+        )
     _logger.info("loaded %s: %s, %.1f s", path, describe_backends(linears.values()), time.perf_counter() - started)
     return model
 

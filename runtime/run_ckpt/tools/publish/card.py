@@ -79,6 +79,13 @@ def _rounding(layers: Sequence[Layer]) -> str:
     return f"{chosen}." if n_gptq else f"{chosen}, without calibration data."
 
 
+def _folded(components: Sequence[ConvertedComponent]) -> str:
+    """Say which tensors are not the source's own, and for whom that matters."""
+    changed = ", but for norms and modulations that smooth the inputs of layers, which make up for it"
+    lora = "; a LoRA that was trained on the source does not fit"
+    return changed + lora if any(component.manifest.folds for component in components) else ""
+
+
 def _calibrated_with(recipe: Mapping[str, Any]) -> str:
     """Say how statistics were recorded; nothing where there are none."""
     settings = recipe.get("calibrated_with")
@@ -109,7 +116,7 @@ def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> I
     yield (
         f"The {_code(recipe.get('class_name'))} of {name}{at} with its linear layers in {format_name(components)}."
         f" {layers} layers were quantized offline by {_prose(components[0].summary.tool)}; all other tensors are bit"
-        f" for bit those of the source.{chosen} {rounding}{_calibrated_with(recipe)}"
+        f" for bit those of the source{_folded(components)}.{chosen} {rounding}{_calibrated_with(recipe)}"
     )
     rows = [
         (
@@ -244,9 +251,8 @@ def _convert_command(components: Sequence[ConvertedComponent]) -> str:
     for option in _LATER_OPTIONS:
         value = recipe.get(option)
         words += [f"--{option.replace('_', '-')}", str(value)] if value else []
-    words += ["--static"] if recipe.get("static") else []
-    words += ["--allow-unaligned-k"] if recipe.get("allow_unaligned_k") else []
-    words += ["--swap-weight-nibbles"] if recipe.get("swap_weight_nibbles") else []
+    flags = ("static", "fold", "allow_unaligned_k", "swap_weight_nibbles")
+    words += [f"--{flag.replace('_', '-')}" for flag in flags if recipe.get(flag)]
     return shlex.join(words)
 
 
