@@ -342,6 +342,20 @@ _LLM_SIZES = {
 }
 
 
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": HIDDEN, "d_kv": HEAD_DIM, "d_ff": 512, "num_layers": 2, "num_heads": N_HEADS}
+    model = _seeded(lambda: T5EncoderModel(T5Config(**sizes, vocab_size=512, feed_forward_proj="gated-gelu")))()
+    for block in model.encoder.block:  # T5 has the attention's scale in the weights of q
+        block.layer[0].SelfAttention.q.weight.data *= HEAD_DIM**-0.5
+    return model.bfloat16()  # transformers holds wo in float32, but for float16 only
+
+
+def _t5_inputs() -> dict[str, object]:
+    return {"input_ids": torch.randint(0, 512, (1, 12))}
+
+
 def _llm_inputs() -> dict[str, object]:
     return {"input_ids": torch.randint(0, 512, (1, 12)), "use_cache": False}
 
@@ -358,5 +372,6 @@ _CASES = (
     ModelCase("ltx2", "ltx2", _seeded(_ltx2), _ltx2_inputs, "1800KB"),
     ModelCase("llama", "dense-llm", _seeded(_llama), _llm_inputs, "600KB"),
     ModelCase("qwen3", "dense-llm", _seeded(_qwen3), _llm_inputs),
+    ModelCase("t5", "text-encoder", _t5, _t5_inputs),
 )
 MODELS: dict[str, ModelCase] = {case.name: case for case in _CASES}

@@ -97,7 +97,12 @@ class _NewFolder(click.Path):
 @click.option("--keep-last", type=click.IntRange(0), default=Options.keep_last, help="Blocks at the end to keep.")
 @click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
 @click.option("--swap-weight-nibbles", is_flag=True, help="NVFP4: let SGLang swap the codes of a byte at load.")
-@click.option("--component", multiple=True, metavar="NAME", help="Take this transformer* of a pipeline. Repeatable.")
+@click.option(
+    "--component",
+    multiple=True,
+    metavar="NAME",
+    help="Take this transformer* or text_encoder* of a pipeline. Repeatable.",
+)
 @click.option("--keep-source", is_flag=True, help="Keep what is fetched, in the Hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")

@@ -96,7 +96,7 @@ def open_source(
     if isinstance(reference, Path):
         if selection.keep_source:
             raise UsageError(f"--keep-source: {reference} is here and always stays. Leave it out.")
-        yield OpenedSource(reference, str(reference), _select(find_components(reference), selection))
+        yield OpenedSource(reference, str(reference), _select(reference, selection))
         return
     store = _open_store(reference, selection, pinned_revision, log)
     name = store.name.rpartition("/")[2]
@@ -105,7 +105,7 @@ def open_source(
     folder.mkdir(parents=True)
     try:
         path = make_skeleton(store, folder)
-        components = _select(find_components(path), selection)
+        components = _select(path, selection)
         fill_skeleton(store, components, folder, log)
         yield OpenedSource(path, str(reference), components, store, selection.keep_source)
     finally:
@@ -127,8 +127,10 @@ def _open_store(
     return open_repo(reference, retry, pinned_revision, log)
 
 
-def _select(components: dict[str, Path], selection: Selection) -> dict[str, Path]:
+def _select(path: Path, selection: Selection) -> dict[str, Path]:
+    """Return the components that are wanted: the transformers, or what patterns name; text encoders only by name."""
     patterns = selection.components
+    components = find_components(path, with_text_encoders=bool(patterns))
     if not patterns:
         return components
     unknown = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in components)]

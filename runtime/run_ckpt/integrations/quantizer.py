@@ -1,6 +1,6 @@
 """What the quantizer plug-ins of diffusers and transformers share: our quantization_config -> layers in a model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -8,6 +8,7 @@ from torch import nn
 from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.foreign import READABLE_METHODS, is_ours, layers_in_config
+from run_ckpt.loading.build import find_renaming
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.replace import replace_linears
 
@@ -57,6 +58,8 @@ def replace_declared(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
+    if naming == "transformers":
+        config = _renamed_config(config, find_renaming(model))
     layers = layers_in_config(config, shapes, naming)
     absent = sorted(config[PRIVATE_KEY]["quantized_modules"].keys() - layers.keys())
     if absent:
@@ -65,6 +68,16 @@ def replace_declared(
             [f"{name}: the model has no such nn.Linear. Load it with the class that was converted." for name in absent],
         )
     return replace_linears(model, layers, backend)
+
+
+def _renamed_config(config: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Return the config with its modules as the model names them."""
+    private = config[PRIVATE_KEY]
+    modules = {
+        rename(f"{module}.weight").removesuffix(".weight"): weight_format
+        for module, weight_format in private.get("quantized_modules", {}).items()
+    }
+    return {**config, PRIVATE_KEY: {**private, "quantized_modules": modules}}
 
 
 def stored_names(linears: Mapping[str, QuantizedLinear]) -> set[str]:

@@ -2,6 +2,9 @@
 
 import importlib
 import logging
+import re
+from collections.abc import Callable
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,33 @@ def build_model(path: Path) -> Any:
         # In there, each name of a tied tensor would have got a parameter of its own.
         model.tie_weights()
     return model
+
+
+def find_renaming(model: Any) -> Callable[[str], str]:
+    """Return what gives a tensor of a checkpoint its name in a model of transformers.
+
+    Source: transformers 5 conversion_mapping.py, and the class attribute that came before it.
+    """
+    own = model.state_dict().keys()
+    changes: list[Callable[[str], str]]
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        changes = [partial(re.sub, pattern, replacement) for pattern, replacement in patterns.items()]
+    else:
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        changes = [_first_of(change.rename_source_key) for change in found if isinstance(change, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        return name if name in own else reduce(lambda renamed, change: change(renamed), changes, name)
+
+    return rename
+
+
+def _first_of(function: Callable[[str], tuple[str, Any]]) -> Callable[[str], str]:
+    return lambda name: function(name)[0]
 
 
 def _diffusers_model(path: Path, config: dict[str, Any]) -> Any:

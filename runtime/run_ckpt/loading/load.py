@@ -13,6 +13,7 @@ from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.loading.checkpoint import open_to_load
 from run_ckpt.loading.fill import DTYPES, Slot, fill_slots, match_slots, parameter_slots
 from run_ckpt.loading.linear import QuantizedLinear
+from run_ckpt.loading.renamed import renamed_for
 from run_ckpt.loading.replace import replace_linears
 from run_ckpt.progress import Progress, Silent
 from run_ckpt.storage.components import Checkpoint
@@ -46,6 +47,7 @@ def load_quantized(
     path, device, started = local_path(path), torch.device(device), time.perf_counter()
     with open_to_load(path) as checkpoint:
         model = _build_model(path) if model is None else model
+        checkpoint = renamed_for(model, checkpoint)
         linears = replace_linears(model, checkpoint.manifest.layers, backend)
         matched = _match(checkpoint, model)
         dtypes = _dtypes(checkpoint, model, matched, dtype)
@@ -78,7 +80,7 @@ def _build_model(path: Path) -> nn.Module:
 
 
 def _match(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Slot]:
-    specs = {tensor.spec.name: tensor.spec for _, tensor in checkpoint.folder.tensors()}
+    specs = {spec.name: spec for spec in checkpoint.reader.specs()}
     # What repeats scales for consumers that fuse layers, or scales activations elsewhere, is no tensor of the model.
     aside = checkpoint.manifest.fused_scales.keys() | checkpoint.unused
     wanted = {name: spec for name, spec in specs.items() if name not in aside}

@@ -8,7 +8,7 @@ from re import fullmatch
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
-from run_ckpt.contract.manifest import Manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.storage.checks import header_faults
 from run_ckpt.storage.containers import describe_container
 from run_ckpt.storage.files import similar_path
@@ -21,11 +21,12 @@ from run_ckpt.storage.shards import TensorFolder, read_folder
 PIPELINE_INDEX_NAME = "model_index.json"
 
 
-def find_components(path: Path) -> dict[str, Path]:
+def find_components(path: Path, *, with_text_encoders: bool = False) -> dict[str, Path]:
     """Return component name -> folder or file, of a source or a result. A single component has the name "".
 
-    A pipeline's folder gives each ``transformer*`` folder in it, also where the same weights lie beside these
-    folders in one file (FLUX repos hold both). Raises CheckpointError where there is nothing.
+    A pipeline's folder gives each ``transformer*`` folder in it, also where the same weights lie beside these folders
+    in one file (FLUX repos hold both); and each ``text_encoder*`` that is a result, or all if they are asked for.
+    Raises CheckpointError where there is nothing.
     """
     if path.is_file():
         if path.suffix != SUFFIX:
@@ -37,7 +38,10 @@ def find_components(path: Path) -> dict[str, Path]:
         raise CheckpointError(
             f"{path}: no such file or folder{similar_path(path)}. Give a checkpoint folder or a {SUFFIX} file."
         )
-    components = {entry.name: entry for entry in sorted(path.glob("transformer*")) if entry.is_dir()}
+    encoders = [
+        entry for entry in path.glob("text_encoder*") if with_text_encoders or (entry / MANIFEST_NAME).is_file()
+    ]
+    components = {entry.name: entry for entry in sorted([*path.glob("transformer*"), *encoders]) if entry.is_dir()}
     if odd := [name for name in components if not fullmatch(r"[\w.-]+", name)]:
         raise CheckpointError(f"{path}: {odd[0]!r}: no name of a component. Rename that folder.")
     if not components and (path / PIPELINE_INDEX_NAME).is_file():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from run_ckpt.contract.errors import CheckpointError
@@ -55,6 +56,19 @@ class TensorReader:
     def stored_spec(self, name: str) -> TensorSpec:
         """Return the spec of a tensor that is stored."""
         return self._views[name].spec
+
+    def specs(self) -> list[TensorSpec]:
+        """Return the specs of all tensors."""
+        return [view.spec for view in self._views.values()]
+
+    def renamed(self, names: Mapping[str, str]) -> TensorReader:
+        """Return a reader of the same open files under other names; those that ``names`` lacks stay."""
+        views = [
+            replace(view, spec=replace(view.spec, name=names.get(name, name))) for name, view in self._views.items()
+        ]
+        reader = TensorReader(self._folder, views)
+        reader._fds, reader._mapped = self._fds, self._mapped
+        return reader
 
     def shard_name(self, name: str) -> str:
         return self._views[name].shard
