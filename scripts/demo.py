@@ -172,10 +172,15 @@ def weights_nbytes(folder: Path) -> int:
 
 
 def draw_picture(results: list[Result]) -> None:
-    """Write the first ten samples of every transformer, the digits 0 to 9, to PICTURE."""
-    from picture import Row, draw
+    """Write the first ten samples of every transformer, the digits 0 to 9, and their differences to PICTURE."""
+    from picture import Row, difference, draw
 
-    rows = [Row(result.title, f"{result.share_correct:.1%} read correctly", result.images[:10]) for result in results]
+    rows = []
+    for result in results:
+        images = result.images[:10]
+        rows.append(Row(result.title, f"{result.share_correct:.1%} read correctly", images))
+        if result is not results[0]:
+            rows.append(Row("difference", "to BF16, times 10", difference(results[0].images[:10], images, times=10)))
     draw(rows, ROOT / PICTURE)
 
 

@@ -51,6 +51,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, transparent=True)
 
 
+def difference(reference: Tensor, images: Tensor, times: int) -> Tensor:
+    """Return images of how far ``images`` [B, 1, 8, 8] are from ``reference``: ink is 1 / ``times`` of black."""
+    return (images - reference).abs() * times - 1
+
+
 def _strip(images: Tensor) -> NDArray[np.uint8]:
     """Return uint8 RGBA [height, width, 4]: the images side by side, transparent between them."""
     darkness = to_pixels(images)[..., None] / 16
