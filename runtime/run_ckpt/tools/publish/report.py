@@ -3,12 +3,15 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from run_ckpt.contract.manifest import WEIGHT
-from run_ckpt.tools.publish.heatmap import color_ranges
+from run_ckpt.tools.diff import diff_results
+from run_ckpt.tools.publish.advice import kept_lines, list_advice, usual_lines
+from run_ckpt.tools.publish.heatmap import Grid, color_ranges, make_grids
 from run_ckpt.tools.publish.rows import ConvertedComponent, TensorRow
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -40,11 +43,26 @@ def report_data(results: Mapping[str, Sequence[ConvertedComponent]]) -> dict[str
         for components in results.values()
     ]
     names = dict.fromkeys(name for rows in by_name for name in rows)
+    number = {name: i for i, name in enumerate(names)}
     return {
         "results": [_summary(label, components) for label, components in results.items()],
+        "grids": [[_grid(grid, number) for grid in make_grids(rows.values())] for rows in by_name],
+        "difference": _difference(*results.values()) if len(results) == 2 else None,
         "color_ranges": color_ranges(row for rows in by_name for row in rows.values()),
         "rows": [_row([rows.get(name) for rows in by_name]) for name in names],
     }
+
+
+def _grid(grid: Grid, number: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    """Return a grid with the number of a row in each cell, None where there is no layer."""
+    cells = {place: number[row.component, row.name] for place, row in grid.cells.items()}
+    lines = [[cells.get((projection, block)) for block in grid.blocks] for projection in grid.projections]
+    return {"title": grid.title, "blocks": grid.blocks, "projections": grid.projections, "cells": lines}
+
+
+def _difference(a: Sequence[ConvertedComponent], b: Sequence[ConvertedComponent]) -> dict[str, Any]:
+    found = diff_results(a, b, every_layer=True)
+    return {"options": found.options, "n_different": len(found.differences), "n_same": found.n_same}
 
 
 def _summary(label: str, components: Sequence[ConvertedComponent]) -> dict[str, Any]:
@@ -77,6 +95,9 @@ def _summary(label: str, components: Sequence[ConvertedComponent]) -> dict[str, 
         "mean_sqnr_db": fmean(measured.values()) if measured else None,
         "worst_sqnr_db": measured[worst] if worst else None,
         "worst_layer": worst,
+        "usual": list(usual_lines(components)),
+        "kept": list(kept_lines(components)),
+        "advice": [asdict(advice) for advice in list_advice(components)],
     }
 
 
