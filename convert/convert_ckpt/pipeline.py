@@ -168,13 +168,13 @@ def convert_checkpoint(
                         )
                     return summarize(plans, n_files_resumed=n_resumed, share=share, n_files_missing=len(missing))
                 conversion.make()  # nothing but a look at what the others made
-            conversion.complete()
+            manifests = conversion.complete()
             if listener:
                 listener.stop()
             for planned in plans:
-                check_structure(staging.result / planned.name)
+                check_structure(staging.result / planned.name, manifests[planned.name])
             staging.publish()
-    return summarize(plans, n_files_resumed=n_resumed)
+    return summarize(plans, n_files_resumed=n_resumed, manifests=manifests)
 
 
 def _find_complete(

@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.run.share import Share
 from run_ckpt.contract.file_names import join_names
+from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.targets import TARGETS
 from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.reference import Reference
@@ -101,9 +102,13 @@ def summarize_run(
     was_complete: bool = False,
     share: Share | None = None,
     n_files_missing: int = 0,
+    manifests: Mapping[str, Manifest] | None = None,
 ) -> RunSummary:
-    """Return the summary of a run. started: by time.monotonic(). Without a ``share`` the result is at ``output``."""
-    manifests = {
+    """Return the summary of a run. started: by time.monotonic().
+
+    manifests: those of the result; default: of a ``share``, as planned, else as they are at ``output``.
+    """
+    manifests = manifests or {
         planned.name: planned.plan.manifest if share else read_manifest(output / planned.name) for planned in plans
     }
     layers = {

@@ -67,13 +67,16 @@ class Conversion:
             for name in sorted({file.name for file in planned.plan.files} - self._records(planned).keys())
         ]
 
-    def complete(self) -> None:
-        """Write the small files of the components, whose shards are all finished; the manifests last."""
+    def complete(self) -> dict[str, Manifest]:
+        """Write the small files of the components, whose shards are all finished; return the manifests."""
+        manifests = {}
         for planned in self.plans:
             with self.staging.open_result(planned.name) as folder:
                 side_files = write_side_files(folder, planned.source, planned.plan)
                 manifest = _complete_manifest(self.opened, planned, self._records(planned), side_files)
                 folder.write(MANIFEST_NAME, manifest.to_json().encode())
+            manifests[planned.name] = manifest
+        return manifests
 
     def _left_to_do(self, planned: ComponentPlan, names: set[str]) -> "_Work":
         records = self._records(planned)

@@ -19,7 +19,7 @@ _ENCODES_PER_SCAN = 2
 Action = Literal["copy", "quantize", "scan", "encode", "decode", "store", "hash"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slab:
     """``nbytes`` bytes of a source tensor from byte ``start``; rows from ``row`` on if it is a weight or folded.
 
@@ -53,7 +53,7 @@ class Slab:
         return self.nbytes // 2 if is_read_twice else self.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where the bytes of an output tensor are stored: from byte ``offset`` of ``tensor`` in ``file`` on."""
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Component:
     translation: Translation | None = None
     quantization: Quantization | None = None
 
-    @property
+    @cached_property
     def views(self) -> tuple[View, ...]:
         """The tensors to convert: as they are stored, as a translation has them, or as numbers; by shard, by offset."""
         seen = self.translation or self.quantization

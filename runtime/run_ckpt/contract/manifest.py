@@ -105,7 +105,7 @@ class FusedScale:
     members: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KeptTensor:
     """A tensor copied bit for bit, but for what a fold changes, and why."""
 

@@ -35,7 +35,7 @@ METADATA_KEY = "__metadata__"
 PT_METADATA = {"format": "pt"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor without its bytes. ``shape`` is in elements of ``dtype`` (a safetensors name)."""
 

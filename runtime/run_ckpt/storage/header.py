@@ -23,7 +23,7 @@ MAX_HEADER_NBYTES = 100_000_000  # MAX_HEADER_SIZE in tensor.rs
 MAX_FILE_NBYTES = 2**63 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file; ``offset`` counts bytes from the start of the file."""
 

@@ -20,7 +20,7 @@ class Rows:
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """A tensor, and where its bytes lie in ``shard``: (offset, nbytes) of each range, in the tensor's order.
 
