@@ -23,7 +23,7 @@ from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.progress import Silent
 from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.verify.component import verify_output
-from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, random_weight, save_checkpoint
+from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, load_all, random_weight, save_checkpoint
 from tests.hub_fixtures import convert_remote
 from tests.models import MODELS, save
 
@@ -132,6 +132,19 @@ def test_what_is_stored_smaller_without_loss_is_not_raised(llm: Path, tmp_path: 
     formats = formats_of(read_manifest(tmp_path / "out"))
     assert formats[DOWN] == "mxfp4"
     assert set(formats.values()) > {"mxfp4"}
+
+
+def test_components_of_a_pipeline_share_the_budget(llm: Path, tmp_path: Path) -> None:
+    config = json.loads((llm / "config.json").read_text())
+    save_checkpoint(tmp_path / "in" / "transformer", [load_all(llm)], config)
+    easy = {name: weight.sign() * 0.5 for name, weight in load_all(llm).items()}  # nothing is lost in any format
+    save_checkpoint(tmp_path / "in" / "transformer_2", [easy], config)
+    convert(llm, tmp_path / "one", format="mxfp4", max_size="1.6MB")
+    convert(tmp_path / "in", tmp_path / "out", format="mxfp4", max_size=1_600_000 + 900_000)
+    first, second = (read_manifest(tmp_path / "out" / name) for name in ("transformer", "transformer_2"))
+    assert set(formats_of(second).values()) == {"mxfp4"}
+    assert formats_of(first) == formats_of(read_manifest(tmp_path / "one"))
+    assert sum(map(shard_nbytes, (tmp_path / "out").iterdir())) <= 2_500_000
 
 
 def test_the_manifest_says_who_decided_and_what_was_predicted(
@@ -245,6 +258,8 @@ def test_a_remote_source_gives_the_bytes_of_the_local_copy(llm: Path, tmp_path: 
     convert(llm, tmp_path / "local", format="mxfp4", max_size="1.6MB")
     for path in (tmp_path / "local").glob("*.safetensors"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    again = run("memory://budget/llm", tmp_path / "out", "--format", "mxfp4", "--max-size", "1.6MB")
+    assert "is not empty" in str(again.exception)
     result = run("memory://budget/llm", "--format", "mxfp4", "--max-size", "1.6MB", "--dry-run")
     assert "would be fetched" in str(result.exception)
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from run_ckpt.cli.main import run_ckpt
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.storage.layer_statistics import read_statistics
+from run_ckpt.storage.layer_statistics import fisher_name, read_statistics
 from run_ckpt.storage.units import parse_nbytes
 from run_ckpt.tools.calibrate import DEFAULT_PROMPTS, hold_out, sizes_in_turn
 from run_ckpt.tools.compare.trajectory import Sample, read_samples
@@ -101,12 +101,14 @@ def test_a_language_model_reads_windows_of_the_text(tmp_path: Path) -> None:
     model = make_language_model(tmp_path / "llama")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
     options = ("--text", tmp_path / "text.txt", "--context", 64, "--samples", 8, "--output", tmp_path / "stats")
+    options += ("--fisher",)
     result = run("calibrate", "--model-path", model, *options)
     assert result.exit_code == 0, result.output
     statistics = read_statistics(tmp_path / "stats")
     attention = statistics["model.layers.0.self_attn.q_proj"]
     assert {"model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"} < set(attention.layers)
     assert attention.read("n_rows").tolist() == [6 * 64, 2 * 64]
+    assert all(found.read(fisher_name(name)).any() for name, found in statistics.items())
 
 
 def test_a_prompt_is_held_out_with_all_its_samples() -> None:

@@ -123,7 +123,9 @@ def convert_checkpoint(
     max_memory = max_memory or default_max_memory()
     staging = Staging(output, shared=share is not None)
     summarize = partial(summarize_run, reference, output, options.format, started=started)
-    if not restart and is_result(output) and not staging.folder.exists():
+    # What a budget chose of a remote source could be told only by fetching all of it once more.
+    is_cheap = isinstance(reference, Path) or not options.has_budget or options.sensitivities
+    if is_cheap and not restart and is_result(output) and not staging.folder.exists():
         plans = _find_complete(reference, output, options, selection, n_workers, max_memory, progress)
         return summarize(plans, was_complete=True)
     if restart or not staging.may_be_published():
