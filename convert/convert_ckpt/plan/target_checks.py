@@ -47,9 +47,9 @@ def target_faults(context: PlanContext, verdicts: Mapping[str, Verdict]) -> list
 
 
 def target_notes(context: PlanContext, verdicts: Mapping[str, Verdict]) -> list[str]:
-    """Return what is worth knowing: how the target loads it, and who would load it silently wrong."""
+    """Return what is worth knowing: how the target loads it, and who else of the usual would load it silently wrong."""
     notes = list(verdicts[context.target.name].notes)
-    if not context.options.target:
+    if not context.options.target and context.naming == "transformers":
         others = (verdict for name, verdict in verdicts.items() if name != context.target.name)
         notes += [sentence for verdict in others for sentence in verdict.wrong[:1]]
     return notes

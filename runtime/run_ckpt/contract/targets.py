@@ -201,8 +201,9 @@ _TARGETS = (
         "diffusers",
         (
             Reading("diffusers-file", "diffusers", ("rowwise",), presets=_ROWWISE),
+            Reading("diffusers-plugin", "diffusers", ("fp8", "mxfp4", "modelopt", "compressed-tensors")),
             Reading("diffusers-quark", "diffusers", ("quark",), (PLAIN_MXFP4,)),
-            Reading("diffusers-plugin", "diffusers", _OWN),
+            Reading("diffusers-plugin", "diffusers", ("quark",)),
         ),
     ),
     Target(
