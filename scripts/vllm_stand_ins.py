@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 # OCP MX v1.0, FP4 E2M1: the code's lowest three bits, the fourth is the sign.
 _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -20,11 +22,17 @@ def stand_in_for_fp8_rounding() -> None:
 
 
 def stand_in_for_block_kernel() -> None:
-    """Let the only kernel that takes block scales on a CPU take them without AMX; it is never asked to multiply."""
+    """Let the only kernel that takes block scales on a CPU take them without AMX; its product is torch's here."""
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+
+    def multiply(self: Any, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any) -> Any:
+        N, K = layer.weight.shape
+        scale = layer.weight_scale_inv.repeat_interleave(128, 0)[:N].repeat_interleave(128, 1)[:, :K]
+        return F.linear(x, (layer.weight.float() * scale).to(x.dtype), bias)
 
     CPUFp8BlockScaledMMKernel.is_supported = classmethod(lambda cls, capability=None: (True, None))
     CPUFp8BlockScaledMMKernel.process_weights_after_loading = lambda self, layer: None
+    CPUFp8BlockScaledMMKernel.apply_weights = multiply
 
 
 def stand_in_for_mxfp4() -> None:

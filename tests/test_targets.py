@@ -257,3 +257,14 @@ def test_mxfp4_for_vllm_omni_leaves_what_its_plug_in_has_no_linear_for(tmp_path:
     assert (omni.dialect, omni.targets["vllm-omni"]) == ("mxfp4", None)
     assert omni.layers.keys() < sglang.layers.keys()
     assert "builds it as a plain linear" in str(sglang.targets["vllm-omni"])
+
+
+def test_a_class_that_no_preset_knows_is_for_no_server(tmp_path: Path) -> None:
+    weights = {"blocks.0.attn.to_out.weight": random_weight(64, 64)}
+    source = save_checkpoint(tmp_path / "in", [weights], {"_class_name": "SomeTransformer2DModel"})
+    convert(source, tmp_path / "out", format="fp8", preset="generic")
+    targets = read_manifest(tmp_path / "out").targets
+    assert targets["sglang"] == "no preset knows what SGLang makes of a SomeTransformer2DModel"
+    assert (targets["diffusers"], targets["run-ckpt"]) == (None, None)
+    with pytest.raises(FaultsError, match="no preset knows what SGLang makes of"):
+        convert(source, tmp_path / "other", format="fp8", preset="generic", target="sglang")

@@ -1,4 +1,4 @@
-"""Unmodified vLLM-Omni 0.30.0 loads our checkpoints, MXFP4 by the plug-in, and refuses damaged ones.
+"""Unmodified vLLM-Omni 0.30.0 and vLLM load our checkpoints, MXFP4 by the plug-in, and damaged ones are refused.
 
 Needs minutes and a Python with vLLM-Omni: VLLM_OMNI_PYTHON=DIR/bin/python after scripts/setup_vllm_omni.sh DIR. What is
 emulated there is said in scripts/vllm_omni_on_cpu.py.
@@ -24,6 +24,14 @@ needs_vllm_omni = pytest.mark.skipif(not PYTHON, reason="VLLM_OMNI_PYTHON does n
 @pytest.mark.slow
 def test_every_model_class_loads_in_every_way_that_vllm_omni_reads() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "check_vllm_omni_all.py"), str(PYTHON)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_vllm_omni
+@pytest.mark.slow
+def test_language_models_load_in_vllm() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "check_vllm.py"), str(PYTHON)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

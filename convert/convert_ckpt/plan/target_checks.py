@@ -55,6 +55,8 @@ def target_notes(context: PlanContext, verdicts: Mapping[str, Verdict]) -> list[
     return notes
 
 
+# Targets of which presets say what they make of a class's linears.
+_RUNTIMES = ("sglang", "vllm-omni")
 _UNKNOWN_CLASS = (
     "no preset knows this class: where SGLang builds a linear of it as a plain one, it takes the codes without their"
     " block scales; scripts/check_sglang.py tells, {} is safe"
@@ -92,18 +94,21 @@ class _Judge:
         if reading.matching:
             faults += self._cast(target, reading.matching)
             if not schemes <= set(reading.dequantizes):
-                remedy = f"Quantize what is ignored, or use {_safe_instead(schemes)}."
+                remedy = f"Quantize what is ignored, or use {_safe_instead(schemes) or '--dialect mxfp4'}."
                 faults += [f"{sentence}, and without the block scales. {remedy}" for sentence in overmatches]
         if self.has_fused_scales and reading.fused_scales not in (None, bool(manifest.fused_scales)):
             needs = "needs the scales under the fused names too" if reading.fused_scales else "takes no fused scales"
             faults.append(f"{target.title} {needs}.")
+        unknown = None
+        if context.naming == "diffusers" and target.name in _RUNTIMES and target.name not in context.preset.runtimes:
+            unknown = f"no preset knows what {target.title} makes of a {class_name}"
         if reading.is_loud:
-            return Verdict(refusal=faults[0].rstrip(".") if faults else None)
+            return Verdict(refusal=faults[0].rstrip(".") if faults else unknown)
         notes = overmatches
         safe = _safe_instead(schemes)
         if safe and context.preset.name == GENERIC and context.naming == "diffusers":
             notes = [*notes, _UNKNOWN_CLASS.format(safe)]
-        return Verdict(wrong=tuple(faults), notes=tuple(notes))
+        return Verdict(unknown, tuple(faults), tuple(notes))
 
     def _plain(self, target: Target, reading: Reading) -> Iterator[str]:
         """Quantized linears that the runtime builds as plain ones."""
