@@ -240,6 +240,33 @@ def test_verify_finds_fp8_scales_that_are_not_the_rules(
     assert any(f"{layer}: {wanted}" in fault for fault in report.faults)
 
 
+@pytest.mark.parametrize("block_size", [None, 96], ids=["whole", "blocks"])
+@pytest.mark.parametrize("options", [{"format": "mxfp4"}, {"format": "fp8", "static": True}], ids=["mxfp4", "static"])
+def test_verify_measures_output_errors_and_ranges_by_the_statistics(
+    options: dict[str, Any], block_size: int | None, source: Path, tmp_path: Path
+) -> None:
+    stats = write_all(tmp_path / "stats", source, block_size=block_size)
+    convert(source, tmp_path / "out", **options, calibration=stats)
+
+    def faults() -> tuple[str, ...]:
+        (report,) = verify_output(tmp_path / "out", source, Silent(), statistics=stats)
+        return report.faults
+
+    assert not faults()
+    write_all(stats, source, amax=5.0, block_size=block_size)  # 1.5 times 3 do not reach them
+    assert bool(faults()) == options.get("static", False)
+    write_input(stats, source, (DOWN,), make_hessian(256, 1), make_hessian(256, 3))
+    assert any(f"{DOWN}: output SQNR is " in fault for fault in faults())
+    remove_down(stats)
+    assert any(f"{DOWN}: the statistics are not of it" in fault for fault in faults())
+
+
+def test_statistics_alone_measure_nothing(source: Path, stats: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", format="mxfp4", calibration=stats)
+    with pytest.raises(UsageError, match="goes with --source"):
+        verify_output(tmp_path / "out", None, Silent(), statistics=stats)
+
+
 def test_a_method_whose_own_errors_speak_against_it_is_a_fault(source: Path, stats: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out", format="mxfp4", calibration=stats)
     edit_manifest(tmp_path / "out", lambda manifest: manifest["layers"][DOWN].update(method="rtn"))

@@ -154,7 +154,7 @@ def test_the_result_verifies_loads_and_dequantizes(
     source = sources(name)
     options = {"format": weight_format, "calibration": source.stats, "fold": True}
     convert(source.folder, tmp_path / "out", **options)
-    (report,) = verify_output(tmp_path / "out", source.folder, Silent())
+    (report,) = verify_output(tmp_path / "out", source.folder, Silent(), statistics=source.stats)
     assert not report.faults
     assert read_manifest(tmp_path / "out").folds
     loaded = run(source.case, load_quantized(tmp_path / "out", model=source.case.build()))

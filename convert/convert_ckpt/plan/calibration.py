@@ -22,7 +22,7 @@ from run_ckpt.contract.manifest import GPTQ, Layer
 from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.hashing import hash_parts, hash_path
 from run_ckpt.storage.header import read_header
-from run_ckpt.storage.layer_statistics import InputStatistics, read_statistics
+from run_ckpt.storage.layer_statistics import InputStatistics, find_statistics, read_statistics
 from run_ckpt.storage.modelopt import AMAX, MODELOPT_SUFFIXES, read_modelopt_ranges
 
 _SUFFIX = ".input_amax"
@@ -88,7 +88,7 @@ def read_calibration(context: PlanContext) -> Calibration:
         if not options.has_statistics:
             read = _modelopt_ranges if path.suffix in MODELOPT_SUFFIXES else _read_ranges
             return Calibration(path.name, read(path, context), static=True)
-        folder = _component_folder(path, context.source.name)
+        folder = find_statistics(path, context.source.name)
         statistics = read_statistics(folder)
     except MissingPackageError:
         raise
@@ -134,16 +134,6 @@ def _telling_parts(file: Path) -> Iterator[bytes]:
             if tensor.spec.dtype == "F32":
                 opened.seek(tensor.offset)
                 yield opened.read(tensor.spec.nbytes)
-
-
-def _component_folder(folder: Path, component: str) -> Path:
-    """Return where the statistics of a component are: in ``folder``, or in its folder of that name, or its only one."""
-    if any(folder.glob("*" + SUFFIX)):
-        return folder
-    inside = {path.parent for path in folder.glob("*/*" + SUFFIX)}
-    if folder / component in inside:
-        return folder / component
-    return inside.pop() if len(inside) == 1 else folder
 
 
 def _range_faults(calibration: Calibration, module: str) -> Iterator[str]:

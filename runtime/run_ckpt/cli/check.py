@@ -70,14 +70,22 @@ def _show_availability(components: Mapping[str, Path], device: str, as_json: boo
 @click.command()
 @click.argument("output", type=_NAME)
 @click.option("--source", type=_NAME, help="What OUTPUT was made from: decode every block and compare.")
+@click.option("--calibration", type=_FOLDER, help="The statistics OUTPUT was converted with: measure output errors.")
 @click.option("--min-sqnr", "min_sqnr_db", type=float, metavar="DB", help="A layer with less is a fault.")
 @click.option("--expect", "expected", metavar="HASH", help="The result's hash, as convert-ckpt or its card states it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(output: str, source: str | None, min_sqnr_db: float | None, expected: str | None, as_json: bool) -> None:
+def verify(
+    output: str,
+    source: str | None,
+    calibration: Path | None,
+    min_sqnr_db: float | None,
+    expected: str | None,
+    as_json: bool,
+) -> None:
     """Check every file of OUTPUT against its manifest, and against its source if given.
 
     Without --source: sizes, hashes, headers, scales, padding, index, config. With it also: every
-    weight's SQNR and largest error, and every copied tensor bit for bit. Lists all faults; exit 1
+    weight's SQNR and largest error, every scale, and every copied tensor bit for bit. Lists all faults; exit 1
     if there is any. A SOURCE of another model is one fault, and no weight is compared. What is in OUTPUT
     says nothing of who made it; --expect ties it to the hash that its publisher states.
 
@@ -94,7 +102,9 @@ def verify(output: str, source: str | None, min_sqnr_db: float | None, expected:
 
     path, source_path = local_path(output), source and local_path(source)
     with show_progress() as progress:
-        reports = verify_output(path, source_path or None, progress, min_sqnr_db=min_sqnr_db, expected=expected)
+        reports = verify_output(
+            path, source_path or None, progress, min_sqnr_db=min_sqnr_db, expected=expected, statistics=calibration
+        )
     has_faults = any(report.faults for report in reports)
     if as_json:
         found = {"verdict": verdict(reports), "components": [report.to_json() for report in reports]}

@@ -132,6 +132,16 @@ def read_statistics(folder: Path) -> dict[str, InputStatistics]:
     return {layer: statistics for statistics in inputs for layer in statistics.layers}
 
 
+def find_statistics(folder: Path, component: str) -> Path:
+    """Return where the statistics of a component are: in ``folder``, or in its folder of that name, or its only one."""
+    if any(folder.glob("*" + SUFFIX)):
+        return folder
+    inside = {path.parent for path in folder.glob("*/*" + SUFFIX)}
+    if folder / component in inside:
+        return folder / component
+    return inside.pop() if len(inside) == 1 else folder
+
+
 def write_statistics(
     folder: Path,
     tensors: Mapping[str, np.ndarray],

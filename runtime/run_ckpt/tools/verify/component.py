@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from run_ckpt.contract.errors import CheckpointError, FaultsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.contract.folds import folds_by_tensor
 from run_ckpt.contract.foreign import ForeignTensors
 from run_ckpt.contract.manifest import Layer
@@ -16,12 +16,14 @@ from run_ckpt.storage.components import Checkpoint, find_components
 from run_ckpt.storage.files import similar_path
 from run_ckpt.storage.foreign import find_quantized
 from run_ckpt.storage.json_files import read_config
+from run_ckpt.storage.layer_statistics import find_statistics, read_statistics
 from run_ckpt.storage.manifest_file import read_checked_manifest, result_hash
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.views import recorded_views
 from run_ckpt.tools.verify.files import file_faults, other_bytes, other_model, source_faults
+from run_ckpt.tools.verify.outputs import output_faults
 from run_ckpt.tools.verify.tensors import (
     Measured,
     Original,
@@ -78,15 +80,19 @@ def verify_output(
     *,
     min_sqnr_db: float | None = None,
     expected: str | None = None,
+    statistics: Path | None = None,
 ) -> list[ComponentReport]:
     """Return a report for every component of a conversion's result.
 
     source: folder, single file, or the pipeline folder of all components. It is only read.
     min_sqnr_db: a layer below it is a fault. expected: the result's hash as its publisher states it.
+    statistics: what it was converted with, to measure output errors by; it needs ``source``.
     Raises CheckpointError only where there is nothing to look at, or another result than expected; all other faults
     are in the reports.
     """
-    for path in filter(None, (output, source)):
+    if statistics and not source:
+        raise UsageError("--calibration DIR: goes with --source, as it takes the weights to measure what they lost.")
+    for path in filter(None, (output, source, statistics)):
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder{similar_path(path)}.")
     components = find_components(output)
@@ -98,7 +104,7 @@ def verify_output(
     reports = []
     for name, path in components.items():
         part = source / name if source and name else source
-        report = verify_component(name, path, part, progress)
+        report = verify_component(name, path, part, progress, statistics)
         reports.append(replace(report, faults=(*report.faults, *_weak_layers(report, min_sqnr_db))))
     return reports
 
@@ -120,7 +126,9 @@ def verdict(reports: list[ComponentReport]) -> str:
     return f"Verified {what} against the {against}: no fault."
 
 
-def verify_component(name: str, path: Path, source_path: Path | None, progress: Progress) -> ComponentReport:
+def verify_component(
+    name: str, path: Path, source_path: Path | None, progress: Progress, statistics: Path | None = None
+) -> ComponentReport:
     """Return the report of one converted component."""
     faults: list[str] = []
     measured: list[Measured] = []
@@ -140,7 +148,7 @@ def verify_component(name: str, path: Path, source_path: Path | None, progress: 
             checkpoint = Checkpoint(path, manifest, folder, reader)
             faults += _tensor_faults(name, checkpoint, progress)
             if source_path is not None:
-                measured = _compare_source(name, checkpoint, source_path, faults, progress)
+                measured = _compare_source(name, checkpoint, source_path, statistics, faults, progress)
     sqnr_db = {layer.module: layer.sqnr_db for layer in manifest.layers.values()}
     sqnr_db |= {result.layer.module: result.sqnr_db for result in measured}
     counts = (len(manifest.files), len(manifest.layers), len(manifest.kept), nbytes)
@@ -165,7 +173,12 @@ def _tensor_faults(name: str, checkpoint: Checkpoint, progress: Progress) -> Ite
 
 
 def _compare_source(
-    name: str, checkpoint: Checkpoint, source_path: Path, faults: list[str], progress: Progress
+    name: str,
+    checkpoint: Checkpoint,
+    source_path: Path,
+    statistics: Path | None,
+    faults: list[str],
+    progress: Progress,
 ) -> list[Measured]:
     """Append every difference from the source to ``faults``; return what was measured."""
     manifest, reader = checkpoint.manifest, checkpoint.reader
@@ -200,11 +213,15 @@ def _compare_source(
         progress.start(_label("compare", name), nbytes + sum(spec.nbytes for spec in kept))
         fold_of = folds_by_tensor(manifest.folds)
 
-        def measure_one(layer: Layer) -> Measured:
-            original = Original(source, encoded.get(layer.source_tensor), fold_of.get(layer.source_tensor))
-            return measure(reader, original, layer, progress)
+        def original(layer: Layer) -> Original:
+            return Original(source, encoded.get(layer.source_tensor), fold_of.get(layer.source_tensor))
 
-        measured = map_threads(measure_one, layers)
+        measured = map_threads(lambda layer: measure(reader, original(layer), layer, progress), layers)
+        if statistics:
+            known = _collect(faults, lambda: read_statistics(find_statistics(statistics, name)))
+            decided = layers if known is not None else []
+            for found in map_threads(lambda layer: output_faults(reader, original(layer), layer, known or {}), decided):
+                faults += found
         for result in measured:
             faults += measured_faults(result)
         if len(layers) == len(manifest.layers):

@@ -127,6 +127,10 @@ class Original:
             return decode_rows(self.source, self.encoded, start, stop)
         return fold_rows(read_source_rows(self.source, layer, start, stop).float(), self.fold, start)
 
+    def row_multiple(self, layer: Layer) -> int:
+        """Return what both can be cut at."""
+        return math.lcm(layer.scheme.row_multiple, self.encoded.scheme.row_multiple if self.encoded else 1)
+
     def gives_scales(self, layer: Layer) -> bool:
         """True where the layer's scales follow from the weight; those of codes that are passed through need not."""
         return self.encoded is None or not is_stored_alike(self.encoded, layer)
@@ -139,9 +143,7 @@ def measure(reader: TensorReader, original: Original, layer: Layer, progress: Pr
     to be those of the scale rule.
     """
     signals, errors, largest, amax, n_wrong = [], [], 0.0, 0.0, 0
-    encoded = original.encoded
-    multiple = math.lcm(layer.scheme.row_multiple, encoded.scheme.row_multiple if encoded else 1)
-    for start, stop in cut_rows(layer, multiple):
+    for start, stop in cut_rows(layer, original.row_multiple(layer)):
         weight = original.rows(layer, start, stop)
         amax = max(amax, *map(abs, (value.item() for value in torch.aminmax(weight))))
         if not layer.scheme.is_per_tensor and original.gives_scales(layer):
@@ -159,7 +161,7 @@ def measure(reader: TensorReader, original: Original, layer: Layer, progress: Pr
 def measured_faults(measured: Measured) -> list[str]:
     """Return a sentence for each number that is not the manifest's."""
     layer, faults = measured.layer, []
-    if not _close(measured.sqnr_db, layer.sqnr_db):
+    if not agree_db(measured.sqnr_db, layer.sqnr_db):
         faults.append(f"{layer.module}: SQNR is {measured.sqnr_db} dB, the manifest says {layer.sqnr_db}.")
     if measured.max_abs_error != layer.max_abs_error:
         faults.append(
@@ -262,7 +264,8 @@ def _squared_sum(x: Tensor) -> float:
     return float(torch.dot(flat, flat))
 
 
-def _close(measured: float | None, stated: float | None) -> bool:
+def agree_db(measured: float | None, stated: float | None) -> bool:
+    """Return whether two SQNRs are the same but for the order of their sums."""
     if measured is None or stated is None:
         return measured is stated
     return abs(measured - stated) < _SQNR_TOLERANCE_DB
