@@ -10,6 +10,7 @@ import torch
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from tests.checkpoints import convert, random_weight, save_checkpoint
 from tests.converted import edit_manifest, edit_tensor
+from tests.odd_sources import ODD_SOURCES
 
 LLAMA: dict[str, object] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 _Q, _K, _V, _O = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo")
@@ -143,6 +144,7 @@ THINGS: dict[str, Callable[[Path], object]] = {
     "recipe-unmatched.toml": _text('[[rules]]\nmatch = "decoder.*"\nformat = "keep"'),
     "recipe-splits.toml": _text('[[rules]]\nmatch = "*.q_proj"\nformat = "fp8"'),
     "prompts.txt": _text("a cat\n"),
+    **ODD_SOURCES,
 }
 
 

@@ -281,7 +281,94 @@ RUNNING = [
     ),
 ]
 
-TABLE = [*COMMAND_LINE, *EFFECTS, *RULES, *SOURCE, *OUTPUT, *RESULTS, *RUNNING]
+ODD_SOURCES = [
+    Mistake(
+        "convert-ckpt lora OUT --format mxfp4",
+        1,
+        "it is a LoRA, which changes the weights of a model and is none. Merge it first: pipeline.load_lora",
+    ),
+    Mistake("convert-ckpt lora-kohya OUT --format mxfp4", 1, "it is a LoRA, which"),
+    Mistake("convert-ckpt lora-lokr OUT --format mxfp4", 1, "it is a LoRA, which"),
+    Mistake(
+        "convert-ckpt lora-peft OUT --format mxfp4",
+        1,
+        "it is a LoRA of peft, which changes the weights of a model and is none. Merge it first: PeftModel.",
+    ),
+    Mistake(
+        "convert-ckpt vae OUT --format mxfp4",
+        1,
+        "it is a VAE. It stays as it is, as no format here stores convolutions. Convert the transformer beside it.",
+    ),
+    Mistake("convert-ckpt vae-file OUT --format mxfp4", 1, "it is a VAE."),
+    Mistake("convert-ckpt vae-wan OUT --format mxfp4", 1, "it is a VAE."),
+    Mistake(
+        "convert-ckpt unet OUT --format mxfp4",
+        1,
+        "it is a UNet. It stays as it is, as no format here stores convolutions. Give a model with a diffusion",
+    ),
+    Mistake("convert-ckpt unet-file OUT --format mxfp4", 1, "it is a UNet."),
+    Mistake(
+        "convert-ckpt controlnet OUT --format mxfp4",
+        1,
+        "it is a ControlNet. It runs as it is beside a converted transformer",
+    ),
+    Mistake("convert-ckpt controlnet-file OUT --format mxfp4", 1, "it is a ControlNet."),
+    Mistake(
+        "convert-ckpt sd15 OUT --format mxfp4",
+        1,
+        "it is a Stable Diffusion 1, 2 or XL file, with UNet, VAE and text encoder in one. UNets are not converted",
+    ),
+    Mistake(
+        "convert-ckpt sd3 OUT --format mxfp4",
+        1,
+        "diffusers.SD3Transformer2DModel.from_single_file(FILE).save_pretrained(DIR), and convert DIR.",
+    ),
+    Mistake(
+        "convert-ckpt vace OUT --format mxfp4",
+        1,
+        "vace_blocks.0.x.weight: no tensors of WanTransformer3DModel, which the others are.",
+    ),
+    Mistake(
+        "convert-ckpt pointer OUT --format mxfp4",
+        1,
+        "model.safetensors: a git-lfs pointer, not the file itself. Fetch the file: run git lfs pull",
+    ),
+    Mistake(
+        "convert-ckpt gguf OUT --format mxfp4",
+        1,
+        "flux-Q4_K.gguf: GGUF, whose weights are quantized already. Give the model's safetensors files",
+    ),
+    Mistake("convert-ckpt gguf-renamed OUT --format mxfp4", 1, "model.safetensors: GGUF,"),
+    Mistake(
+        "convert-ckpt pickle OUT --format mxfp4",
+        1,
+        "model.ckpt: a pickle (torch.save), which can run code and is not read here. In its folder run: python -c",
+    ),
+    Mistake("convert-ckpt pickle/model.ckpt OUT --format mxfp4", 1, "model.ckpt: a pickle (torch.save),"),
+    Mistake("convert-ckpt pickle-renamed OUT --format mxfp4", 1, "model.safetensors: a pickle (torch.save),"),
+    Mistake("convert-ckpt pytorch-bin OUT --format mxfp4", 1, "pytorch_model.bin: a pickle (torch.save),"),
+    Mistake("convert-ckpt onnx OUT --format mxfp4", 1, "model.onnx: an ONNX model. Give the model's safetensors files"),
+    Mistake(
+        "convert-ckpt pipeline-unet OUT --format mxfp4",
+        1,
+        "a pipeline (StableDiffusionPipeline) without a transformer; it holds text_encoder, unet, vae.",
+    ),
+    Mistake(
+        "convert-ckpt unknown-class OUT --format mxfp4",
+        2,
+        "no preset knows SomeTransformer, so nothing says which layers its runtime takes quantized. Add --preset",
+    ),
+    Mistake(
+        "convert-ckpt no-config OUT --format mxfp4",
+        2,
+        "no config.json says what class it is, so nothing says which layers",
+    ),
+    Mistake("run-ckpt inspect gguf/flux-Q4_K.gguf", 1, "flux-Q4_K.gguf: GGUF, whose weights are quantized already."),
+    Mistake("convert-ckpt pipelin OUT --format fp8", 1, "pipelin: no such file or folder (did you mean pipeline?)."),
+    Mistake("run-ckpt verify s3://bucket/x", 2, "s3://bucket/x: only convert-ckpt reads other stores than the Hub."),
+]
+
+TABLE = [*ODD_SOURCES, *COMMAND_LINE, *EFFECTS, *RULES, *SOURCE, *OUTPUT, *RESULTS, *RUNNING]
 
 
 @pytest.fixture(scope="module", autouse=True)
