@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from convert_ckpt import api
 from run_ckpt import load_quantized
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.loading.linear import QuantizedLinear
@@ -19,9 +20,12 @@ from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all
-from tests.hub_fixtures import convert_remote
+from tests.converted import make_linear
+from tests.hub_fixtures import convert_remote, hub
+from tests.hub_server import HubServer, read_files
 from tests.pipelines import make_pipeline
 
+__all__ = ["hub"]
 _TEXT: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 256,
@@ -122,8 +126,9 @@ def test_text_encoders_are_converted_where_they_are_named(pipeline: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("own_tables")
-def test_a_pipeline_is_assembled_of_transformer_and_text_encoders_and_loads_as_it_is(
-    pipeline: Path, tmp_path: Path
+@pytest.mark.parametrize("by", ["assemble", "--whole-pipeline"])
+def test_a_pipeline_of_converted_transformer_and_text_encoders_loads_as_it_is(
+    pipeline: Path, tmp_path: Path, by: str
 ) -> None:
     from diffusers import DiffusionPipeline
 
@@ -132,10 +137,32 @@ def test_a_pipeline_is_assembled_of_transformer_and_text_encoders_and_loads_as_i
 
     run_ckpt.integrations.diffusers.register()
     run_ckpt.integrations.transformers.register()
-    convert_remote(str(pipeline), tmp_path / "out", format="fp8", components=("transformer", "text_encoder*"))
-    assemble(tmp_path / "out", tmp_path / "whole", str(pipeline))
+    named = ("transformer", "text_encoder*")
+    if by == "assemble":
+        convert_remote(str(pipeline), tmp_path / "out", format="fp8", components=named)
+        assemble(tmp_path / "out", tmp_path / "whole", str(pipeline))
+    else:
+        for _ in range(2):  # the second time nothing is left to do
+            api.convert(pipeline, tmp_path / "whole", format="fp8", component=named, whole_pipeline=True)
+        assert all(report.faults == () for report in verify_output(tmp_path / "whole", pipeline, Silent()))
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "whole", torch_dtype=torch.bfloat16)
     for name in ("transformer", "text_encoder", "text_encoder_2"):
         assert any(isinstance(module, QuantizedLinear) for module in getattr(loaded, name).modules())
     image = loaded("a cat", height=32, width=32, num_inference_steps=1, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
+
+
+def test_a_whole_pipeline_is_asked_of_a_pipeline_only(tmp_path: Path) -> None:
+    source = make_linear(tmp_path / "in", 256, 256)
+    with pytest.raises(UsageError, match=r"in: no model_index\.json, so it is no pipeline"):
+        api.convert(source, tmp_path / "out", format="fp8", whole_pipeline=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rest_of_a_pipeline_on_the_hub_is_linked_from_its_cache(
+    hub: HubServer, pipeline: Path, tmp_path: Path
+) -> None:
+    hub.add_repo("me/pipeline", read_files(pipeline))
+    api.convert("me/pipeline", tmp_path / "out", format="fp8", whole_pipeline=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in pipeline.iterdir()}
+    assert (tmp_path / "out" / "vae").resolve().is_relative_to(tmp_path / "hub-cache")

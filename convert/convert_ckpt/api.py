@@ -1,7 +1,7 @@
 """The command's options as Python arguments: ``convert`` and ``plan_conversion``."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,9 @@ from convert_ckpt.run_summary import RunSummary
 from convert_ckpt.source.opened import Selection
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.progress import Progress, Silent
-from run_ckpt.storage.reference import parse_reference
+from run_ckpt.storage.components import find_components
+from run_ckpt.storage.pipelines import link_rest, pipeline_folder
+from run_ckpt.storage.reference import Reference, parse_reference
 from run_ckpt.storage.units import parse_nbytes
 
 
@@ -45,6 +47,7 @@ def convert(
     swap_weight_nibbles: bool = False,
     component: str | Sequence[str] = (),
     keep_source: bool = False,
+    whole_pipeline: bool = False,
     restart: bool = False,
     workers: int | None = None,
     max_memory: int | str | None = None,
@@ -73,6 +76,7 @@ def convert(
     format to swap_weight_nibbles decide the bytes: the fields of Options say what each does.
     component: transformers of a pipeline to convert, by name or pattern. Default: all of them.
     keep_source: keep what is fetched, in the Hub's own cache. Default: a shard is removed once it is converted.
+    whole_pipeline: link all else of a pipeline into ``output``, so that it loads whole; of the Hub, from its cache.
     restart: throw away what a stopped run left in OUTPUT.partial.
     workers: threads. Default: one more than there are cores, at most 8.
     max_memory: bytes, or a size such as "8GB", that layers may take together whose codes are chosen by statistics.
@@ -137,6 +141,10 @@ def convert(
     )
     place = {"revision": revision, "private": private, "commit_message": commit_message, "overwrite": overwrite}
     place["tool_url"] = tool_url
+    if whole_pipeline:
+        if push_to_hub or part or finalize:
+            raise UsageError("--whole-pipeline is for a run of its own: leave out --push-to-hub, --part, --finalize.")
+        run = partial(_with_rest, run, parse_reference(os.fspath(source)), _output(output), _strings(component))
     if push_to_hub is None:
         _refuse_unused({"push_at_end": push_at_end, "base_model": base_model, **place})
         return run()
@@ -144,6 +152,16 @@ def convert(
 
     place["repo_id"] = push_to_hub
     return convert_and_push(run, _output(output), place, base_model=base_model, at_end=push_at_end, progress=progress)
+
+
+def _with_rest(
+    run: Callable[[], RunSummary], reference: Reference, output: Path, components: tuple[str, ...]
+) -> RunSummary:
+    """Run, then link the rest of the pipeline, which is looked for first."""
+    base = pipeline_folder(reference, components or ("transformer*",))
+    summary = run()
+    link_rest(base, output, find_components(output))
+    return summary
 
 
 def plan_conversion(

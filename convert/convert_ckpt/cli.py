@@ -103,6 +103,7 @@ class _NewFolder(click.Path):
     metavar="NAME",
     help="Take this transformer* or text_encoder* of a pipeline. Repeatable.",
 )
+@click.option("--whole-pipeline", is_flag=True, help="Link all else of a pipeline into OUTPUT: it loads whole.")
 @click.option("--keep-source", is_flag=True, help="Keep what is fetched, in the Hub's own cache.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--restart", is_flag=True, help="Throw away what a stopped run left in OUTPUT.partial.")

@@ -1,0 +1,44 @@
+"""What a pipeline has besides its converted components: found here or on the Hub, and linked beside them."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX
+from run_ckpt.storage.components import PIPELINE_INDEX_NAME
+from run_ckpt.storage.hub_client import CLIENT, hub_errors
+from run_ckpt.storage.reference import HubRef, Reference
+
+
+def pipeline_folder(base: Reference, components: Collection[str]) -> Path:
+    """Return the folder of a pipeline; of one on the Hub all but ``components`` (patterns) is fetched into its cache.
+
+    Raises UsageError where it is no pipeline in diffusers' layout, and FetchError.
+    """
+    folder = base if isinstance(base, Path) else None
+    if isinstance(base, HubRef) and not base.folder:
+        folder = _fetch(base, components)
+    if folder is None or not (folder / PIPELINE_INDEX_NAME).is_file():
+        raise UsageError(f"{base}: no {PIPELINE_INDEX_NAME}, so it is no pipeline in diffusers' layout.")
+    return folder
+
+
+def link_rest(source: Path, folder: Path, components: Collection[str]) -> None:
+    """Link all of the pipeline ``source`` into ``folder``, but ``components``, hidden files and single weight files.
+
+    What is there stays. The index, by which a pipeline is known, comes last.
+    """
+    entries = sorted(source.iterdir(), key=lambda entry: (entry.name == PIPELINE_INDEX_NAME, entry.name))
+    for entry in entries:
+        is_weight = entry.is_file() and entry.name.endswith((SUFFIX, INDEX_SUFFIX))
+        target = folder / entry.name
+        if not (entry.name in components or entry.name.startswith(".") or is_weight or target.is_symlink()):
+            target.symlink_to(entry.resolve())
+
+
+def _fetch(repo: HubRef, components: Collection[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    ignored = [f"{name}/*" for name in components]
+    with hub_errors(repo.repo_id, revision=repo.revision):
+        return Path(snapshot_download(repo.repo_id, revision=repo.revision, ignore_patterns=ignored, **CLIENT))
