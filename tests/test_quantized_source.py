@@ -14,6 +14,9 @@ from run_ckpt.storage.components import open_checkpoint
 from run_ckpt.storage.foreign import open_foreign
 from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.rows import decode_rows, read_codes
+from run_ckpt.tools.publish.card import make_card
+from run_ckpt.tools.publish.rows import read_result
+from run_ckpt.tools.summary import inspect_component
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, folder_bytes, load_all, save_checkpoint
@@ -144,6 +147,10 @@ def test_the_manifest_and_the_config_say_what_the_source_was(tmp_path: Path) -> 
     convert(source, tmp_path / "out", format="mxfp4")
     manifest = read_manifest(tmp_path / "out")
     assert manifest.source["quantized"] == {"by": "modelopt", "weights": {"nvfp4 requantized": len(MODULES)}}
+    assert manifest.source_quantization == "quantized already by modelopt; its weights: 4 nvfp4 requantized"
+    assert inspect_component("", tmp_path / "out", every_layer=False).summary.source_quantization is not None
+    card = make_card(read_result(tmp_path / "out"), "me/model")
+    assert "The source was quantized already by modelopt; its weights: 4 nvfp4 requantized." in card
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
     assert manifest.source["files"].keys() == {path.name for path in source.glob("*.safetensors")}
 

@@ -121,6 +121,7 @@ def _summary_table(summary: CheckpointSummary) -> Table:
     saved = summary.source_nbytes / max(1, summary.output_nbytes)
     rows = {
         "source": source,
+        **({"it was": summary.source_quantization} if summary.source_quantization else {}),
         "made by": summary.tool,
         "format": f"{summary.format}, layout {summary.layout}, for {summary.target_arch} GPUs",
         "dialect": summary.dialect,

@@ -146,6 +146,15 @@ class Manifest:
         """The target that was asked for, None where the usual ones are meant."""
         return self.recipe.get("target")
 
+    @property
+    def source_quantization(self) -> str | None:
+        """What became of the weights of a source that was quantized already, None where it was not."""
+        found = self.source.get("quantized")
+        if not isinstance(found, dict) or not isinstance(weights := found.get("weights"), dict):
+            return None
+        counts = ", ".join(f"{count} {became}" for became, count in weights.items())
+        return f"quantized already by {found.get('by')}; its weights: {counts}"
+
     def specs(self) -> dict[str, TensorSpec]:
         """Return name -> spec of every tensor of the checkpoint."""
         specs = {kept.spec.name: kept.spec for kept in self.kept.values()}

@@ -38,6 +38,7 @@ class CheckpointSummary:
     worst_sqnr_db: float | None
     worst_layer: str | None
     targets: dict[str, str | None]
+    source_quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def summarize(name: str, manifest: Manifest) -> CheckpointSummary:
         worst_sqnr_db=measured[worst] if worst else None,
         worst_layer=worst,
         targets=manifest.targets,
+        source_quantization=manifest.source_quantization,
     )
 
 

@@ -113,10 +113,12 @@ def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> I
         if budget
         else ""
     )
+    before = components[0].manifest.source_quantization
+    others = f"The source was {_prose(before)}. All" if before else "All"
     yield (
         f"The {_code(recipe.get('class_name'))} of {name}{at} with its linear layers in {format_name(components)}."
-        f" {layers} layers were quantized offline by {_prose(components[0].summary.tool)}; all other tensors are bit"
-        f" for bit those of the source{_folded(components)}.{chosen} {rounding}{_calibrated_with(recipe)}"
+        f" {layers} layers were quantized offline by {_prose(components[0].summary.tool)}. {others} other tensors are"
+        f" bit for bit those of the source{_folded(components)}.{chosen} {rounding}{_calibrated_with(recipe)}"
     )
     rows = [
         (
