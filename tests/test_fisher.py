@@ -13,6 +13,7 @@ from run_ckpt.contract.codec import dequantize, quantize
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.formats import PLAIN_MXFP4
 from run_ckpt.storage.layer_statistics import InputStatistics, fisher_name, read_statistics, rounding_name
+from tests.models import MODELS, ModelCase
 from tests.test_calibrate import calibrate, make_pipeline
 from tests.test_statistics import make_block, record, rewrite
 
@@ -159,6 +160,17 @@ def test_a_model_without_gradients_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="Rounded: no gradient comes back"):
         record_fisher(Rounded(), tmp_path / "stats")
     assert not (tmp_path / "stats").exists()
+
+
+@pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
+def test_every_class_of_ours_gives_it(case: ModelCase, tmp_path: Path) -> None:
+    model = case.build()
+    with torch.no_grad(), record_statistics(model, tmp_path, hessian="none", fisher=True) as recorder:
+        for _ in range(2):
+            recorder.next_sample()
+            model(**case.inputs(), return_dict=False)
+    fisher = fisher_of(tmp_path)
+    assert sum(values.any() for values in fisher.values()) > len(fisher) / 2
 
 
 def test_a_folder_without_it_is_not_added_to(tmp_path: Path) -> None:

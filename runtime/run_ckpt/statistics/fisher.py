@@ -102,9 +102,12 @@ def _copy(value: Any) -> Any:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors that a model returns: one, or those of a tuple or record."""
-    items = [output] if isinstance(output, Tensor) else output.values() if isinstance(output, Mapping) else output
-    yield from (item for item in items if isinstance(item, Tensor) and item.is_floating_point())
+    """Yield the floating-point tensors that a model returns: one, or those of tuples, lists (Z-Image) and records."""
+    if isinstance(output, Tensor):
+        yield from (output,) if output.is_floating_point() else ()
+    elif isinstance(output, (tuple, list, Mapping)):
+        for item in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(item)
 
 
 def _signs(tensor: Tensor, generator: torch.Generator) -> Tensor:
