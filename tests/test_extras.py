@@ -21,6 +21,8 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 # They come with a machine's own set-up, and a backend that lacks one says so.
 GPU_PACKAGES = {"aiter", "petit_kernel", "triton"}
+# Servers: they load our plug-ins, in their own environment.
+SERVERS = {"sglang", "vllm", "vllm_omni"}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -51,7 +53,7 @@ def test_the_extra_that_is_named_brings_the_package(package: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_import_is_declared_or_has_an_extra(module: str) -> None:
-    declared = names(PROJECT["dependencies"]) | {*EXTRAS} | GPU_PACKAGES | {"convert_ckpt", "run_ckpt", "sglang"}
+    declared = names(PROJECT["dependencies"]) | {*EXTRAS} | GPU_PACKAGES | SERVERS | {"convert_ckpt", "run_ckpt"}
     used = packages(module) - sys.stdlib_module_names - {"tomllib"}
     assert {DISTRIBUTIONS.get(name, name) for name in used - {*EXTRAS}} <= declared
 
