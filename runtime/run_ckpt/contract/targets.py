@@ -77,7 +77,7 @@ class Target:
             return f"{self.title} does not read the {dialect} dialect of a {class_name}"
         readings = [reading for reading in readings if reading.says(schemes)]
         if not readings:
-            return f"{self.title} does not read {' and '.join(map(str, schemes))} in the {dialect} dialect"
+            return f"{self.title} was not seen to read {' and '.join(map(str, schemes))} in the {dialect} dialect"
         return readings[0]
 
 
@@ -191,7 +191,7 @@ _TARGETS = (
         (
             Reading("vllm", "transformers", ("quark",), (PLAIN_MXFP4,)),
             Reading("vllm", "transformers", ("compressed-tensors",), (TENSOR_FP8,), no_experts=_NO_EXPERTS),
-            Reading("vllm", "transformers", ("compressed-tensors",), (PLAIN_MXFP4, CHANNEL_FP8, PLAIN_NVFP4)),
+            Reading("vllm", "transformers", ("compressed-tensors",), (PLAIN_MXFP4, CHANNEL_FP8)),
             Reading("vllm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
             Reading("vllm", "transformers", ("fp8", "modelopt", "quark"), (TENSOR_FP8, BLOCK_FP8)),
         ),
