@@ -179,3 +179,16 @@ def test_too_many_open_files_are_an_error_with_a_remedy(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("Raise the limit of open files (ulimit -n).")
     assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("name", ["not utf-8 \udcff", "no\u00a0break", "two\nlines", "\U0001f469\u200d\U0001f680"])
+def test_a_source_of_any_name_and_any_card_is_converted_and_read_again(tmp_path: Path, name: str) -> None:
+    source = save_checkpoint(tmp_path / name, [{"blocks.0.a.weight": random_weight(256, 256)}], {"_class_name": "A"})
+    (source / "README.md").write_text(
+        "---\nlicense: other\ntags: ['\U0001f469\u200d\U0001f680', 'no\u00a0break']\n---\n"
+    )
+    (tmp_path / f"{name}.toml").write_text('[[rules]]\nmatch = "*"\nformat = "fp8"\nreason = "no\u00a0break"\n')
+    convert(source, tmp_path / "out", format="fp8", recipe=tmp_path / f"{name}.toml", preset="generic")
+    (component,) = read_result(tmp_path / "out")
+    assert component.manifest.source["name"] == shown(name)
+    make_card([component], "me/model").encode()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.dialects.table import DIALECTS
+from run_ckpt.contract.display import shown
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, SCALE_RULES, Scheme
 from run_ckpt.contract.layouts import LAYOUTS
@@ -153,7 +154,7 @@ class Options:
         values["scale_rule"] = self.scale_rule or SCALE_RULES[0]
         values["ignore"] = list(self.ignore)
         for name in ("recipe", "calibration", "sensitivities"):
-            values[name] = values[name] and values[name].name
+            values[name] = values[name] and shown(values[name].name)
         return values
 
 

@@ -174,7 +174,7 @@ def convert_checkpoint(
             if listener:
                 listener.stop()
             for planned in plans:
-                check_structure(staging.result / planned.name, manifests[planned.name])
+                check_structure(staging.result / planned.name)
             staging.publish()
     return summarize(plans, n_files_resumed=n_resumed, manifests=manifests)
 

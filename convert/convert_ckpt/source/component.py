@@ -11,6 +11,7 @@ from convert_ckpt.source.original import Translation, translate
 from convert_ckpt.source.quantized import EncodedWeight, Quantization, read_quantization
 from convert_ckpt.source.signatures import find_refusal
 from convert_ckpt.source.source_card import read_source_card
+from run_ckpt.contract.display import shown
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.storage.files import leads_outside
@@ -151,4 +152,4 @@ def _identify(path: Path) -> tuple[str, str | None]:
     match = _HUB_CACHE.search(absolute.as_posix())
     if match:
         return f"{match['org']}/{match['name']}{match['rest']}", match["revision"]
-    return absolute.name, None
+    return shown(absolute.name), None

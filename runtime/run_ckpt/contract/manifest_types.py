@@ -15,7 +15,7 @@ def _text(value: Any) -> bool:
 
 
 def _sentence(value: Any) -> bool:
-    """A recipe's own words; cleaned where they are shown."""
+    """Words of a recipe or of the source's card; cleaned where they are shown."""
     return isinstance(value, str)
 
 
@@ -40,7 +40,7 @@ def _flag(value: Any) -> bool:
 
 
 def _fact(value: Any) -> bool:
-    return _text(value) or (isinstance(value, list) and all(map(_text, value)))
+    return _sentence(value) or (isinstance(value, list) and all(map(_sentence, value)))
 
 
 def _dtype(value: Any) -> bool:

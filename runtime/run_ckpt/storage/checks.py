@@ -8,22 +8,23 @@ from run_ckpt.contract.dialects.table import header_metadata, quantization_confi
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, HEATMAP_NAME, INDEX_SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Manifest
-from run_ckpt.contract.manifest_checks import manifest_faults, spec_faults
+from run_ckpt.contract.manifest_checks import spec_faults
 from run_ckpt.storage.files import MAX_INDEX_NBYTES
 from run_ckpt.storage.header import build_header
 from run_ckpt.storage.json_files import make_index, read_json_object
+from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.shards import TensorFolder, read_folder
 
 _REFETCH = "Fetch it again, or convert again."
 
 
-def check_structure(path: Path, manifest: Manifest) -> None:
-    """Raise FaultsError with all that contradicts the rest in the component ``path`` and its manifest.
+def check_structure(path: Path) -> None:
+    """Raise ManifestError, or FaultsError with all that contradicts the rest in the converted component ``path``.
 
     This is what run-ckpt verify finds without reading a tensor or hashing a file.
     """
-    folder = read_folder(path)
-    faults = [*manifest_faults(manifest), *unlisted_faults(path, manifest), *config_faults(path, manifest)]
+    manifest, folder = read_checked_manifest(path), read_folder(path)
+    faults = [*unlisted_faults(path, manifest), *config_faults(path, manifest)]
     faults += [*header_faults(manifest, folder), *index_faults(manifest, folder)]
     if faults:
         raise FaultsError(f"{path}: not the checkpoint that its manifest describes", faults)

@@ -21,7 +21,6 @@ from run_ckpt.storage.foreign import ABOUT_QUANTIZATION
 from run_ckpt.storage.hashing import describe_bytes
 from run_ckpt.storage.header import Header, build_header
 from run_ckpt.storage.json_files import config_text, index_text, make_index
-from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.partial import PartialFolder
 from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard, read_folder
@@ -102,7 +101,7 @@ def _write_component(checkpoint: Checkpoint, folder: Folder, steps: Rewrite, pro
         files[name] = describe_bytes(data)
     if steps.manifest:
         folder.write(MANIFEST_NAME, steps.manifest(files).encode())
-        check_structure(folder.path, read_checked_manifest(folder.path))
+        check_structure(folder.path)
     else:
         read_folder(folder.path)
 
