@@ -26,7 +26,11 @@ from run_ckpt.tools.rewrite.dequantize import dequantize
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, load_all, save_checkpoint
 from tests.converted import edit_manifest, edit_tensor, reseal
+from tests.hub_fixtures import assert_same_but_for_the_source, convert_remote, hub
+from tests.hub_server import HubServer, read_files
 from tests.models import MODELS, ModelCase, run, save
+
+__all__ = ["hub"]
 
 # Case -> how many folds it has: blocks times those of each.
 FOLDED = {
@@ -258,6 +262,23 @@ def test_any_number_of_workers_writes_the_same_files(
         convert(source.folder, tmp_path / name, workers, **options)
     for path in (tmp_path / "two").iterdir():
         assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_repo_of_the_hub_is_folded_alike_and_told_from_one_with_other_weights(
+    hub: HubServer, sources: Callable[[str], Source], tmp_path: Path
+) -> None:
+    source = sources("llama")
+    options = {"format": "mxfp4", "calibration": source.stats, "fold": True}
+    hub.add_repo("me/llama", read_files(source.folder))
+    convert_remote("me/llama", tmp_path / "out", **options)
+    convert(source.folder, tmp_path / "local", **options)
+    assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
+    other = {name: tensor + 1 for name, tensor in load_all(source.folder).items()}
+    save_checkpoint(tmp_path / "other", [other], json.loads((source.folder / "config.json").read_text()))
+    hub.add_repo("me/other", read_files(tmp_path / "other"))
+    with pytest.raises(CheckpointError, match="other weights"):
+        convert_remote("me/other", tmp_path / "refused", **options)
+    assert not (tmp_path / "refused").exists()
 
 
 # Faults
