@@ -1,7 +1,6 @@
 """A folder that fsspec opens as SOURCE: the same bytes, from memory and from a real S3 server on loopback (moto's)."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -15,33 +14,6 @@ from tests.hub_fixtures import assert_same_but_for_the_source, convert_remote, m
 @pytest.fixture
 def llm(tmp_path: Path) -> Path:
     return make_llm(tmp_path / "llm", n_shards=3)
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
-    """The S3 server, with its address and credentials where botocore looks for them."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "stand-in")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stand-in")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr("convert_ckpt.source.store._FIRST_WAIT_SECONDS", 0.005)
-    monkeypatch.setattr("convert_ckpt.source.store._TRIES", 2)
-    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
-    filesystem.mkdir("bucket")
-    yield filesystem
-    filesystem.rm("bucket", recursive=True)
-    fsspec.filesystem("s3").clear_instance_cache()
 
 
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])

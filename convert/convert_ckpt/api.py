@@ -17,7 +17,7 @@ from run_ckpt.contract.errors import UsageError
 from run_ckpt.progress import Progress, Silent
 from run_ckpt.storage.components import find_components
 from run_ckpt.storage.pipelines import link_rest, pipeline_folder
-from run_ckpt.storage.reference import Reference, parse_reference
+from run_ckpt.storage.reference import Reference, UrlRef, parse_reference
 from run_ckpt.storage.units import parse_nbytes
 
 
@@ -68,7 +68,8 @@ def convert(
 ) -> RunSummary:
     """Convert the checkpoint ``source``, write it to the folder ``output``, and return what was done.
 
-    ``output`` appears complete or not at all. A call that was stopped is continued by the same call.
+    ``output`` appears complete or not at all. A call that was stopped is continued by the same call. It may be a URL
+    that fsspec opens: then it is built in the folder NAME.upload of the current one, and uploaded, the manifest last.
 
     source: a folder with config.json and safetensors shards, a pipeline folder, one .safetensors file,
     owner/name[@revision] on the Hugging Face Hub, or a URL that fsspec opens. It is only read.
@@ -129,8 +130,7 @@ def convert(
     run = partial(
         convert_checkpoint,
         parse_reference(os.fspath(source)),
-        _output(output),
-        options,
+        options=options,
         n_workers=_count_workers(workers),
         max_memory=parse_nbytes(max_memory) if isinstance(max_memory, str) else max_memory,
         restart=restart,
@@ -144,22 +144,33 @@ def convert(
     if whole_pipeline:
         if push_to_hub or part or finalize:
             raise UsageError("--whole-pipeline is for a run of its own: leave out --push-to-hub, --part, --finalize.")
-        run = partial(_with_rest, run, parse_reference(os.fspath(source)), _output(output), _strings(component))
+        if url := _url(output):
+            raise UsageError(f"--whole-pipeline: needs a folder here as OUTPUT, not {url}.")
+        run = partial(_with_rest, run, parse_reference(os.fspath(source)), _strings(component))
     if push_to_hub is None:
         _refuse_unused({"push_at_end": push_at_end, "base_model": base_model, **place})
-        return run()
+        if url := _url(output):
+            from convert_ckpt.upload import convert_and_upload
+
+            if part or finalize:
+                raise UsageError("--part, --finalize: need a folder as OUTPUT that all machines share.")
+            return convert_and_upload(run, url, progress)
+        return run(output=_output(output))
+    if url := _url(output):
+        raise UsageError(f"--push-to-hub: needs a folder here as OUTPUT, not {url}.")
     from convert_ckpt.push import convert_and_push
 
     place["repo_id"] = push_to_hub
+    run = partial(run, output=_output(output))
     return convert_and_push(run, _output(output), place, base_model=base_model, at_end=push_at_end, progress=progress)
 
 
 def _with_rest(
-    run: Callable[[], RunSummary], reference: Reference, output: Path, components: tuple[str, ...]
+    run: Callable[..., RunSummary], reference: Reference, components: tuple[str, ...], *, output: Path
 ) -> RunSummary:
     """Run, then link the rest of the pipeline, which is looked for first."""
     base = pipeline_folder(reference, components or ("transformer*",))
-    summary = run()
+    summary = run(output=output)
     link_rest(base, output, find_components(output))
     return summary
 
@@ -181,7 +192,7 @@ def plan_conversion(
     """
     return preview_checkpoint(
         parse_reference(os.fspath(source)),
-        None if output is None else _output(output),
+        None if output is None or _url(output) else _output(output),
         options,
         n_workers=_count_workers(None),
         selection=Selection(_strings(component), keep_source),
@@ -193,6 +204,14 @@ def _output(output: str | PathLike[str]) -> Path:
     if not os.fspath(output):
         raise UsageError("OUTPUT is empty. Give a folder; . is the current one.")
     return Path(output)
+
+
+def _url(output: str | PathLike[str]) -> UrlRef | None:
+    """Return OUTPUT as a URL of an object store, None for a folder here."""
+    scheme, separator, _ = os.fspath(output).partition("://")
+    if scheme == "hf":
+        raise UsageError(f"{output}: give a folder, and the repo with --push-to-hub OWNER/NAME.")
+    return UrlRef(os.fspath(output)) if separator else None
 
 
 def _path(path: str | PathLike[str] | None) -> Path | None:

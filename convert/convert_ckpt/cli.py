@@ -46,12 +46,12 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "sh
 
 
 class _NewFolder(click.Path):
-    """A path that "" is none of."""
+    """A path that "" is none of; a URL stays text."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("it is empty. Give a folder; . is the current one.", param, ctx)
-        return super().convert(value, param, ctx)
+        return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
 @click.command(epilog=_EPILOG, context_settings=_CONTEXT)
@@ -137,6 +137,8 @@ def cli(**arguments: Any) -> None:
     SOURCE may lie elsewhere: owner/name[@revision] or hf://owner/name[@revision][/folder] on the Hugging
     Face Hub, s3://, gs://, az:// and whatever else fsspec opens. It is fetched shard by shard while it is
     converted, and takes the disk of OUTPUT and two shards. For a gated repo log in with hf auth login.
+
+    OUTPUT may be s3://, gs:// or az:// too: it is built in NAME.upload here and uploaded, its manifest last.
     """
     dry_run, quiet, as_json = (arguments.pop(name) for name in ("dry_run", "quiet", "as_json"))
     if dry_run:

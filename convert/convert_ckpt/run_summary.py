@@ -67,6 +67,8 @@ class RunSummary:
             )
         if len(self.n_layers) > 1:
             lines.append(f"Formats are mixed; right for: {', '.join(self.targets)}")
+        if "://" in self.output:
+            return "\n".join([*lines, f"It is in {self.output}."])
         check = shlex.join(["run-ckpt", "verify", self.output, "--source", self.source])
         return "\n".join([*lines, f"It is in {self.output}. Check it:", f"  {check}"])
 

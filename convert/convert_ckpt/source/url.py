@@ -23,8 +23,8 @@ _VERSION_KEYS = (
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
 
 
-def open_url(url: str, retry: Retry) -> "UrlStore":
-    """Return the folder (or file) at ``url`` as it is now. Raises UsageError or FetchError."""
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """Return the file system of fsspec that opens ``url``, and the path there. Raises UsageError."""
     import fsspec
 
     scheme = url.partition("://")[0]
@@ -37,7 +37,12 @@ def open_url(url: str, retry: Retry) -> "UrlStore":
         raise UsageError(
             f"{scheme}://: {first_line(error)}. Give a folder, owner/name of the Hub, s3://, gs:// or az://."
         ) from error
-    path = path.rstrip("/")
+    return filesystem, path.rstrip("/")
+
+
+def open_url(url: str, retry: Retry) -> "UrlStore":
+    """Return the folder (or file) at ``url`` as it is now. Raises UsageError or FetchError."""
+    filesystem, path = open_filesystem(url)
 
     def list_files() -> tuple[dict[str, RemoteFile], bool]:
         with _plain_errors(url):
@@ -47,7 +52,7 @@ def open_url(url: str, retry: Retry) -> "UrlStore":
     folder, _, name = path.rpartition("/")
     if is_file:
         return UrlStore(filesystem, folder, path, name, files, root=name)
-    return UrlStore(filesystem, path, path, name or scheme, files)
+    return UrlStore(filesystem, path, path, name or url.partition("://")[0], files)
 
 
 @dataclass(frozen=True)
