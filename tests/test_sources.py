@@ -1,4 +1,4 @@
-"""Ways out that the table of mistakes names, gone: a preset for an unknown class, and pickles made safetensors."""
+"""The ways out that the table of mistakes names: a preset for an unknown class, and pickles made safetensors."""
 
 import json
 import re
