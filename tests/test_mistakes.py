@@ -109,6 +109,10 @@ EFFECTS = [
     Mistake("convert-ckpt good OUT --format mxfp8 --scale-rule mse", 2, "mxfp8 knows roundup, floor. Choose one of"),
 ]
 
+SHARDS = [
+    Mistake("convert-ckpt good OUT --format fp8 --shard-size big", 2, "'big' is no size. Write 4GB, say."),
+]
+
 RULES = [
     Mistake(
         "convert-ckpt good OUT --format fp8 --ignore 'decoder.*'", 2, "decoder.*: matches no linear layer of good."
@@ -368,7 +372,7 @@ ODD_SOURCES = [
     Mistake("run-ckpt verify s3://bucket/x", 2, "s3://bucket/x: only convert-ckpt reads other stores than the Hub."),
 ]
 
-TABLE = [*ODD_SOURCES, *COMMAND_LINE, *EFFECTS, *RULES, *SOURCE, *OUTPUT, *RESULTS, *RUNNING]
+TABLE = [*ODD_SOURCES, *COMMAND_LINE, *EFFECTS, *SHARDS, *RULES, *SOURCE, *OUTPUT, *RESULTS, *RUNNING]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -96,6 +96,7 @@ class _NewFolder(click.Path):
 @click.option("--keep-first", type=click.IntRange(0), default=Options.keep_first, help="Blocks at the start to keep.")
 @click.option("--keep-last", type=click.IntRange(0), default=Options.keep_last, help="Blocks at the end to keep.")
 @click.option("--allow-unaligned-k", is_flag=True, help="Take K that are multiples of 64 but not of 256.")
+@click.option("--shard-size", metavar="SIZE", help="Most bytes in a file, such as 5GB.  [default: as SOURCE]")
 @click.option("--swap-weight-nibbles", is_flag=True, help="NVFP4: let SGLang swap the codes of a byte at load.")
 @click.option(
     "--component",

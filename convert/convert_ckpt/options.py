@@ -90,6 +90,11 @@ class Options:
     keep_last: int = 0
     """The same at the end of each stack."""
 
+    shard_size: int | str | None = None
+    """Bytes, or a size such as "5GB", of the tensors in an output file at most; what belongs to a layer stays together.
+
+    None: a file for each of the source."""
+
     def __post_init__(self) -> None:
         _check_choice("--format", self.format, FORMATS)
         _check_choice("--target", self.target, (None, *TARGETS))
@@ -99,6 +104,8 @@ class Options:
         _check_choice("--dialect", self.dialect, (None, *DIALECTS))
         _check_choice("--method", self.method, (None, *METHODS))
         self._check_budget()
+        if self.max_shard_nbytes is not None and self.max_shard_nbytes < 1:
+            raise UsageError(f"--shard-size {self.shard_size}: not a size. Write 5GB, say.")
         if not self.calibration and (self.static or self.fold or self.method == GPTQ):
             asked = "--static" if self.static else "--fold" if self.fold else f"--method {GPTQ}"
             raise UsageError(f"{asked}: needs --calibration DIR, the statistics that run-ckpt calibrate records.")
@@ -123,6 +130,11 @@ class Options:
     def has_budget(self) -> bool:
         """True where formats are chosen layer by layer."""
         return self.max_size is not None or self.min_sqnr is not None
+
+    @property
+    def max_shard_nbytes(self) -> int | None:
+        """``shard_size`` in bytes."""
+        return parse_nbytes(self.shard_size) if isinstance(self.shard_size, str) else self.shard_size
 
     @property
     def max_nbytes(self) -> int | None:

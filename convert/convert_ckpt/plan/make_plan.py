@@ -10,25 +10,22 @@ from convert_ckpt.plan.calibration import Calibration, calibration_faults, read_
 from convert_ckpt.plan.context import PlanContext, find_dialect
 from convert_ckpt.plan.decisions import choose_rules, decide_formats, make_layers
 from convert_ckpt.plan.effect import idle_notes
+from convert_ckpt.plan.files import make_files
 from convert_ckpt.plan.folds import find_folds, fold_faults
-from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
+from convert_ckpt.plan.plan import Plan, TensorPlan
 from convert_ckpt.plan.recipe import KEEP, Decision, FusedGroup, Rule
 from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
 from convert_ckpt.plan.target_checks import judge_targets, target_faults, target_notes
 from convert_ckpt.source.component import Component
 from convert_ckpt.source.quantized import EncodedWeight
 from run_ckpt.contract.decided_by import BY_KIND
-from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import FaultsError
-from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.folds import Fold, folds_by_tensor
 from run_ckpt.contract.foreign import is_stored_alike
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, TENSOR_FP8
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, FusedScale, KeptTensor, Layer, Manifest
 from run_ckpt.contract.manifest_checks import repeated_names
 from run_ckpt.contract.tensors import TensorSpec
-from run_ckpt.storage.header import build_header
-from run_ckpt.storage.shards import MAIN_STEMS
 from run_ckpt.version import VERSION
 
 TOOL_NAME = "convert-ckpt"
@@ -74,7 +71,7 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
     if faults:
         raise FaultsError(f"{source.name}: can't be converted as asked", faults)
     manifest = replace(manifest, targets={name: verdict.reason for name, verdict in verdicts.items()})
-    files = _make_files(source, tensors, manifest)
+    files = make_files(source, tensors, manifest, options.max_shard_nbytes)
     idle = idle_notes(options, layers, context.preset, source.class_name)
     warnings = (*source.notes, *idle, *found.notes, *target_notes(context, verdicts))
     statistics, unused = calibration.statistics, _unused(source)
@@ -212,33 +209,3 @@ def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -
             spec = TensorSpec(group.name + suffix, specs[0].dtype, shape)
             fused[spec.name] = FusedScale(spec, role, group.members)
     return fused
-
-
-def _make_files(source: Component, tensors: tuple[TensorPlan, ...], manifest: Manifest) -> tuple[FilePlan, ...]:
-    """One output shard per source shard, or a single file where the dialect wants one.
-
-    A translated file gets the name that diffusers looks for.
-    """
-    outputs: dict[str, list[TensorSpec]] = {}
-    shard_of: dict[str, str] = {}
-    for tensor in tensors:
-        specs = outputs.setdefault(tensor.shard, [])
-        specs += tensor.layer.specs().values() if tensor.layer else [tensor.spec]
-        if tensor.layer:
-            shard_of[tensor.layer.module] = tensor.shard
-    for fused in manifest.fused_scales.values():
-        outputs[shard_of[fused.members[0]]].append(fused.spec)
-    metadata = header_metadata(manifest)
-    file_name = DIALECTS[manifest.dialect].file_name
-    if source.translation and len(outputs) == 1:
-        file_name = file_name or MAIN_STEMS[0] + SUFFIX
-    if file_name:
-        merged = [spec for specs in outputs.values() for spec in specs]
-        return (FilePlan(file_name, build_header(merged, metadata), tuple(outputs)),)
-    # A shard of nothing but scales becomes no file; it is read, and hashed, with the first one.
-    rest = tuple(shard.name for shard in source.folder.shards if source.quantization and shard.name not in outputs)
-    first = next(iter(outputs))
-    return tuple(
-        FilePlan(name, build_header(specs, metadata), (name, *(rest if name == first else ())))
-        for name, specs in outputs.items()
-    )

@@ -11,7 +11,7 @@ from convert_ckpt.source.quantized import EncodedWeight
 from run_ckpt.contract.decided_by import DecidedBy
 from run_ckpt.contract.folds import TensorFold
 from run_ckpt.contract.foreign import is_stored_alike
-from run_ckpt.contract.manifest import Layer, Manifest
+from run_ckpt.contract.manifest import WEIGHT, Layer, Manifest
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import Header
 from run_ckpt.storage.layer_statistics import InputStatistics
@@ -61,6 +61,14 @@ class FilePlan:
     name: str
     header: Header
     source_shards: tuple[str, ...]
+
+    @cached_property
+    def tensor_names(self) -> frozenset[str]:
+        return frozenset(tensor.spec.name for tensor in self.header.tensors)
+
+    def holds(self, layer: Layer) -> bool:
+        """True where the weight of a layer is in it."""
+        return layer.tensors[WEIGHT] in self.tensor_names
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ class Engine:
 
     def _record(self, file: FilePlan, entry: dict[str, Any]) -> None:
         """Report a finished file; ``entry`` is what the manifest says of it."""
-        tensors = [t for t in self._plan.tensors if t.shard in file.source_shards and t.layer]
+        tensors = [t for t in self._plan.tensors if t.layer and file.holds(t.layer)]
         record = FileRecord(
             file=entry,
             layers={t.layer.module: self._measure(t.layer.module) for t in tensors if t.layer},

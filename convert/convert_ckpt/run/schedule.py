@@ -119,7 +119,10 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     known_groups: groups whose amax is known, so that nothing is scanned.
     """
     places = list_places(plan)
-    hashed = {shard: file.name for file in plan.files for shard in file.source_shards}
+    hashed: dict[str, list[str]] = {}
+    for file in plan.files:
+        for shard in file.source_shards:
+            hashed.setdefault(shard, []).append(file.name)
     unused = {tensor.spec.name for tensor in plan.unused}
     slabs: list[Slab] = []
     encodes: dict[str, list[Slab]] = {}
@@ -129,10 +132,12 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
         files = tuple(dict.fromkeys(place.file for name in names for place in places.get(name, ())))
         group, whole = scale_group(tensor), bool(tensor.statistics)
         action: Action = "encode" if group else _action(tensor)
-        if tensor.spec.name in unused:
+        # Each file made of a shard waits for all of its bytes, since it states the hash.
+        waiting = tuple(dict.fromkeys([*files, *hashed.get(tensor.shard, ())]))
+        if tensor.spec.name in unused or not (files or (group and group not in known_groups)):
             if tensor.shard not in hashed:
                 continue
-            action, files = "hash", (hashed[tensor.shard],)
+            action = "hash"
         if group and group not in known_groups:
             if files:
                 encodes.setdefault(group, []).extend(
@@ -141,7 +146,7 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
             action, whole = "scan", False
         for part in split(tensor, whole=whole):
             order = n_hashed[tensor.shard] if tensor.shard in hashed else None
-            slabs.append(Slab(action, tensor, *part, order, files))
+            slabs.append(Slab(action, tensor, *part, order, waiting))
             n_hashed[tensor.shard] += 1
     return _with_encodes(slabs, encodes)
 

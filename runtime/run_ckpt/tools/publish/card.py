@@ -24,6 +24,7 @@ _LATER_OPTIONS = (
     "recipe",
     "calibration",
     "method",
+    "shard_size",
     "max_size",
     "min_sqnr",
     "sensitivities",

@@ -1,0 +1,80 @@
+"""The output files of a plan: which tensors each holds, and under which names."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from convert_ckpt.plan.plan import FilePlan, TensorPlan
+from convert_ckpt.source.component import Component
+from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
+from run_ckpt.contract.errors import UsageError
+from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.manifest import Manifest
+from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.storage.header import build_header
+from run_ckpt.storage.shards import MAIN_STEMS
+
+_NUMBER = re.compile(r"-\d+-of-\d+$")
+
+
+def make_files(
+    source: Component, tensors: tuple[TensorPlan, ...], manifest: Manifest, max_nbytes: int | None
+) -> tuple[FilePlan, ...]:
+    """One output shard per source shard, or a single file where the dialect wants one.
+
+    max_nbytes: of tensors in a file; a source shard that gives more becomes several files. The tensors of a layer stay
+    together, and one that is larger is a file of its own. A translated file gets the name that diffusers looks for.
+    """
+    outputs: dict[str, dict[str, list[TensorSpec]]] = {}
+    shard_of: dict[str, str] = {}
+    for tensor in tensors:
+        specs = tensor.layer.specs().values() if tensor.layer else [tensor.spec]
+        module = tensor.layer.module if tensor.layer else tensor.spec.name
+        outputs.setdefault(tensor.shard, {})[module] = list(specs)
+        shard_of[module] = tensor.shard
+    for fused in manifest.fused_scales.values():
+        first_member = fused.members[0]
+        outputs[shard_of[first_member]][first_member].append(fused.spec)
+    metadata = header_metadata(manifest)
+    file_name = DIALECTS[manifest.dialect].file_name
+    if file_name and max_nbytes is not None:
+        raise UsageError(f"--shard-size: dialect {manifest.dialect} is one file, {file_name}. Leave it out.")
+    if source.translation and len(outputs) == 1:
+        file_name = file_name or MAIN_STEMS[0] + SUFFIX
+    parts = {shard: list(_cut(groups.values(), max_nbytes)) for shard, groups in outputs.items()}
+    n_files = sum(map(len, parts.values()))
+    if (file_name and n_files == 1) or (file_name and max_nbytes is None):
+        merged = [spec for cut in parts.values() for specs in cut for spec in specs]
+        return (FilePlan(file_name, build_header(merged, metadata), tuple(outputs)),)
+    # A shard of nothing but scales becomes no file; it is read, and hashed, with the first one.
+    rest = tuple(shard.name for shard in source.folder.shards if source.quantization and shard.name not in outputs)
+    names = iter(
+        outputs if n_files == len(outputs) else _numbered(_stem(source, file_name or next(iter(outputs))), n_files)
+    )
+    first = next(iter(outputs))
+    return tuple(
+        FilePlan(next(names), build_header(specs, metadata), (shard, *(rest if shard == first else ())))
+        for shard, cut in parts.items()
+        for specs in cut
+    )
+
+
+def _cut(groups: Iterable[list[TensorSpec]], max_nbytes: int | None) -> Iterator[list[TensorSpec]]:
+    """Yield the tensors of each file, none of ``groups`` divided."""
+    specs: list[TensorSpec] = []
+    for group in groups:
+        nbytes = sum(spec.nbytes for spec in specs + group)
+        if specs and max_nbytes is not None and nbytes > max_nbytes:
+            yield specs
+            specs = []
+        specs = specs + group
+    yield specs
+
+
+def _stem(source: Component, name: str) -> str:
+    """Return the name of the shards without their number, as the index has it."""
+    index = source.folder.index_name
+    return index.removesuffix(INDEX_SUFFIX) if index else _NUMBER.sub("", name.removesuffix(SUFFIX))
+
+
+def _numbered(stem: str, n_files: int) -> Iterator[str]:
+    return (f"{stem}-{number:05}-of-{n_files:05}{SUFFIX}" for number in range(1, n_files + 1))
