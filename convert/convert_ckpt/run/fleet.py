@@ -27,7 +27,7 @@ from run_ckpt.progress import Progress
 from run_ckpt.storage.folders import Folder, open_folder
 from run_ckpt.version import VERSION
 
-# What a task takes without statistics: interpreter, Ray's worker, compiled kernels, slabs in flight. Measured: 0.6 GB.
+# What a task takes without statistics: interpreter, Ray's worker, compiled kernels, slabs in flight. An estimate.
 _TASK_NBYTES = 2**30
 # More threads wait for the disk sooner than they help, and a shard is converted in seconds.
 _MOST_THREADS = 4
