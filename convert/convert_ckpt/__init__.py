@@ -18,6 +18,7 @@ from run_ckpt.contract.errors import (
     NonFiniteError,
     PartialRunError,
     PublishError,
+    StatisticsError,
     UsageError,
 )
 from run_ckpt.version import VERSION as __version__
@@ -41,6 +42,7 @@ __all__ = [
     "Progress",
     "PublishError",
     "RunSummary",
+    "StatisticsError",
     "UsageError",
     "__version__",
     "convert",

@@ -29,7 +29,14 @@ from convert_ckpt.run.partial_output import PREDICTION, Staging
 from convert_ckpt.run.share import NOTHING, Share
 from convert_ckpt.run_summary import RunSummary, summarize_run
 from convert_ckpt.source.opened import EVERYTHING, Selection, open_source
-from run_ckpt.contract.errors import CheckpointError, FaultsError, MissingPackageError, NonFiniteError, UsageError
+from run_ckpt.contract.errors import (
+    CheckpointError,
+    FaultsError,
+    MissingPackageError,
+    NonFiniteError,
+    StatisticsError,
+    UsageError,
+)
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
@@ -158,7 +165,7 @@ def convert_checkpoint(
             staging.share()
             try:
                 n_resumed = conversion.make(share)
-            except NonFiniteError:  # to keep a layer is another option, which can't go on from what is here
+            except (NonFiniteError, StatisticsError):  # the way out is another option, which can't go on from here
                 staging.give_up()
                 raise
             if share:

@@ -17,7 +17,7 @@ from convert_ckpt.plan.plan import TensorPlan
 from convert_ckpt.run.buffers import Buffers
 from convert_ckpt.run.folded import scale_hessian
 from convert_ckpt.run.slab import ErrorSums, TensorWrite, decode_grid, encode_on_grid, is_finite, quantize, to_float
-from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.errors import StatisticsError
 from run_ckpt.contract.folds import TensorFold
 from run_ckpt.contract.manifest import GPTQ, RTN, WEIGHT, WEIGHT_SCALE, Layer, sqnr_db
 from run_ckpt.storage.layer_statistics import InputStatistics, block_ranges, fisher_name, rounding_name
@@ -173,7 +173,7 @@ def _read_input(statistics: InputStatistics, fold: TensorFold | None) -> _Input:
     try:
         factors = [factorize(block) for block in _read_hessian(statistics, fold, held_out=False)]
     except NotPositiveDefiniteError as error:
-        raise CheckpointError(
+        raise StatisticsError(
             f"{statistics.path.name}: not positive definite, as no sum of squares is. Record it again with run-ckpt"
             " calibrate."
         ) from error

@@ -23,6 +23,10 @@ class NonFiniteError(CheckpointError):
     """A weight holds NaN or Inf, which no quantized code can stand for."""
 
 
+class StatisticsError(CheckpointError):
+    """Statistics of a layer from which no codes can be chosen."""
+
+
 class ManifestError(CheckpointError):
     """A folder without a usable quantization_manifest.json, or one that contradicts it."""
 
