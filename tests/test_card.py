@@ -19,6 +19,7 @@ from run_ckpt.tools.publish.rows import read_result
 from run_ckpt.tools.publish.tool_url import PLACEHOLDER
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.converted import FLUX_DIGITS, SCHEMES, convert, edit_manifest, make_linear
+from tests.hub_fixtures import convert_remote
 from tests.hub_upload_server import serve_hub
 from tests.test_extras import PROJECT
 from tests.test_run_ckpt_cli import run
@@ -155,6 +156,58 @@ def test_the_transformers_block_runs_as_printed(scheme: str, tmp_path: Path, mon
     names: dict[str, Any] = {}
     exec(block, names)
     assert type(names["model"]).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel-compressed-tensors", "mxfp4-aiter"])
+@pytest.mark.usefixtures("own_tables")
+def test_a_text_encoder_is_loaded_by_its_class_and_served_by_nobody(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.models import MODELS, save
+
+    save(MODELS["t5"], MODELS["t5"].build(), str(tmp_path / "bf16"))
+    convert(tmp_path / "bf16", tmp_path / "out", **SCHEMES[scheme])
+    monkeypatch.chdir(tmp_path)
+    card = card_of(tmp_path / "out", "out")
+    (block,) = code_blocks(card, "python")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert type(names["model"]).__name__ == "T5EncoderModel"
+    for word in ("AutoModelForCausalLM", "vllm serve", "launch_server"):
+        assert word not in card
+
+
+def test_a_pipeline_with_text_encoders_has_commands_for_each_of_them(tmp_path: Path) -> None:
+    from tests.models import MODELS, save
+
+    save(MODELS["flux1"], MODELS["flux1"].build(), str(tmp_path / "source" / "transformer"))
+    save(MODELS["t5"], MODELS["t5"].build(), str(tmp_path / "source" / "text_encoder_2"))
+    (tmp_path / "source" / "model_index.json").write_text("{}")
+    components = ("transformer", "text_encoder_2")
+    convert_remote(str(tmp_path / "source"), tmp_path / "out", format="mxfp4", components=components)
+    card = card_of(tmp_path / "out")
+    assert "The `FluxTransformer2DModel` of" in card
+    assert "--transformer-path me/it-mxfp4/transformer --prompt" in card
+    assert "--text-encoder" not in card
+    assert "**transformers**, `text_encoder_2` (" in card
+    assert 'T5EncoderModel.from_pretrained("me/it-mxfp4", subfolder="text_encoder_2", dtype="auto")' in card
+
+
+@pytest.mark.parametrize(("config", "stem"), [({}, "diffusion_pytorch_model"), ({"model_type": "x"}, "model")])
+def test_a_card_names_no_class_where_there_is_none(config: dict[str, object], stem: str, tmp_path: Path) -> None:
+    weights = {"blocks.0.up.weight": random_weight(256, 256)}
+    card = card_of(convert(save_checkpoint(tmp_path / "in", [weights], config, stem), tmp_path / "out", format="mxfp4"))
+    assert "None" not in card
+    assert code_blocks(card, "python") == []
+    assert "`run_ckpt.load_quantized(FOLDER, model=MODEL)`" in card
+
+
+def test_a_recipe_over_the_keep_list_has_no_command_for_a_loader_that_refuses_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('[[rules]]\nmatch = "*.norm1.linear"\nformat = "mxfp4"\n')
+    usual = card_of(convert(FLUX_DIGITS, tmp_path / "usual", format="mxfp4"))
+    over = card_of(convert(FLUX_DIGITS, tmp_path / "over", format="mxfp4", recipe=tmp_path / "recipe.toml"))
+    assert ("sglang generate" in usual, "sglang generate" in over) == (True, False)
+    assert "run-ckpt generate" in over
 
 
 @pytest.mark.parametrize("scheme", ["mxfp4-aiter", "fp8-tensor"])

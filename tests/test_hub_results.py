@@ -44,6 +44,14 @@ def test_what_reads_the_manifest_fetches_no_shard(hub: HubServer, digits: Path, 
     assert not any(name.endswith(".safetensors") for name in fetched(hub))
 
 
+@pytest.mark.parametrize("name", ["me/digits", "hf://me/digits@main"])
+def test_the_card_of_a_repo_is_titled_by_its_name_and_fetches_from_it(digits: Path, name: str) -> None:
+    result = run("card", name)
+    assert result.exit_code == 0, result.output
+    assert "\n# digits\n" in result.output
+    assert "hf download me/digits --local-dir COPY" in result.output
+
+
 def test_a_result_without_a_manifest_is_fetched_whole(hub: HubServer, digits: Path) -> None:
     files = read_files(digits)
     del files["quantization_manifest.json"]

@@ -53,14 +53,14 @@ def card(output: str, repo_id: str | None, base_model: str | None, tool_url: str
 
     Every number in it is from the manifest.
     """
-    from run_ckpt.storage.snapshots import local_path
+    from run_ckpt.storage.snapshots import local_path, repo_or_name
     from run_ckpt.tools.publish.card import make_card
     from run_ckpt.tools.publish.rows import read_result
     from run_ckpt.tools.publish.tool_url import tool_url as find_url
 
-    path = local_path(output, small=True)
-    name, url = repo_id or path.resolve().name, find_url(tool_url)
-    click.echo(make_card(read_result(path), name, base_model=base_model, url=url), nl=False)
+    result = read_result(local_path(output, small=True))
+    name, url = repo_id or repo_or_name(output), find_url(tool_url)
+    click.echo(make_card(result, name, base_model=base_model, url=url), nl=False)
 
 
 @click.command()

@@ -19,6 +19,8 @@ from run_ckpt.storage.shards import TensorFolder, read_folder
 
 # What diffusers writes at the root of a pipeline.
 PIPELINE_INDEX_NAME = "model_index.json"
+# How the names of its text encoders begin.
+TEXT_ENCODER = "text_encoder"
 
 
 def find_components(path: Path, *, with_text_encoders: bool = False) -> dict[str, Path]:
@@ -39,7 +41,7 @@ def find_components(path: Path, *, with_text_encoders: bool = False) -> dict[str
             f"{path}: no such file or folder{similar_path(path)}. Give a checkpoint folder or a {SUFFIX} file."
         )
     encoders = [
-        entry for entry in path.glob("text_encoder*") if with_text_encoders or (entry / MANIFEST_NAME).is_file()
+        entry for entry in path.glob(f"{TEXT_ENCODER}*") if with_text_encoders or (entry / MANIFEST_NAME).is_file()
     ]
     components = {entry.name: entry for entry in sorted([*path.glob("transformer*"), *encoders]) if entry.is_dir()}
     if odd := [name for name in components if not fullmatch(r"[\w.-]+", name)]:

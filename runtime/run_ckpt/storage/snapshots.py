@@ -27,6 +27,12 @@ def local_path(name: str | Path, *, small: bool = False) -> Path:
     return _fetch(reference, ("*",))
 
 
+def repo_or_name(name: str | Path) -> str:
+    """Return owner/name of what lies on the Hub, and of a path its last part."""
+    reference = parse_reference(name)
+    return reference.repo_id if isinstance(reference, HubRef) else Path(name).resolve().name
+
+
 def _fetch(reference: HubRef, patterns: tuple[str, ...]) -> Path:
     """Return where files of these patterns lie, of the folder that is meant; or the file that is meant."""
     from huggingface_hub import snapshot_download

@@ -97,8 +97,8 @@ def _calibrated_with(recipe: Mapping[str, Any]) -> str:
 
 
 def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> Iterator[str]:
-    source = components[0].manifest.source
-    recipe = components[0].manifest.recipe
+    source, recipe = components[0].manifest.source, components[0].manifest.recipe
+    class_name = _code(recipe["class_name"]) if recipe.get("class_name") else "model"
     # Of a Hub repo this is owner/name/component.
     name = f"[{_code(source['name'])}]({_HUB_URL}/{base})" if hub_id(components) else _code(source["name"])
     at = (
@@ -117,7 +117,7 @@ def _what_it_is(components: Sequence[ConvertedComponent], base: str | None) -> I
     before = components[0].manifest.source_quantization
     others = f"The source was {_prose(before)}. All" if before else "All"
     yield (
-        f"The {_code(recipe.get('class_name'))} of {name}{at} with its linear layers in {format_name(components)}."
+        f"The {class_name} of {name}{at} with its linear layers in {format_name(components)}."
         f" {layers} layers were quantized offline by {_prose(components[0].summary.tool)}. {others} other tensors are"
         f" bit for bit those of the source{_folded(components)}.{chosen} {rounding}{_calibrated_with(recipe)}"
     )

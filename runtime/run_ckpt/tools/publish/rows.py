@@ -8,7 +8,7 @@ from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Layer, Manifest
 from run_ckpt.contract.module_names import block_pattern, split_name
 from run_ckpt.contract.tensors import DTYPE_BITS
-from run_ckpt.storage.components import find_components
+from run_ckpt.storage.components import TEXT_ENCODER, find_components
 from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.tools.summary import CheckpointSummary, summarize
@@ -67,12 +67,12 @@ class ConvertedComponent:
 
 
 def read_result(output: Path) -> tuple[ConvertedComponent, ...]:
-    """Return the components of a conversion's result, from their manifests alone.
+    """Return the components of a conversion's result, from their manifests alone; text encoders come last.
 
     Raises ManifestError where there is no readable manifest, FaultsError where one contradicts itself.
     """
     components = []
-    for name, path in find_components(output).items():
+    for name, path in sorted(find_components(output).items(), key=lambda item: item[0].startswith(TEXT_ENCODER)):
         manifest = read_checked_manifest(path)
         rows = tuple(list_rows(name, manifest))
         components.append(
