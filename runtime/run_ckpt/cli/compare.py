@@ -105,13 +105,13 @@ def _compare(base: str, outputs: tuple[Path, ...], options: Mapping[str, Any]) -
             from run_ckpt.tools.compare.text import compare_texts
 
             text = read_small(options["text"]).decode(errors="replace")
-            return compare_texts(base, outputs, text, options["context"], place, progress=progress, say=_note)
+            return compare_texts(base, outputs, text, options["context"], place, progress=progress, say=progress.log)
         from run_ckpt.tools.compare.pipelines import Request, compare_pipelines
         from run_ckpt.tools.compare.trajectory import read_samples
 
         samples = read_samples(options["prompts"], options["samples"], options["seed"])
         request = Request(samples, pipeline_arguments(options), options["lpips"])
-        return compare_pipelines(base, outputs, request, place, progress=progress, say=_note)
+        return compare_pipelines(base, outputs, request, place, progress=progress, say=progress.log)
 
 
 def _write(found: PipelineComparison | TextComparison, folder: Path) -> None:

@@ -71,8 +71,8 @@ def generate(
     given = {name: local_path(path) for name, path in paths.items() if path}
     place = placement(options)
     with show_progress() as progress:
-        loaded = load_transformers(given, place, progress, click.echo)
-        pipeline = load_pipeline(model_path, loaded, place, click.echo)
+        loaded = load_transformers(given, place, progress, progress.log)
+        pipeline = load_pipeline(model_path, loaded, place, progress.log)
     run(pipeline, Request(prompt, output, seed, pipeline_arguments(options)), place.device, click.echo)
 
 
