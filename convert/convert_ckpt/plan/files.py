@@ -61,12 +61,14 @@ def make_files(
 def _cut(groups: Iterable[list[TensorSpec]], max_nbytes: int | None) -> Iterator[list[TensorSpec]]:
     """Yield the tensors of each file, none of ``groups`` divided."""
     specs: list[TensorSpec] = []
+    nbytes = 0
     for group in groups:
-        nbytes = sum(spec.nbytes for spec in specs + group)
-        if specs and max_nbytes is not None and nbytes > max_nbytes:
+        more = sum(spec.nbytes for spec in group)
+        if specs and max_nbytes is not None and nbytes + more > max_nbytes:
             yield specs
-            specs = []
-        specs = specs + group
+            specs, nbytes = [], 0
+        specs.extend(group)
+        nbytes += more
     yield specs
 
 
