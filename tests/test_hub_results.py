@@ -94,9 +94,9 @@ def test_a_misspelt_path_is_asked_for_once_and_told_what_is_there(
 ) -> None:
     make_linear(tmp_path / "models" / "llama", 256, 256)
     monkeypatch.chdir(tmp_path)
+    hub.stop()  # which waits for its own thread
     waits: list[float] = []
     monkeypatch.setattr("threading.Event.wait", lambda _, seconds=None: waits.append(seconds) or True)
-    hub.stop()
     says = r"^models/lama: no such path here \(did you mean models/llama\?\), and no full answer from"
     with pytest.raises(FetchError, match=says):
         convert_remote("models/lama", tmp_path / "out", format="fp8")
