@@ -1,8 +1,9 @@
 """Checkpoints that can't be converted, told by class and tensor names: what each is, and the way from there."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 
 _BESIDE = "It runs as it is beside a converted transformer: give both to the pipeline."
 _NO_CONVOLUTIONS = "no format here stores convolutions"
@@ -97,4 +98,4 @@ def find_refusal(names: Collection[str], class_name: str | None) -> str | None:
 
 
 def _is_there(pattern: str, names: Collection[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)
+    return any(map(re.compile(translate(pattern)).match, names))

@@ -48,10 +48,12 @@ def kept_groups(manifest: Manifest) -> list[KeptGroup]:
 
 def _best(members: Iterable[KeptTensor], recipe: Mapping[str, Any]) -> tuple[str, int]:
     """Return what saves most among the first remedies of each, and how much that is for all that it reaches."""
+    # Remedies do not depend on names; there may be very many tensors of few shapes.
+    alike = Counter((kept.spec.dtype, kept.spec.shape, kept.decided_by) for kept in members)
     saved: Counter[str] = Counter()
-    for kept in members:
-        for remedy in islice(remedies(kept, recipe), 1):
-            saved[remedy.what] += remedy.saved_nbytes
+    for (dtype, shape, decided_by), count in alike.items():
+        for remedy in islice(remedies(KeptTensor(TensorSpec("", dtype, shape), "", decided_by), recipe), 1):
+            saved[remedy.what] += count * remedy.saved_nbytes
     return next(iter(saved.most_common(1)), ("", 0))
 
 
