@@ -1,7 +1,7 @@
 """Names of modules and tensors: their numbered block (``transformer_blocks.3.attn.to_q``), and patterns on them."""
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 
 _IN_BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<block>\d+)\.(?P<projection>.+)")
 
@@ -29,16 +29,25 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 
 def matches_pattern(pattern: str, name: str) -> bool:
     """True where ``pattern``, in which ``*`` stands for any characters, is ``name``; in linear time."""
-    first, *others = pattern.split("*")
-    if not others:
+    first, inner, last = _pattern_parts(pattern)
+    if last is None:
         return name == pattern
-    last, at = others.pop(), len(first)
-    for part in others:
+    if not (name.startswith(first) and name.endswith(last)):
+        return False
+    at = len(first)
+    for part in inner:
         at = name.find(part, at)
         if at < 0:
             return False
         at += len(part)
-    return name.startswith(first) and name.endswith(last) and at + len(last) <= len(name)
+    return at + len(last) <= len(name)
+
+
+@lru_cache(4096)  # a rule may be the name of one module
+def _pattern_parts(pattern: str) -> tuple[str, tuple[str, ...], str | None]:
+    """Return the text before the first ``*``, those between two, and the one after the last; None without a ``*``."""
+    first, *others = pattern.split("*")
+    return first, tuple(others[:-1]), others[-1] if others else None
 
 
 def fill_pattern(pattern: str, captured: tuple[str, ...]) -> str:
