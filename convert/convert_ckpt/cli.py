@@ -1,5 +1,6 @@
 """``convert-ckpt``: options -> one call of the Python API -> a line that says the result."""
 
+import gc
 import json
 import os
 import sys
@@ -196,4 +197,6 @@ def main() -> None:
     """Run the command line of the process and exit with its code."""
     # numpy's BLAS, which is not used here, would start a thread for each core as numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # A plan is very many records without cycles, which each collection looks through in vain.
+    gc.set_threshold(50_000, 20, 100)
     run_command(cli, "convert-ckpt", stopped="stopped; the same command goes on from here.")
