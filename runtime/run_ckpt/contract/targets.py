@@ -244,12 +244,12 @@ def find_readings(manifest: Manifest) -> dict[str, Reading | str]:
 def judge_again(new: Manifest, old: Manifest) -> dict[str, str | None]:
     """Return ``targets`` of a result that was made of another by a change of dialect or layout.
 
-    What was said against single layers of the old one holds for the new one too; whoever could not read the old one at
-    all was asked about no layer, so nothing is claimed.
+    What was said against single layers of the old one holds for the new one too. Whoever could not read the old one at
+    all was asked about no layer: that matters for diffusion models, some of whose layers a server builds as plain ones.
     """
     before, after = find_readings(old), find_readings(new)
+    unasked = "its layers were not looked at one by one" if old.recipe["naming"] == "diffusers" else None
     reasons = {name: old.targets.get(name) for name, reading in before.items() if isinstance(reading, Reading)}
     return {
-        name: reading if isinstance(reading, str) else reasons.get(name, "its layers were not looked at one by one")
-        for name, reading in after.items()
+        name: reading if isinstance(reading, str) else reasons.get(name, unasked) for name, reading in after.items()
     }
