@@ -15,7 +15,8 @@ def config_of(class_name: str, shapes: Shapes) -> dict[str, Any]:
     return {"_class_name": class_name, **_CONFIGS[class_name](shapes)}
 
 
-def _flux1(shapes: Shapes) -> dict[str, Any]:
+def _flux(shapes: Shapes) -> dict[str, Any]:
+    """What FLUX.1 and FLUX.2 share."""
     hidden, in_channels = shapes["x_embedder.weight"]
     out_channels = shapes["proj_out.weight"][0]
     (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
@@ -28,27 +29,26 @@ def _flux1(shapes: Shapes) -> dict[str, Any]:
         "attention_head_dim": head_dim,
         "num_attention_heads": hidden // head_dim,
         "joint_attention_dim": shapes["context_embedder.weight"][1],
+    }
+
+
+def _flux1(shapes: Shapes) -> dict[str, Any]:
+    config = _flux(shapes)
+    return {
+        **config,
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
-        "axes_dims_rope": _axes_16(head_dim),
+        "axes_dims_rope": _axes_16(config["attention_head_dim"]),
     }
 
 
 def _flux2(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels = shapes["x_embedder.weight"]
-    out_channels = shapes["proj_out.weight"][0]
-    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    config = _flux(shapes)
+    head_dim = config["attention_head_dim"]
     return {
-        "patch_size": 1,
-        "in_channels": in_channels,
-        "out_channels": None if out_channels == in_channels else out_channels,
-        "num_layers": _count(shapes, "transformer_blocks"),
-        "num_single_layers": _count(shapes, "single_transformer_blocks"),
-        "attention_head_dim": head_dim,
-        "num_attention_heads": hidden // head_dim,
-        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        **config,
         "timestep_guidance_channels": shapes["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
-        "mlp_ratio": shapes["transformer_blocks.0.ff.linear_out.weight"][1] / hidden,
+        "mlp_ratio": shapes["transformer_blocks.0.ff.linear_out.weight"][1] / shapes["x_embedder.weight"][0],
         "axes_dims_rope": [head_dim // 4] * 4,
         "rope_theta": 2000,
         "eps": 1e-6,
