@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,13 +33,40 @@ CONVERTERS = {
     "ZImageTransformer2DModel": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
     "WanTransformer3DModel": single_file_utils.convert_wan_transformer_to_diffusers,
     "HunyuanVideoTransformer3DModel": single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
+    "LTX2VideoTransformer3DModel": single_file_utils.convert_ltx2_transformer_to_diffusers,
     # SINGLE_FILE_LOADABLE_CLASSES maps it to itself.
     "QwenImageTransformer2DModel": lambda checkpoint: checkpoint,
 }
-CASES = ("flux1", "flux2", "z-image", "qwen-image", "wan-2.2", "wan-2.1-i2v", "hunyuan-video")
-# What no shape tells: Wan's heads are 128 wide wherever it was published, and Z-Image's table of positions is longer
-# than the small model's, with the same entries.
-UNTOLD = {"axes_lens", "rope_max_seq_len", "num_attention_heads", "attention_head_dim"}
+CASES = ("flux1", "flux2", "z-image", "qwen-image", "wan-2.2", "wan-2.1-i2v", "hunyuan-video", "ltx2")
+# What no shape tells, and all published models of a class have.
+AS_PUBLISHED = {
+    "WanTransformer3DModel": {"num_attention_heads": 2, "attention_head_dim": 128},
+    "LTX2VideoTransformer3DModel": {
+        "num_attention_heads": 32,
+        "attention_head_dim": 8,
+        "audio_num_attention_heads": 32,
+        "audio_attention_head_dim": 4,
+        "rope_type": "split",
+    },
+}
+# Z-Image's table of positions, and Wan's, is longer than the small model's, with the same entries.
+UNTOLD = {"axes_lens", "rope_max_seq_len"}
+_LTX_2_3 = {
+    **{f"{stream}{key}": True for stream in ("", "audio_") for key in ("gated_attn", "cross_attn_mod")},
+    "caption_channels": 3840,
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ltx-2.3": ("ltx2", _LTX_2_3),
+    "ltx-2.5": ("ltx2", {**_LTX_2_3, "ff_bias": False, "use_keyframes_abs_pos_embedding": True}),
+    "wan-2.1-flf2v": ("wan-2.1-i2v", {"pos_embed_seq_len": 514, "rope_max_seq_len": 1024}),
+}
+# What diffusers' scripts rename beyond its package: convert_ltx2_to_diffusers.py, convert_wan_to_diffusers.py (58eb52c).
+BY_SCRIPT = {
+    "prompt_adaln_single": "prompt_adaln",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+}
 
 
 def map_of(class_name: str) -> Original:
@@ -50,12 +76,14 @@ def map_of(class_name: str) -> Original:
 def to_original(state: dict[str, Tensor], original: Original) -> dict[str, Tensor]:
     """Undo a map: whether its names are the right ones is for diffusers' converter to say."""
     renamed = {}
-    for rule in original.rules:
-        for name in state if rule.targets else ():
-            if match := pattern_regex(rule.targets[0]).fullmatch(name):
+    for name in state:
+        matches = ((rule, pattern_regex(rule.targets[0]).fullmatch(name)) for rule in original.rules if rule.targets)
+        for rule, match in matches:
+            if match:
                 parts = [state[fill_pattern(target, match.groups())] for target in rule.targets]
                 parts = [*parts[0].chunk(2)][::-1] if rule.is_swapped else parts
                 renamed[fill_pattern(rule.pattern, match.groups())] = torch.cat(parts) if len(parts) > 1 else parts[0]
+                break
     return renamed
 
 
@@ -99,21 +127,43 @@ def test_the_tensors_are_those_of_diffusers_own_converter(tmp_path: Path, name: 
     assert expected.keys() == state.keys()
 
 
-def wan_as_published(case: ModelCase) -> torch.nn.Module:
+def as_published(case: ModelCase, **changes: Any) -> torch.nn.Module:
+    """Return the model with what no shape tells as all published ones have it; with changes, with new weights."""
     model = case.build()
-    if isinstance(model, WanTransformer3DModel):
-        config = {**model.config, "num_attention_heads": 2, "attention_head_dim": 128}
-        wide = WanTransformer3DModel.from_config(config)
-        wide.load_state_dict(model.state_dict())
-        return wide.to(torch.bfloat16).eval()
-    return model
+    published = AS_PUBLISHED.get(type(model).__name__, {})
+    if not published:
+        return model
+    torch.manual_seed(1)
+    config = {key: value for key, value in model.config.items() if key[0] != "_"}
+    other = type(model).from_config({**config, **published, **changes})
+    if not changes:
+        other.load_state_dict(model.state_dict())
+    return other.to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS.values(), ids=VARIANTS.keys())
+def test_shapes_tell_the_config_of_later_versions(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    case = MODELS[name]
+    model = as_published(case, **changes)
+    class_name = type(model).__name__
+    file = save_original(case, model, tmp_path / "it.safetensors", PREFIX)
+    source = open_component(file)
+    assert source.config
+    assert json.loads(model.to_json_string()).items() >= source.config.items()
+    expected = CONVERTERS[class_name](load_file(file))
+    for name, ours in BY_SCRIPT.items():
+        expected = {key.replace(name, ours): tensor for key, tensor in expected.items()}
+    assert {view.spec.name: view.spec.shape for view in source.views} == {
+        key: tuple(tensor.shape) for key, tensor in expected.items()
+    }
+    type(model).from_config(source.config).load_state_dict(expected)
 
 
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_result_is_that_of_diffusers_form(tmp_path: Path, name: str, weight_format: str) -> None:
     case = MODELS[name]
-    model = wan_as_published(case)
+    model = as_published(case)
     file = save_original(case, model, tmp_path / "it.safetensors", PREFIX)
     model.save_pretrained(tmp_path / "diffusers")
     convert(file, tmp_path / "out", format=weight_format, preset=None)
@@ -134,6 +184,19 @@ def test_the_result_is_that_of_diffusers_form(tmp_path: Path, name: str, weight_
 @pytest.fixture
 def flux(tmp_path: Path) -> Path:
     return save_original(MODELS["flux1"], MODELS["flux1"].build(), tmp_path / "flux.safetensors", PREFIX)
+
+
+def test_an_ltx2_file_gives_its_transformer_alone(tmp_path: Path) -> None:
+    file = save_original(MODELS["ltx2"], MODELS["ltx2"].build(), tmp_path / "ltx2.safetensors", PREFIX)
+    others = ("vae.decoder.conv_in.conv.weight", "audio_vae.decoder.conv_in.conv.weight", "vocoder.conv_pre.weight")
+    others += (
+        f"{PREFIX}video_embeddings_connector.learnable_registers",
+        "text_embedding_projection.aggregate_embed.weight",
+    )
+    save_file(load_file(file) | {name: torch.ones(3, 3) for name in others}, file)
+    source = open_component(file)
+    assert {view.spec.name for view in source.views} == MODELS["ltx2"].build().state_dict().keys()
+    assert source.notes[0].endswith("5 tensors have no place there")
 
 
 def test_what_else_lies_in_the_file_is_left_out_and_hashed(flux: Path, tmp_path: Path) -> None:

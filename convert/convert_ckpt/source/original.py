@@ -1,4 +1,4 @@
-"""Checkpoints under other names than diffusers' (BFL, ComfyUI, Wan): told by their tensors, translated by a map."""
+"""Checkpoints under other names than diffusers' (BFL, ComfyUI, ...): told by their tensors, translated by a map."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def translate(folder: TensorFolder, class_name: str | None) -> Translation | Non
     class_name: what config.json says. Raises FaultsError with the tensors that the map has no place for.
     """
     places = tensor_places(folder)
-    original, prefix = _find_original(places.keys())
+    original, prefix = find_original(places.keys())
     if original is None or original.class_name == class_name:
         return None
     hidden = places[prefix + original.hidden][1].spec.shape[0] if original.hidden else 0
@@ -123,7 +123,8 @@ def _cut(spec: TensorSpec, n_parts: int, hidden: int) -> list[list[Rows]]:
     return [[Rows(spec.name, *rows)] for rows in pairwise(bounds)]
 
 
-def _find_original(names: Collection[str]) -> tuple[Original | None, str]:
+def find_original(names: Collection[str]) -> tuple[Original | None, str]:
+    """Return the map that knows these names, and what stands before them; None and "" where none does."""
     for original in originals():
         for prefix in _PREFIXES:
             if all(prefix + name in names for name in original.known_by):

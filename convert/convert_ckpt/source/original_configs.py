@@ -6,8 +6,10 @@ from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Wan's norms of q and k are as wide as all heads, so that no shape tells this; all published models have it.
+# Wan's and LTX-2's norms of q and k are as wide as all heads, so that no shape tells these; all published models have
+# them.
 _WAN_HEAD_DIM = 128
+_LTX2_N_HEADS = 32
 
 
 def config_of(class_name: str, shapes: Shapes) -> dict[str, Any]:
@@ -98,6 +100,7 @@ def _wan(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels, *patch = shapes["patch_embedding.weight"]
     image_norm = shapes.get("condition_embedder.image_embedder.norm1.weight")
     added = shapes.get("blocks.0.attn2.add_k_proj.weight")
+    positions = shapes.get("condition_embedder.image_embedder.pos_embed")  # first and last frame to video
     return {
         "patch_size": patch,
         "num_attention_heads": hidden // _WAN_HEAD_DIM,
@@ -114,6 +117,7 @@ def _wan(shapes: Shapes) -> dict[str, Any]:
         "image_dim": image_norm and image_norm[0],
         "added_kv_proj_dim": added and added[1],
         "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": positions and positions[1],
     }
 
 
@@ -142,6 +146,60 @@ def _hunyuan_video(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _ltx2(shapes: Shapes) -> dict[str, Any]:
+    video, audio = _ltx2_stream(shapes, ""), _ltx2_stream(shapes, "audio_")
+    return {
+        **video,
+        **{f"audio_{key}": value for key, value in audio.items()},
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "audio_patch_size": 1,
+        "audio_patch_size_t": 1,
+        "vae_scale_factors": [8, 32, 32],
+        "pos_embed_max_pos": 20,
+        "base_height": 2048,
+        "base_width": 2048,
+        "audio_scale_factor": 4,
+        "audio_pos_embed_max_pos": 20,
+        "audio_sampling_rate": 16000,
+        "audio_hop_length": 160,
+        "num_layers": _count(shapes, "transformer_blocks"),
+        "qk_norm": "rms_norm_across_heads",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        # Without its projection (2.3 on) the model takes captions as wide as itself, and reads no such number.
+        "caption_channels": shapes.get("caption_projection.linear_1.weight", (0, 3840))[1],
+        "attention_bias": True,
+        "attention_out_bias": True,
+        "rope_theta": 10000.0,
+        "rope_double_precision": True,
+        "rope_type": "split",
+        "causal_offset": 1,
+        "timestep_scale_multiplier": 1000,
+        "cross_attn_timestep_scale_multiplier": 1000,
+        "use_prompt_embeddings": "caption_projection.linear_1.weight" in shapes,
+        "use_prompt_adaln_single": not video["cross_attn_mod"] or "prompt_adaln.linear.weight" in shapes,
+        "use_keyframes_abs_pos_embedding": "keyframes_abs_pos_embedding" in shapes,
+        "perturbed_attn": video["cross_attn_mod"],  # no shape tells: LTX-2.3 brought both
+    }
+
+
+def _ltx2_stream(shapes: Shapes, prefix: str) -> dict[str, Any]:
+    """What LTX-2's streams of video ("") and audio ("audio_") have each."""
+    hidden, in_channels = shapes[f"{prefix}proj_in.weight"]
+    block = "transformer_blocks.0."
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes[f"{prefix}proj_out.weight"][0],
+        "num_attention_heads": _LTX2_N_HEADS,
+        "attention_head_dim": hidden // _LTX2_N_HEADS,
+        "cross_attention_dim": shapes[f"{block}{prefix}attn2.to_k.weight"][1],
+        "gated_attn": f"{block}{prefix}attn1.to_gate_logits.weight" in shapes,
+        "cross_attn_mod": shapes[f"{prefix}time_embed.linear.weight"][0] == 9 * hidden,  # 6 without the prompt's 3
+        "ff_bias": f"{block}{prefix}ff.net.2.bias" in shapes,
+    }
+
+
 _CONFIGS: dict[str, Callable[[Shapes], dict[str, Any]]] = {
     "FluxTransformer2DModel": _flux1,
     "Flux2Transformer2DModel": _flux2,
@@ -149,6 +207,7 @@ _CONFIGS: dict[str, Callable[[Shapes], dict[str, Any]]] = {
     "QwenImageTransformer2DModel": _qwen_image,
     "WanTransformer3DModel": _wan,
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
+    "LTX2VideoTransformer3DModel": _ltx2,
 }
 
 

@@ -5,6 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
 
+from convert_ckpt.source.original import find_original
+
 _BESIDE = "It runs as it is beside a converted transformer: give both to the pipeline."
 _NO_CONVOLUTIONS = "no format here stores convolutions"
 
@@ -66,10 +68,9 @@ _SIGNATURES = (
         classes=("Autoencoder*", "*VAE*", "VQModel"),
     ),
 )
-# Names that other programs than diffusers give the tensors of a class; "*" may be their prefix for the model.
+# Names that other programs than diffusers give the tensors of a class without a map; "*" may be their prefix.
 _ORIGINAL_NAMES = {
     "ChromaTransformer2DModel": "*distilled_guidance_layer.in_proj.weight",
-    "LTX2VideoTransformer3DModel": "*audio_patchify_proj.weight",
     "LTXVideoTransformer3DModel": "*patchify_proj.weight",
     "Lumina2Transformer2DModel": "*layers.0.adaLN_modulation.1.weight",
     "SD3Transformer2DModel": "*joint_blocks.0.x_block.attn.qkv.weight",
@@ -87,13 +88,11 @@ def find_refusal(names: Collection[str], class_name: str | None) -> str | None:
     if found:
         return f"it is {found.kind}. {found.way}"
     original = next((name for name, pattern in _ORIGINAL_NAMES.items() if _is_there(pattern, names)), None)
+    if original in (None, class_name) or find_original(names)[0]:
+        return None
     return (
-        None
-        if original in (None, class_name)
-        else (
-            f"it is a {original} under other names than diffusers'. Write it in diffusers' form first:"
-            f" diffusers.{original}.from_single_file(FILE).save_pretrained(DIR), and convert DIR."
-        )
+        f"it is a {original} under other names than diffusers'. Write it in diffusers' form first:"
+        f" diffusers.{original}.from_single_file(FILE).save_pretrained(DIR), and convert DIR."
     )
 
 
