@@ -46,6 +46,12 @@ ODD_SOURCES: dict[str, Callable[[Path], object]] = {
     "vace": _of_tensors(
         "head.modulation", "patch_embedding.weight", "blocks.0.self_attn.norm_q.weight", "vace_blocks.0.x.weight"
     ),
+    "animate": _of_tensors(
+        "head.modulation",
+        "patch_embedding.weight",
+        "blocks.0.self_attn.norm_q.weight",
+        "face_adapter.fuser_blocks.0.linear1_kv.weight",
+    ),
     "pointer": _of_bytes("model.safetensors", _POINTER),
     "gguf": _of_bytes("flux-Q4_K.gguf", b"GGUF\3\0\0\0"),
     "gguf-renamed": _of_bytes("model.safetensors", b"GGUF\3\0\0\0" + bytes(8)),

@@ -328,6 +328,11 @@ ODD_SOURCES = [
         "diffusers.SD3Transformer2DModel.from_single_file(FILE).save_pretrained(DIR), and convert DIR.",
     ),
     Mistake(
+        "convert-ckpt animate OUT --format mxfp4",
+        1,
+        "it is a WanAnimateTransformer3DModel under other names than diffusers'. Write it in diffusers' form first:",
+    ),
+    Mistake(
         "convert-ckpt vace OUT --format mxfp4",
         1,
         "vace_blocks.0.x.weight: no tensors of WanTransformer3DModel, which the others are.",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
+from diffusers import WanVACETransformer3DModel
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +33,7 @@ CONVERTERS = {
     "Flux2Transformer2DModel": single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
     "ZImageTransformer2DModel": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
     "WanTransformer3DModel": single_file_utils.convert_wan_transformer_to_diffusers,
+    "WanVACETransformer3DModel": single_file_utils.convert_wan_transformer_to_diffusers,
     "HunyuanVideoTransformer3DModel": single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
     "LTX2VideoTransformer3DModel": single_file_utils.convert_ltx2_transformer_to_diffusers,
     # SINGLE_FILE_LOADABLE_CLASSES maps it to itself.
@@ -60,9 +62,10 @@ _LTX_2_3 = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ltx-2.3": ("ltx2", _LTX_2_3),
     "ltx-2.5": ("ltx2", {**_LTX_2_3, "ff_bias": False, "use_keyframes_abs_pos_embedding": True}),
+    "wan-vace": ("wan-2.2", {"vace_layers": [0, 1], "vace_in_channels": 24, "rope_max_seq_len": 1024}),
     "wan-2.1-flf2v": ("wan-2.1-i2v", {"pos_embed_seq_len": 514, "rope_max_seq_len": 1024}),
 }
-# What diffusers' scripts rename beyond its package: convert_ltx2_to_diffusers.py, convert_wan_to_diffusers.py (58eb52c).
+# Renamed by diffusers' scripts, not its package (convert_ltx2_to_diffusers.py, convert_wan_to_diffusers.py; 58eb52c).
 BY_SCRIPT = {
     "prompt_adaln_single": "prompt_adaln",
     "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
@@ -135,7 +138,8 @@ def as_published(case: ModelCase, **changes: Any) -> torch.nn.Module:
         return model
     torch.manual_seed(1)
     config = {key: value for key, value in model.config.items() if key[0] != "_"}
-    other = type(model).from_config({**config, **published, **changes})
+    kind = WanVACETransformer3DModel if "vace_layers" in changes else type(model)
+    other = kind.from_config({**config, **published, **changes})
     if not changes:
         other.load_state_dict(model.state_dict())
     return other.to(torch.bfloat16).eval()

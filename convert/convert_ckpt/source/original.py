@@ -36,7 +36,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Original:
-    """How a class is called elsewhere. ``known_by`` are tensors that together no other class has.
+    """How a class is called elsewhere. ``known_by`` are tensors that no other class has, or only one with fewer such.
 
     A tensor that holds several is cut by rows: each but the last gets as many as the tensor ``hidden`` has.
     """
@@ -80,7 +80,7 @@ def translate(folder: TensorFolder, class_name: str | None) -> Translation | Non
     class_name: what config.json says. Raises FaultsError with the tensors that the map has no place for.
     """
     places = tensor_places(folder)
-    original, prefix = find_original(places.keys())
+    original, prefix = _find_original(places.keys())
     if original is None or original.class_name == class_name:
         return None
     hidden = places[prefix + original.hidden][1].spec.shape[0] if original.hidden else 0
@@ -123,9 +123,8 @@ def _cut(spec: TensorSpec, n_parts: int, hidden: int) -> list[list[Rows]]:
     return [[Rows(spec.name, *rows)] for rows in pairwise(bounds)]
 
 
-def find_original(names: Collection[str]) -> tuple[Original | None, str]:
-    """Return the map that knows these names, and what stands before them; None and "" where none does."""
-    for original in originals():
+def _find_original(names: Collection[str]) -> tuple[Original | None, str]:
+    for original in sorted(originals(), key=lambda original: -len(original.known_by)):
         for prefix in _PREFIXES:
             if all(prefix + name in names for name in original.known_by):
                 return original, prefix
@@ -140,8 +139,11 @@ def originals() -> tuple[Original, ...]:
 
 def _read_original(path: Path) -> Original:
     table = read_toml(path)
+    base = _read_original(path.with_name(table["extends"])) if "extends" in table else None
     rules = [Rule(pattern, (target,)) for pattern, target in table["names"].items()]
     rules += [Rule(pattern, tuple(targets)) for pattern, targets in table.get("split", {}).items()]
     rules += [Rule(pattern, (target,), is_swapped=True) for pattern, target in table.get("swapped", {}).items()]
     rules += [Rule(pattern, ()) for pattern in table.get("unused", ())]
+    if base:
+        return Original(table["class"], (*base.known_by, *table["known_by"]), (*rules, *base.rules), base.hidden)
     return Original(table["class"], tuple(table["known_by"]), tuple(rules), table.get("hidden", ""))

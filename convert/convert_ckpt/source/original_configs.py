@@ -121,6 +121,17 @@ def _wan(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _wan_vace(shapes: Shapes) -> dict[str, Any]:
+    config = _wan(shapes)
+    # No shape tells which blocks read them: in all published models they lie evenly.
+    step = config["num_layers"] // _count(shapes, "vace_blocks")
+    return {
+        **config,
+        "vace_layers": list(range(0, config["num_layers"], step)),
+        "vace_in_channels": shapes["vace_patch_embedding.weight"][1],
+    }
+
+
 def _hunyuan_video(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels, patch_size_t, patch_size, _ = shapes["x_embedder.proj.weight"]
     out_channels = shapes["proj_out.weight"][0] // (patch_size_t * patch_size**2)
@@ -206,6 +217,7 @@ _CONFIGS: dict[str, Callable[[Shapes], dict[str, Any]]] = {
     "ZImageTransformer2DModel": _z_image,
     "QwenImageTransformer2DModel": _qwen_image,
     "WanTransformer3DModel": _wan,
+    "WanVACETransformer3DModel": _wan_vace,
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "LTX2VideoTransformer3DModel": _ltx2,
 }

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
 
-from convert_ckpt.source.original import find_original
+from convert_ckpt.source.original import originals
 
 _BESIDE = "It runs as it is beside a converted transformer: give both to the pipeline."
 _NO_CONVOLUTIONS = "no format here stores convolutions"
@@ -68,8 +68,10 @@ _SIGNATURES = (
         classes=("Autoencoder*", "*VAE*", "VQModel"),
     ),
 )
-# Names that other programs than diffusers give the tensors of a class without a map; "*" may be their prefix.
+# Names that other programs than diffusers give the tensors of a class; "*" may be their prefix. The first counts.
 _ORIGINAL_NAMES = {
+    "LTX2VideoTransformer3DModel": "*audio_patchify_proj.weight",
+    "WanAnimateTransformer3DModel": "*face_adapter.fuser_blocks.0.linear1_kv.weight",
     "ChromaTransformer2DModel": "*distilled_guidance_layer.in_proj.weight",
     "LTXVideoTransformer3DModel": "*patchify_proj.weight",
     "Lumina2Transformer2DModel": "*layers.0.adaLN_modulation.1.weight",
@@ -88,7 +90,7 @@ def find_refusal(names: Collection[str], class_name: str | None) -> str | None:
     if found:
         return f"it is {found.kind}. {found.way}"
     original = next((name for name, pattern in _ORIGINAL_NAMES.items() if _is_there(pattern, names)), None)
-    if original in (None, class_name) or find_original(names)[0]:
+    if original in (None, class_name, *(mapped.class_name for mapped in originals())):
         return None
     return (
         f"it is a {original} under other names than diffusers'. Write it in diffusers' form first:"
