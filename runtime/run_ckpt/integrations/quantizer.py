@@ -9,7 +9,9 @@ from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.foreign import READABLE_METHODS, is_ours, layers_in_config
 from run_ckpt.loading.build import find_renaming
+from run_ckpt.loading.experts import separate_experts
 from run_ckpt.loading.linear import QuantizedLinear
+from run_ckpt.loading.renamed import left_out_by
 from run_ckpt.loading.replace import replace_linears
 
 # The name of our quantizer in the tables of the library. A quantization_config says who else can read it
@@ -53,15 +55,18 @@ def replace_declared(
     model: nn.Module, config: Mapping[str, Any], naming: str, backend: str | None
 ) -> dict[str, QuantizedLinear]:
     """Put quantized layers where the config says, and return them by name. Raises CheckpointError."""
+    if naming == "transformers":
+        config = _renamed_config(config, find_renaming(model))
+        separate_experts(model, config[PRIVATE_KEY]["quantized_modules"])
     shapes = {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
-    if naming == "transformers":
-        config = _renamed_config(config, find_renaming(model))
     layers = layers_in_config(config, shapes, naming)
-    absent = sorted(config[PRIVATE_KEY]["quantized_modules"].keys() - layers.keys())
+    is_left_out = left_out_by(model)
+    declared = config[PRIVATE_KEY]["quantized_modules"].keys()
+    absent = sorted(name for name in declared - layers.keys() if not is_left_out(f"{name}.weight"))
     if absent:
         raise FaultsError(
             f"{type(model).__name__}: not the model that this checkpoint was made from",

@@ -20,6 +20,7 @@ with naming_extras("run_ckpt.integrations.transformers", "diffusers"):
         replace_declared,
         saved_config,
     )
+    from run_ckpt.loading.experts import SeparateExperts
     from run_ckpt.loading.linear import QuantizedLinear
 
 
@@ -74,6 +75,12 @@ class ConvertedQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
         return config
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Leave experts as they are stored where the model has them one by one now."""
+        if not any(isinstance(module, SeparateExperts) for module in model.modules()):
+            return weight_conversions
+        return [conversion for conversion in weight_conversions if not _merges_experts(conversion)]
+
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         self._linears = replace_declared(model, self.quantization_config.config, "transformers", backend=None)
 
@@ -88,3 +95,8 @@ class ConvertedQuantizer(HfQuantizer):  # type: ignore[misc]
         for linear in self._linears.values():
             linear.prepare(next(iter(linear.stored().values())).device)
         return model
+
+
+def _merges_experts(conversion: Any) -> bool:
+    """True for a WeightConverter, which transformers 4 has not, of all experts' weights to one parameter."""
+    return hasattr(conversion, "operations") and any("experts.*." in name for name in conversion.source_patterns)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.loading.checkpoint import open_to_load
+from run_ckpt.loading.experts import separate_experts
 from run_ckpt.loading.fill import DTYPES, Slot, fill_slots, match_slots, parameter_slots
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.renamed import renamed_for
@@ -48,6 +49,7 @@ def load_quantized(
     with open_to_load(path) as checkpoint:
         model = _build_model(path) if model is None else model
         checkpoint = renamed_for(model, checkpoint)
+        separate_experts(model, _linears(checkpoint))
         linears = replace_linears(model, checkpoint.manifest.layers, backend)
         matched = _match(checkpoint, model)
         dtypes = _dtypes(checkpoint, model, matched, dtype)
@@ -77,6 +79,12 @@ def _build_model(path: Path) -> nn.Module:
 
     model: nn.Module = build_model(path)
     return model
+
+
+def _linears(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the modules of all weights, quantized or not."""
+    yield from checkpoint.manifest.layers
+    yield from (name.removesuffix(".weight") for name in checkpoint.manifest.kept)
 
 
 def _match(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Slot]:

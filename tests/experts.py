@@ -1,0 +1,69 @@
+"""Small mixtures of experts of transformers' classes, with random weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+HIDDEN = 256
+_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}
+# Grouped choice of experts, an expert that all tokens see, and a first block without experts.
+_SHARED = {"moe_intermediate_size": 256, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+
+
+def _qwen3_moe() -> Any:
+    config = transformers.Qwen3MoeConfig(**_SIZES, moe_intermediate_size=256, head_dim=64, num_experts=4)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def _mixtral() -> Any:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**_SIZES, num_local_experts=4))
+
+
+def _deepseek_v3() -> Any:
+    heads = {"kv_lora_rank": 64, "q_lora_rank": 256, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
+    config = transformers.DeepseekV3Config(**_SIZES, **_SHARED, **heads, n_group=2, topk_group=1)
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def _glm4_moe() -> Any:
+    config = transformers.Glm4MoeConfig(**_SIZES, **_SHARED, head_dim=64, n_group=1, topk_group=1)
+    return transformers.Glm4MoeForCausalLM(config)
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "qwen3-moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "deepseek-v3": _deepseek_v3,
+    "glm4-moe": _glm4_moe,
+}
+
+
+def save_experts(name: str, folder: Path) -> Path:
+    """Write a small model of the class in BF16, and return its folder."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]().bfloat16()
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):  # float32 in all checkpoints of theirs
+            buffer.data = torch.randn(buffer.shape) / 10
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_logits(model: Any) -> torch.Tensor:
+    """Return the logits of twelve tokens."""
+    tokens = torch.randint(0, 512, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens).logits
+    return logits
