@@ -31,10 +31,7 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
     """The S3 server, with its address and credentials where botocore looks for them."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "stand-in")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stand-in")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    set_credentials(monkeypatch, s3_endpoint)
     monkeypatch.setattr("convert_ckpt.source.store._FIRST_WAIT_SECONDS", 0.005)
     monkeypatch.setattr("convert_ckpt.source.store._TRIES", 2)
     filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
@@ -42,3 +39,11 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.Abs
     yield filesystem
     filesystem.rm("bucket", recursive=True)
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+def set_credentials(patch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Let this process, and those that it starts, talk to the S3 server at ``endpoint``."""
+    patch.setenv("AWS_ENDPOINT_URL", endpoint)
+    patch.setenv("AWS_ACCESS_KEY_ID", "stand-in")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "stand-in")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")

@@ -14,9 +14,12 @@ import pytest
 from convert_ckpt.api import convert as convert_by_name
 from run_ckpt.contract.errors import NonFiniteError, UsageError
 from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.progress import Silent
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
+from tests.conftest import set_credentials
 from tests.hub_fixtures import assert_same_but_for_the_source
 from tests.test_resume import COMMAND, z_image
+from tests.test_tasks import calibrated_llm
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -25,12 +28,13 @@ N_SHARDS = 6
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head without CPUs, for the driver, and three nodes of one CPU."""
+def cluster(s3_endpoint: str) -> Iterator[Any]:
+    """A head without CPUs, for the driver, and three nodes of one CPU, all with credentials for S3."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        set_credentials(patch, s3_endpoint)
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for _ in range(3):
             made.add_node(num_cpus=1)
@@ -54,7 +58,7 @@ def source(tmp_path: Path) -> Path:
     return save_checkpoint(tmp_path / "in", shards, {"architectures": ["LlamaForCausalLM"]})
 
 
-def on_ray(source: str | Path, output: Path, cluster: Any, **options: Any) -> Any:
+def on_ray(source: str | Path, output: str | Path, cluster: Any, **options: Any) -> Any:
     return convert_by_name(source, output, engine="ray", ray_address=cluster.address, **options)
 
 
@@ -88,6 +92,46 @@ def test_a_remote_source_is_fetched_where_it_is_converted(source: Path, tmp_path
     convert(source, tmp_path / "local", format="fp8")
     on_ray(f"file://{source}", tmp_path / "out", cluster, format="fp8")
     assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": "mxfp4", "ray_workers": 1}, {"format": "fp8", "static": True}, {"format": "nvfp4"}]
+)
+def test_layers_with_statistics_are_tasks_of_their_own(tmp_path: Path, cluster: Any, options: dict[str, Any]) -> None:
+    source, stats = calibrated_llm(tmp_path)
+    on_ray(source, tmp_path / "out", cluster, calibration=stats, **options)
+    options.pop("ray_workers", None)
+    convert(source, tmp_path / "whole", calibration=stats, **options)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_shards_come_from_a_bucket_to_where_they_are_converted_and_the_result_goes_to_one(
+    s3: Any, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, stats = calibrated_llm(tmp_path)
+    convert(source, tmp_path / "local", format="fp8", calibration=stats)
+    s3.put(str(source), "bucket/llm", recursive=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    progress = Lines()
+    on_ray("s3://bucket/llm", "s3://bucket/out/llm", cluster, format="fp8", calibration=stats, progress=progress)
+    s3.get("bucket/out/llm", str(tmp_path / "out"), recursive=True)
+    assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
+    assert [*(tmp_path / "here").iterdir()] == []
+    # Of three shards, one scan of each for q, k and v, which lie in all of them, and one for the file.
+    assert sorted(line.split()[1] for line in progress.lines if line.startswith("fetched")) == sorted(
+        2 * [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    )
+
+
+class Lines(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def test_a_fault_of_the_source_is_the_error_that_one_machine_gives(tmp_path: Path, cluster: Any) -> None:

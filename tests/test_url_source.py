@@ -1,5 +1,6 @@
 """A folder that fsspec opens as SOURCE: the same bytes, from memory and from a real S3 server on loopback (moto's)."""
 
+import platform
 import sys
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_what_is_not_there_is_named(s3: fsspec.AbstractFileSystem, tmp_path: Pat
     with pytest.raises(FetchError, match=message):
         convert_remote(source, tmp_path / "out", format="mxfp4")
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_credentials_are_said_at_once(
+    s3: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    type(s3).clear_instance_cache()
+    with pytest.raises(FetchError, match=f"{platform.node()} has no credentials for it"):
+        convert_remote("s3://bucket/llm", tmp_path / "out", format="fp8")
 
 
 def test_a_server_that_does_not_answer_is_one_line(

@@ -1,12 +1,13 @@
 """Files to make, and what that takes: the same for a whole run, for a part, and for a task on another machine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from convert_ckpt.plan.plan import Plan
 from convert_ckpt.run.engine import Engine, FileRecord
+from convert_ckpt.run.layers import MadeLayers, with_layers
 from convert_ckpt.run.memory import n_workers_within
 from convert_ckpt.run.schedule import work_nbytes
 from convert_ckpt.source.opened import OpenedSource
@@ -36,14 +37,26 @@ class Assignment:
         return work_nbytes(self.plan, self.group_amax.keys())
 
     def carry_out(
-        self, folder: Folder, fetched: Path, n_workers: int, on_file: OnFile, progress: Progress
+        self,
+        folder: Folder,
+        fetched: Path,
+        n_workers: int,
+        on_file: OnFile,
+        progress: Progress,
+        made: Sequence[MadeLayers] = (),
     ) -> dict[str, int]:
         """Make the files in ``folder`` by ``n_workers`` threads; return the amax of all scale groups known now.
 
         fetched: the folder for shards of a remote source. on_file: called for each finished file, from any thread.
+        made: layers that only have to be put into the one file of the plan.
         """
+        tensors = {name: data for part in made for name, data in part.tensors.items()}
+
+        def on_made(name: str, record: FileRecord) -> None:
+            on_file(name, with_layers(record, made))
+
         provider = self.opened.provide_shards(self.component, self.shards, fetched, progress)
-        engine = Engine(self.plan, self.shards, folder, self.group_amax, on_file, progress, provider)
+        engine = Engine(self.plan, self.shards, folder, self.group_amax, on_made, progress, provider, tensors)
         return engine.run(n_workers)
 
 

@@ -49,9 +49,9 @@ from convert_ckpt.run.slab import (
     weight_bits,
 )
 from convert_ckpt.run.wait import Signal
-from convert_ckpt.source.shards import LocalShards, ShardProvider
+from convert_ckpt.source.shards import ShardProvider
 from run_ckpt.contract.errors import CheckpointError, NonFiniteError
-from run_ckpt.contract.manifest import INPUT_SCALE, sqnr_db
+from run_ckpt.contract.manifest import INPUT_SCALE, Layer, sqnr_db
 from run_ckpt.progress import Progress
 from run_ckpt.storage.folders import Folder
 from run_ckpt.storage.shards import Shard
@@ -78,7 +78,7 @@ class Engine:
 
     ``group_amax`` maps scale groups to the float32 bits of their amax, as far as they are known. ``on_file`` is called
     for each finished file, from any thread; ``progress`` is told the work_nbytes of each slab. ``provider`` brings the
-    shards; by default they are where they say.
+    shards. ``made`` are the bytes of output tensors that are there already.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Engine:
         group_amax: Mapping[str, int],
         on_file: Callable[[str, FileRecord], None],
         progress: Progress,
-        provider: ShardProvider | None = None,
+        provider: ShardProvider,
+        made: Mapping[str, np.ndarray],
     ):
-        shards = tuple(shards)
         self._plan = plan
         self._on_file = on_file
         self._progress = progress
@@ -104,8 +104,8 @@ class Engine:
         self._calibrated = self._make_calibrated()
         self._nonfinite = NonFiniteElements()
         self._signal = Signal()
-        self._readers = ShardReaders(shards, provider or LocalShards(shards), self._slabs, self._signal)
-        self._outputs = OutputFiles(plan, folder, self._slabs, self._signal, self._record)
+        self._readers = ShardReaders(shards, provider, self._slabs, self._signal)
+        self._outputs = OutputFiles(plan, folder, self._slabs, self._signal, self._record, made)
 
     def run(self, n_workers: int) -> dict[str, int]:
         """Make all files; return the amax of all scale groups known now. Raises the first error of any thread.
@@ -117,6 +117,7 @@ class Engine:
         workers = ThreadPoolExecutor(n_workers, thread_name_prefix="worker")
         try:
             self._readers.start()
+            self._outputs.start()
             with self._calibrated or nullcontext():
                 for _ in range(n_workers):
                     workers.submit(self._work)
@@ -160,8 +161,6 @@ class Engine:
         self._readers.read(slab, raw)
         self._readers.hash(slab, raw)
         match slab.action:
-            case "hash":
-                pass
             case "copy":
                 self._copy(slab, raw)
             case "decode":
@@ -170,7 +169,7 @@ class Engine:
                 self._store(slab, raw)
             case "scan":
                 self._scan(slab, raw)
-            case _:
+            case "quantize" | "encode":
                 self._quantize(slab, raw, buffers)
         self._progress.advance(slab.work_nbytes)
         self._readers.count(slab)
@@ -240,7 +239,7 @@ class Engine:
         if slab.row == 0 and (fault := identity_fault(self._plan, slab.tensor, to_float(unfolded[:1]))):
             raise CheckpointError(fault)
         bits = fold_bits(unfolded, slab.tensor.fold, slab.row)
-        scale = self._tensor_scale(slab) if slab.action == "encode" else None
+        scale = self._tensor_scale(slab, layer) if slab.action == "encode" else None
         if self._nonfinite.is_refused:
             if slab.hash_order is not None:  # else it was looked at when it was scanned
                 self._look(slab, bits)
@@ -273,12 +272,11 @@ class Engine:
 
         return CalibratedQuantizer()
 
-    def _tensor_scale(self, slab: Slab) -> np.ndarray:
+    def _tensor_scale(self, slab: Slab, layer: Layer) -> np.ndarray:
         group = scale_group(slab.tensor)
         assert group is not None
         self._signal.wait_until(lambda: self._unscanned[group] == 0)
-        assert slab.tensor.layer is not None
-        return tensor_scale(self._amax[group], slab.tensor.layer)
+        return tensor_scale(self._amax[group], layer)
 
     def _record(self, file: FilePlan, entry: dict[str, Any]) -> None:
         """Report a finished file; ``entry`` is what the manifest says of it."""

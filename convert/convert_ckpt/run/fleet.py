@@ -8,20 +8,19 @@ from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from convert_ckpt.plan.plan import Plan, TensorPlan
 from convert_ckpt.run.assignment import Assignment, OnFile
 from convert_ckpt.run.cluster import Cluster
 from convert_ckpt.run.engine import FileRecord
 from convert_ckpt.run.fleet_progress import LOOK_SECONDS, Report, Shown, Tally
+from convert_ckpt.run.layers import MadeLayers
 from convert_ckpt.run.memory import largest_layer, n_workers_within
-from convert_ckpt.run.schedule import list_scans, list_slabs, narrow
+from convert_ckpt.run.tasks import Task, file_tasks, scan_tasks
 from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.progress import Progress
 from run_ckpt.storage.folders import Folder, open_folder
@@ -39,8 +38,10 @@ _RETRIES = 3
 class Fleet:
     """The connection to a cluster; a context manager. Its ``make`` is that of an assignment.Maker.
 
-    A task makes one output file, or scans the scale groups of one shard; it is given a plan narrowed to that. Only this
-    process writes records and publishes. A task that was lost with its machine runs again on another one.
+    A task scans the scale groups of one shard, makes the layers of one input whose codes are chosen by statistics, or
+    makes one output file, into which those are put; it is given a plan narrowed to that. Only this process writes
+    records and publishes. A task that was lost with its machine runs again on another one, and so does one whose layers
+    were lost with it: until their file is made, they lie in the memory of the cluster.
     """
 
     def __init__(self, cluster: Cluster, max_memory: int):
@@ -75,28 +76,30 @@ class Fleet:
             for name, record in records.items():
                 on_file(name, record)
 
-        plan = assignment.plan
-        scans = [_cut(assignment, scan, {}) for scan in list_scans(plan, amax.keys())]
-        self._run(scans, folder.path, on_scan, progress)
-        files = [_cut(assignment, narrow(plan, {file.name}, amax.keys()), amax) for file in plan.files]
-        self._run(files, folder.path, on_made, progress)
+        self._run(scan_tasks(assignment), folder.path, on_scan, progress)
+        tasks = [part for task in file_tasks(assignment, amax) for part in (*task.parts, task)]
+        self._run(tasks, folder.path, on_made, progress)
 
     def _run(
         self,
-        assignments: list[Assignment],
+        tasks: list[Task],
         folder: Path,
         on_done: Callable[[dict[str, FileRecord], dict[str, int]], None],
         progress: Progress,
     ) -> None:
         """Carry out all; ``on_done`` is given the results of each, in the order in which they end."""
-        waiting = deque(assignments)
+        waiting = deque(tasks)
         running: dict[Any, str] = {}
+        layers: dict[str, Any] = {}
         shown = Shown(progress)
         try:
             while waiting or running:
                 while waiting and len(running) < (self._cluster.n_tasks or _MOST_TASKS):
-                    next_one = waiting.popleft()
-                    running[self._submit(next_one, folder)] = _name(next_one)
+                    task = waiting.popleft()
+                    result, made = self._submit(task, folder, [layers.pop(part.name) for part in task.parts])
+                    running[result] = task.name
+                    if task.is_apart:
+                        layers[task.name] = made
                 done, _ = ray.wait([*running], timeout=LOOK_SECONDS)
                 shown.update(*ray.get(self._tally.read.remote()))
                 for reference in done:
@@ -106,16 +109,22 @@ class Fleet:
             for reference in running:
                 ray.cancel(reference, force=True)
 
-    def _submit(self, assignment: Assignment, folder: Path) -> Any:
-        n_threads = n_workers_within(self._max_memory, assignment.plan, self._n_threads)
-        task = ray.remote(_carry_out).options(
+    def _submit(self, task: Task, folder: Path, made: list[Any]) -> tuple[Any, Any]:
+        """Hand a task to Ray; return what stands for its results, and for the layers that it made."""
+        plan = task.assignment.plan
+        n_threads = n_workers_within(self._max_memory, plan, self._n_threads)
+        if task.is_apart:
+            n_threads = min(n_threads, len(plan.tensors))
+        remote = ray.remote(_carry_out).options(
+            num_returns=2,
             num_cpus=n_threads,
-            memory=_TASK_NBYTES + n_threads * largest_layer(assignment.plan),
+            memory=_TASK_NBYTES + n_threads * largest_layer(plan),
             max_retries=_RETRIES,
             retry_exceptions=[OSError],
             scheduling_strategy="SPREAD",
         )
-        return task.remote(VERSION, assignment, n_threads, folder, self._tally)
+        result, layers = remote.remote(VERSION, replace(task, parts=()), n_threads, folder, self._tally, *made)
+        return result, layers
 
 
 def _connect(address: str | None) -> None:
@@ -137,39 +146,23 @@ def _choose_threads(asked: int | None) -> int:
 
 
 def _carry_out(
-    version: str, assignment: Assignment, n_threads: int, path: Path, tally: Any
-) -> tuple[dict[str, FileRecord], dict[str, int]]:
-    """Run on a machine of the cluster: return the records of the files made, and what is known of scale groups."""
+    version: str, task: Task, n_threads: int, path: Path, tally: Any, *made: MadeLayers
+) -> tuple[tuple[dict[str, FileRecord], dict[str, int]], MadeLayers | None]:
+    """Run on a machine of the cluster: return the records of the files made and what is known of scale groups.
+
+    And the layers that were made apart from their file.
+    """
     if version != VERSION:
         raise CheckpointError(f"this machine has convert-ckpt {VERSION}, the driver {version}. Install the same.")
-    records: dict[str, FileRecord] = {}
-    report = Report(tally, _name(assignment))
+    report = Report(tally, task.name)
     try:
         folder = open_folder(path, follow=False)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: is not on this machine. OUTPUT must be shared by the cluster.") from error
-    with folder, TemporaryDirectory(prefix="convert-ckpt-") as fetched:
-        amax = assignment.carry_out(folder, Path(fetched) / "source", n_threads, records.__setitem__, report)
+    with folder:
+        records, amax, layers = task.carry_out(folder, n_threads, report, made)
     report.send()
-    return records, amax
-
-
-def _cut(assignment: Assignment, plan: Plan, group_amax: dict[str, int]) -> Assignment:
-    """Return the part of an assignment that ``plan`` is, with paths that mean the same on every machine."""
-    names = {shard for slab in list_slabs(plan, group_amax.keys()) for shard in slab.shards}
-    shards = (replace(s, path=s.path.absolute()) for s in assignment.shards if s.name in names)
-    plan = replace(plan, tensors=tuple(_with_absolute_path(tensor) for tensor in plan.tensors))
-    return replace(assignment, plan=plan, shards=tuple(shards), group_amax=group_amax)
-
-
-def _with_absolute_path(tensor: TensorPlan) -> TensorPlan:
-    statistics = tensor.statistics
-    return replace(tensor, statistics=replace(statistics, path=statistics.path.absolute())) if statistics else tensor
-
-
-def _name(assignment: Assignment) -> str:
-    names = [file.name for file in assignment.plan.files] or [f"scan of {assignment.shards[0].name}"]
-    return f"{assignment.component}/{names[0]}".lstrip("/")
+    return (records, amax), layers
 
 
 def _result(reference: Any, name: str) -> tuple[dict[str, FileRecord], dict[str, int]]:

@@ -1,7 +1,7 @@
 """The output shards of one component: written in any order, and finished in the background."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,7 @@ class OutputFiles:
     """What the workers write: the files of ``plan``. ``slabs`` are all that write to them.
 
     ``on_finished`` is called with each file that is complete and durable, and with what the manifest says of it.
+    ``made`` are the bytes of output tensors that are there already; start() writes them.
     """
 
     def __init__(
@@ -30,15 +31,22 @@ class OutputFiles:
         slabs: list[Slab],
         signal: Signal,
         on_finished: Callable[[FilePlan, dict[str, Any]], None],
+        made: Mapping[str, np.ndarray],
     ):
         self._files = {file.name: file for file in plan.files}
         self._places = list_places(plan)
         self._folder = folder
         self._signal = signal
         self._on_finished = on_finished
+        self._made = made
         self._unwritten = Counter(name for slab in slabs for name in slab.outputs)
         self._writers: dict[str, ShardWriter] = {}
         self._background = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="finish")
+
+    def start(self) -> None:
+        """Write what is there already, before any worker does."""
+        for name, data in self._made.items():
+            self.write(name, 0, data)
 
     def write(self, tensor: str, offset: int, data: np.ndarray) -> None:
         """Write to byte ``offset`` of an output tensor, wherever a file of the plan has it."""

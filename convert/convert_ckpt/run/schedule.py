@@ -5,10 +5,12 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Literal
 
 from convert_ckpt.plan.plan import Plan, TensorPlan
 from convert_ckpt.source.shards import FetchStep
+from run_ckpt.contract.manifest import WEIGHT
 
 # Unless one tile of rows is larger: large enough to hide the cost of a call, small enough that what one core reads,
 # hashes, quantizes and writes stays in its share of the caches (per-tensor FP8: 8 MiB took 60 % more CPU time).
@@ -48,7 +50,9 @@ class Slab:
 
     @property
     def work_nbytes(self) -> int:
-        """What it counts for in the progress: a weight that is read twice counts by halves."""
+        """What it counts for in the progress: halves of what is read twice, nothing for what is hashed."""
+        if self.action == "hash":
+            return 0
         is_read_twice = self.action == "scan" or (self.action == "encode" and self.hash_order is None)
         return self.nbytes // 2 if is_read_twice else self.nbytes
 
@@ -79,6 +83,7 @@ def narrow(plan: Plan, names: Collection[str], known_groups: Collection[str]) ->
     """Return what of a plan it takes to make the files ``names``: their tensors, and others that they depend on.
 
     These are the layers whose scale one of the files repeats, and the members of a scale group whose amax isn't known.
+    Statistics choose no codes of theirs.
     """
     files = tuple(file for file in plan.files if file.name in names)
     shards = {shard for file in files for shard in file.source_shards}
@@ -90,7 +95,11 @@ def narrow(plan: Plan, names: Collection[str], known_groups: Collection[str]) ->
         return tensor.shard in shards or bool(tensor.layer and tensor.layer.module in repeated)
 
     groups = {scale_group(tensor) for tensor in plan.tensors if is_needed(tensor)} - {None, *known_groups}
-    tensors = tuple(tensor for tensor in plan.tensors if is_needed(tensor) or scale_group(tensor) in groups)
+    tensors = tuple(
+        tensor if tensor.shard in shards else replace(tensor, statistics=None)
+        for tensor in plan.tensors
+        if is_needed(tensor) or scale_group(tensor) in groups
+    )
     layers = {tensor.layer.module: tensor.layer for tensor in tensors if tensor.layer}
     manifest = replace(plan.manifest, layers=layers, fused_scales=fused, kept={}, unquantized_linears={})
     unused = tuple(tensor for tensor in plan.unused if tensor.shard in shards)
@@ -130,11 +139,12 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     for tensor in sorted([*plan.tensors, *plan.unused], key=lambda tensor: (tensor.shard, tensor.view.offset)):
         names = tensor.layer.tensors.values() if tensor.layer else [tensor.spec.name]
         files = tuple(dict.fromkeys(place.file for name in names for place in places.get(name, ())))
-        group, whole = scale_group(tensor), bool(tensor.statistics)
+        is_unused = tensor.spec.name in unused
+        group, whole = None if is_unused else scale_group(tensor), bool(tensor.statistics)
         action: Action = "encode" if group else _action(tensor)
         # Each file made of a shard waits for all of its bytes, since it states the hash.
         waiting = tuple(dict.fromkeys([*files, *hashed.get(tensor.shard, ())]))
-        if tensor.spec.name in unused or not (files or (group and group not in known_groups)):
+        if is_unused or not (files or (group and group not in known_groups)):
             if tensor.shard not in hashed:
                 continue
             action = "hash"
@@ -163,17 +173,19 @@ def _action(tensor: TensorPlan) -> Action:
 def list_scans(plan: Plan, known_groups: Collection[str]) -> list[Plan]:
     """Return the scans, shard by shard, of those scale groups that lie in several files and whose amax isn't known.
 
-    After them each file can be made by itself, and each weight of these groups is still read twice.
+    After them each file can be made by itself, and so can the layers of one input (layers.set_apart); each weight of
+    these groups is still read twice.
     """
-    file_of = {shard: file.name for file in plan.files for shard in file.source_shards}
-    files: dict[str, set[str | None]] = {}
+    file_of = plan.file_of_tensors()
+    places: dict[str, set[tuple[str | None, Path | None]]] = {}
     for tensor in plan.tensors:
-        if (group := scale_group(tensor)) and group not in known_groups:
-            files.setdefault(group, set()).add(file_of.get(tensor.shard))
+        if tensor.layer and (group := scale_group(tensor)) and group not in known_groups:
+            path = tensor.statistics.path if tensor.statistics else None
+            places.setdefault(group, set()).add((file_of.get(tensor.layer.tensors[WEIGHT]), path))
     by_shard: dict[str, list[TensorPlan]] = {}
     for tensor in plan.tensors:
-        if len(files.get(scale_group(tensor) or "", ())) > 1:
-            by_shard.setdefault(tensor.shard, []).append(tensor)
+        if len(places.get(scale_group(tensor) or "", ())) > 1:
+            by_shard.setdefault(tensor.shard, []).append(replace(tensor, statistics=None))
     nothing = narrow(plan, (), known_groups)
     return [replace(nothing, tensors=tuple(tensors)) for tensors in by_shard.values()]
 

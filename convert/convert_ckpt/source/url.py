@@ -1,5 +1,6 @@
 """A folder of whatever fsspec opens (s3, gs, az, memory, ...) as a store."""
 
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,4 +110,6 @@ def _plain_errors(what: str) -> Iterator[None]:
     except (NotImplementedError, ValueError, TypeError) as error:
         raise FetchError(f"{what}: can't be read ({type(error).__name__}: {first_line(error)}).") from error
     except Exception as error:  # each file system has errors of its own, most without a common base
+        if "Credential" in type(error).__name__:  # botocore's, google.auth's, azure's
+            raise FetchError(f"{what}: {platform.node()} has no credentials for it ({first_line(error)}).") from error
         raise TransientError(f"{what}: can't be read ({type(error).__name__}: {first_line(error)}).") from error
