@@ -1,6 +1,7 @@
 """Sources that are not what they seem, for the table of mistakes: name -> what makes the folder."""
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,10 @@ def _pipeline_without_transformer(folder: Path) -> None:
 
 _BLOCK = "blocks.0.proj.weight"
 _POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9942567\n"
+# Version 3, one tensor, no values; 32 zeros in F32.
+_GGUF_OF_LLAMA = (
+    b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 17) + b"blk.0.attn_q.bias" + struct.pack("<IQIQ", 1, 32, 0, 0)
+).ljust(96, b"\0") + bytes(128)
 ODD_SOURCES: dict[str, Callable[[Path], object]] = {
     "lora": _of_tensors("transformer.blocks.0.attn.to_q.lora_A.weight", "x.lora_B.weight"),
     "lora-kohya": _of_tensors("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
@@ -54,6 +59,7 @@ ODD_SOURCES: dict[str, Callable[[Path], object]] = {
     ),
     "pointer": _of_bytes("model.safetensors", _POINTER),
     "gguf": _of_bytes("flux-Q4_K.gguf", b"GGUF\3\0\0\0"),
+    "gguf-llama": _of_bytes("llama.gguf", _GGUF_OF_LLAMA),
     "gguf-renamed": _of_bytes("model.safetensors", b"GGUF\3\0\0\0" + bytes(8)),
     "pickle": _of_bytes("model.ckpt", b"\x80\x02}q"),
     "pickle-renamed": _of_bytes("model.safetensors", b"PK\3\4" + bytes(100)),

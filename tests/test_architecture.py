@@ -33,6 +33,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     ),
     "llvmlite": ("convert_ckpt/kernels/",),
     "ray": ("convert_ckpt/run/fleet.py",),
+    "gguf": ("run_ckpt/storage/decoders.py",),
     "click": ("convert_ckpt/cli.py", "run_ckpt/cli/"),
     "matplotlib": ("run_ckpt/tools/publish/heatmap.py",),
     "rich": ("run_ckpt/cli/",),

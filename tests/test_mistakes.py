@@ -345,9 +345,16 @@ ODD_SOURCES = [
     Mistake(
         "convert-ckpt gguf OUT --format mxfp4",
         1,
-        "flux-Q4_K.gguf: GGUF, whose weights are quantized already. Give the model's safetensors files",
+        "flux-Q4_K.gguf: the header of this GGUF file is truncated. Fetch it again.",
     ),
-    Mistake("convert-ckpt gguf-renamed OUT --format mxfp4", 1, "model.safetensors: GGUF,"),
+    Mistake(
+        "convert-ckpt gguf-llama OUT --format mxfp4", 1, "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE)"
+    ),
+    Mistake(
+        "convert-ckpt gguf-renamed OUT --format mxfp4",
+        1,
+        "model.safetensors: GGUF. Its name has to end in .gguf, and it is read on the machine where it lies.",
+    ),
     Mistake(
         "convert-ckpt pickle OUT --format mxfp4",
         1,
@@ -372,7 +379,7 @@ ODD_SOURCES = [
         2,
         "no config.json says what class it is, so nothing says which layers",
     ),
-    Mistake("run-ckpt inspect gguf/flux-Q4_K.gguf", 1, "flux-Q4_K.gguf: GGUF, whose weights are quantized already."),
+    Mistake("run-ckpt inspect gguf/flux-Q4_K.gguf", 1, "flux-Q4_K.gguf: the header of this GGUF file is truncated."),
     Mistake("convert-ckpt pipelin OUT --format fp8", 1, "pipelin: no such file or folder (did you mean pipeline?)."),
     Mistake("run-ckpt verify s3://bucket/x", 2, "s3://bucket/x: only convert-ckpt reads other stores than the Hub."),
 ]

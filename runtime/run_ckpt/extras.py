@@ -21,6 +21,7 @@ EXTRAS = {
     "gcsfs": "gs",
     "adlfs": "az",
     "ray": "ray",
+    "gguf": "gguf",
 }
 
 

@@ -80,7 +80,6 @@ def make_layers(
 ) -> dict[str, Layer]:
     """Return module -> layer of all that are quantized."""
     group_of = {member: group.name for group in groups for member in group.members}
-    encoded = {weight.layer.module: weight.layer for weight in context.source.encoded.values()}
     layers = {}
     for module, decision in sorted(decisions.items()):
         if decision.format == KEEP:
@@ -101,9 +100,10 @@ def make_layers(
             fused_group=group_of.get(module),
             decided_by=decision.decided_by,
         )
-        if module in encoded and is_stored_alike(encoded[module], layers[module]):
+        encoded = context.source.encoded.get(spec.name)
+        if encoded and is_stored_alike(encoded.layer, layers[module]):
             # Its scales are what they are, shared or not.
-            layers[module] = replace(layers[module], scale_rule=encoded[module].scale_rule, fused_group=None)
+            layers[module] = replace(layers[module], scale_rule=encoded.layer.scale_rule, fused_group=None)
     return layers
 
 

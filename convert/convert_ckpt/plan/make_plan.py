@@ -188,9 +188,10 @@ def _count_fates(tensors: tuple[TensorPlan, ...]) -> dict[str, int]:
 
 
 def _unused(source: Component) -> tuple[TensorPlan, ...]:
-    reason = f"no tensor of {source.class_name}" if source.translation else "no part of the weights as numbers"
-    seen = source.translation or source.quantization
-    return tuple(TensorPlan(view, None, reason, BY_KIND) for view in (seen.unused if seen else ()))
+    reasons = {f"no tensor of {source.class_name}": source.translation, "no part of a weight": source.quantization}
+    return tuple(
+        TensorPlan(view, None, reason, BY_KIND) for reason, seen in reasons.items() if seen for view in seen.unused
+    )
 
 
 def _fused_scales(layers: Mapping[str, Layer], groups: tuple[FusedGroup, ...]) -> dict[str, FusedScale]:

@@ -13,6 +13,7 @@ from convert_ckpt.source.quantized import EncodedWeight
 from run_ckpt.contract.formats import E2M1_VALUES, E4M3_NAN_MAGNITUDE, E8M0_BIAS, E8M0_LARGEST, E8M0_NAN, Scheme
 from run_ckpt.contract.layouts import TileLayout
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.storage.decoders import DECODERS
 
 # Reads bytes of a shard: name, offset, count.
 Read = Callable[[str, int, int], np.ndarray]
@@ -20,7 +21,7 @@ Read = Callable[[str, int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows ``row``.. of a weight in logical order without padding.
+    """Rows ``row``.. of a weight in logical order without padding, or its ``values`` in a format that is only read.
 
     codes: uint8 [n, K / elements a byte]. scales: of these rows, [block rows, block columns], bytes or float32 as
     stored. second: role and value, float32 [1], of the scale of the whole tensor; None in a format of one level.
@@ -31,15 +32,29 @@ class EncodedRows:
     codes: np.ndarray
     scales: np.ndarray
     second: tuple[str, np.ndarray] | None
+    values: np.ndarray | None = None
 
 
-def read_rows(weight: EncodedWeight, row: int, raw: np.ndarray, read: Read) -> EncodedRows:
-    """Return the rows whose codes are ``raw``; their scales are read by ``read``."""
-    layer, scheme = weight.layer, weight.layer.scheme
+def read_rows(weight: EncodedWeight, row: int, offset: int, raw: np.ndarray, read: Read) -> EncodedRows:
+    """Return the rows whose codes are ``raw``, ``offset`` in their shard; their scales are read by ``read``.
+
+    row: the first one in the tensor that the plan has, which may be a part of the stored one.
+    """
+    layer, scheme, first = weight.layer, weight.layer.scheme, weight.stored_row(offset)
+    if decoder := DECODERS.get(layer.format.name):
+
+        def read_part(role: str, start: int, nbytes: int) -> np.ndarray:
+            shard, stored = weight.parts[role]
+            return read(shard, stored.offset + start, nbytes)
+
+        codes = raw.reshape(weight.n_rows(len(raw)), -1)
+        return EncodedRows(scheme, row, codes, codes, None, decoder(layer, first, codes, read_part))
     width = layer.K // scheme.format.element.per_byte
     codes = _unshuffle(scheme.layout.weight, raw.reshape(-1, width))
+    if WEIGHT_SCALE not in weight.parts:
+        return EncodedRows(scheme, row, codes, np.ones((1, 1), np.float32), None)
     n_rows, n_cols = scheme.scale_grid(layer.N, layer.K)
-    rows = scheme.scale_rows(row, row + len(codes))
+    rows = scheme.scale_rows(first, first + len(codes))
     shard, stored = weight.parts[WEIGHT_SCALE]
     row_nbytes = stored.spec.nbytes // layer.scale_shape[0]
     data = read(shard, stored.offset + rows.start * row_nbytes, (rows.stop - rows.start) * row_nbytes)
@@ -49,6 +64,8 @@ def read_rows(weight: EncodedWeight, row: int, raw: np.ndarray, read: Read) -> E
 
 def decode(rows: EncodedRows) -> np.ndarray:
     """Return float32 [n, K]: element * scale, where the scale is first multiplied by the tensor's. NaN stays NaN."""
+    if rows.values is not None:
+        return rows.values
     scheme, codes = rows.scheme, rows.codes
     values: np.ndarray = _VALUES[scheme.format.element.name][codes].view(np.float32).reshape(len(codes), -1)
     scales = _SCALES[scheme.format.scale.name](rows.scales)
@@ -159,7 +176,11 @@ _E4M3_VALUES = _e4m3_values()
 _E8M0_VALUES = np.ldexp(np.float32(1), np.minimum(np.arange(256), E8M0_LARGEST) - E8M0_BIAS)
 _E8M0_VALUES[E8M0_NAN] = np.nan
 # What a byte of codes stands for; of a pair, both.
-_VALUES = {"e2m1": _e2m1_pairs(), "e4m3fn": _E4M3_VALUES}
+_VALUES = {
+    "e2m1": _e2m1_pairs(),
+    "e4m3fn": _E4M3_VALUES,
+    "e5m2": (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32),
+}
 _SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "e8m0": lambda codes: _E8M0_VALUES[codes],
     "e4m3fn": lambda codes: _E4M3_VALUES[codes],

@@ -195,7 +195,7 @@ class Engine:
 
     def _encoded_rows(self, slab: Slab, raw: np.ndarray) -> EncodedRows:
         assert slab.tensor.encoded is not None
-        return read_rows(slab.tensor.encoded, slab.row, raw, self._readers.read_part)
+        return read_rows(slab.tensor.encoded, slab.row, slab.offset, raw, self._readers.read_part)
 
     def _decode(self, slab: Slab, raw: np.ndarray) -> None:
         spec = slab.tensor.spec

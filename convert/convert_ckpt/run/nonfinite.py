@@ -1,5 +1,6 @@
 """NaN and infinity in a source: which element of which tensor is the first, and how many there are."""
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -55,7 +56,8 @@ class NonFiniteElements:
         bad = ~np.isfinite(to_float(bits).reshape(-1))
         index = int(np.argmax(bad))
         spec = slab.tensor.spec
-        start = slab.row * spec.shape[1] if slab.tensor.encoded else slab.start * 8 // DTYPE_BITS[spec.dtype]
+        row = math.prod(spec.shape[1:])
+        start = slab.row * row if slab.tensor.encoded else slab.start * 8 // DTYPE_BITS[spec.dtype]
         value = float(to_float(bits).reshape(-1)[index])
         found = _Found(slab.tensor, start + index, value, int(bad.sum()))
         with self._lock:

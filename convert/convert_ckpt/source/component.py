@@ -33,9 +33,9 @@ class Component:
     """One model component: its shards, its config.json and the small files beside them.
 
     ``name`` is a folder name or a Hub repo id, never a path; ``config`` is None without config.json;
-    ``card`` is what source_card.py takes from its model card. With a ``translation`` the tensors have diffusers' names,
-    and ``config`` is as diffusers would have written it. With a ``quantization`` they are weights in codes, and
-    ``config`` and ``side_files`` say nothing of it.
+    ``card`` is what source_card.py takes from its model card. With a ``quantization`` its tensors are weights in codes,
+    and ``config`` and ``side_files`` say nothing of it. With a ``translation`` they have diffusers' names, and
+    ``config`` is as diffusers would have written it.
     """
 
     folder: TensorFolder
@@ -54,10 +54,14 @@ class Component:
         seen = self.translation or self.quantization
         return seen.views if seen else whole_views(self.folder)
 
-    @property
+    @cached_property
     def encoded(self) -> Mapping[str, EncodedWeight]:
         """Name of a view -> the weight whose codes lie there, in a source that is quantized already."""
-        return self.quantization.weights if self.quantization else {}
+        if self.quantization is None:
+            return {}
+        holder = {view.spec.name: view.rows[0].tensor if view.rows else view.spec.name for view in self.views}
+        weights = self.quantization.weights
+        return {name: weights[tensor] for name, tensor in holder.items() if tensor in weights}
 
     @property
     def class_name(self) -> str | None:
@@ -94,14 +98,30 @@ def open_component(path: Path) -> Component:
     if faults:
         raise FaultsError(f"{path.name}: can't be converted", faults)
     if quantization:
-        plain = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY}
+        plain = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY} if config else None
         carried = tuple(file for file in side_files if file.name not in ABOUT_QUANTIZATION)
-        return replace(component, config=plain, side_files=carried, quantization=quantization)
-    translation = translate(folder, component.class_name)
+        component = replace(component, config=plain, side_files=carried, quantization=quantization)
+    translation = translate(path.name, component.views, component.class_name)
     if translation is None:
         return component
+    if quantization:
+        _check_cuts(path.name, translation, quantization)
     notes.append(translation.note)
     return replace(component, config=translation.config, notes=tuple(notes), translation=translation)
+
+
+def _check_cuts(name: str, translation: Translation, quantization: Quantization) -> None:
+    """Raises FaultsError for each tensor of several weights that is cut within a block of codes."""
+    faults = [
+        f"{rows.tensor}: is cut at row {rows.start}, within {multiple} rows that share scales. Give the original"
+        " checkpoint."
+        for view in translation.views
+        for rows in view.rows
+        if rows.tensor in quantization.weights
+        and rows.start % (multiple := quantization.weights[rows.tensor].layer.scheme.row_multiple)
+    ]
+    if faults:
+        raise FaultsError(f"{name}: can't be converted", faults)
 
 
 def _class_name(config: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """Checkpoints under other names than diffusers' (BFL, ComfyUI, ...): told by their tensors, translated by a map."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -12,9 +12,7 @@ from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.module_names import fill_pattern, pattern_regex
-from run_ckpt.contract.tensors import TensorSpec
-from run_ckpt.storage.shards import TensorFolder
-from run_ckpt.storage.views import Rows, View, all_rows, make_view, tensor_places
+from run_ckpt.storage.views import Rows, View, make_view
 
 _FOLDER = Path(__file__).parent / "originals"
 # What stands before the names of the model, also in a file that holds more than the model.
@@ -74,53 +72,53 @@ class Translation:
         return {view.spec.name: [(part.tensor, part.start, part.stop) for part in view.rows] for view in self.views}
 
 
-def translate(folder: TensorFolder, class_name: str | None) -> Translation | None:
-    """Return the checkpoint under diffusers' names, None where no map knows it, or where these are its names.
+def translate(name: str, views: Iterable[View], class_name: str | None) -> Translation | None:
+    """Return the checkpoint ``name`` under diffusers' names, None where no map knows it, or where these are its names.
 
     class_name: what config.json says. Raises FaultsError with the tensors that the map has no place for.
     """
-    places = tensor_places(folder)
-    original, prefix = _find_original(places.keys())
+    whole = {view.spec.name: view for view in views}
+    original, prefix = _find_original(whole.keys())
     if original is None or original.class_name == class_name:
         return None
-    hidden = places[prefix + original.hidden][1].spec.shape[0] if original.hidden else 0
-    views: list[View] = []
+    hidden = whole[prefix + original.hidden].n_rows if original.hidden else 0
+    translated: list[View] = []
     unused: list[View] = []
     unknown: list[str] = []
-    for name, (_, stored) in places.items():
-        found = original.find_rule(name.removeprefix(prefix))
-        if not name.startswith(prefix) or (found and not found[1]):
-            unused.append(make_view(name, [all_rows(stored.spec)], places))
+    for stored_name, view in whole.items():
+        found = original.find_rule(stored_name.removeprefix(prefix))
+        if not stored_name.startswith(prefix) or (found and not found[1]):
+            unused.append(view)
         elif found is None:
-            unknown.append(name)
+            unknown.append(stored_name)
         else:
             rule, targets = found
-            parts = _halves(stored.spec) if rule.is_swapped else _cut(stored.spec, len(targets), hidden)
-            views += [make_view(target, rows, places) for target, rows in zip(targets, parts, strict=True)]
+            parts = _halves(view) if rule.is_swapped else _cut(view, len(targets), hidden)
+            translated += [make_view(target, rows, whole) for target, rows in zip(targets, parts, strict=True)]
     if unknown:
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         raise FaultsError(
-            f"{folder.root.name}: can't be converted",
+            f"{name}: can't be converted",
             [
                 f"{', '.join(unknown[:_SHOWN])}{more}: no tensors of {original.class_name}, which the others are. Give"
                 " a checkpoint of that class, or one in diffusers' form."
             ],
         )
-    views.sort(key=lambda view: (view.shard, view.offset))
-    shapes = {view.spec.name: view.spec.shape for view in views}
-    return Translation(original.class_name, tuple(views), config_of(original.class_name, shapes), tuple(unused))
+    translated.sort(key=lambda view: (view.shard, view.offset))
+    shapes = {view.spec.name: view.spec.shape for view in translated}
+    return Translation(original.class_name, tuple(translated), config_of(original.class_name, shapes), tuple(unused))
 
 
-def _halves(spec: TensorSpec) -> list[list[Rows]]:
+def _halves(view: View) -> list[list[Rows]]:
     """Return the rows of the one tensor that a stored one is with its halves exchanged."""
-    half, end = spec.shape[0] // 2, spec.shape[0]
-    return [[Rows(spec.name, half, end), Rows(spec.name, 0, half)]]
+    half, end = view.n_rows // 2, view.n_rows
+    return [[Rows(view.spec.name, half, end), Rows(view.spec.name, 0, half)]]
 
 
-def _cut(spec: TensorSpec, n_parts: int, hidden: int) -> list[list[Rows]]:
+def _cut(view: View, n_parts: int, hidden: int) -> list[list[Rows]]:
     """Return the rows of each tensor that a stored one holds."""
-    bounds = [*(hidden * i for i in range(n_parts)), all_rows(spec).stop]
-    return [[Rows(spec.name, *rows)] for rows in pairwise(bounds)]
+    bounds = [*(hidden * i for i in range(n_parts)), view.n_rows]
+    return [[Rows(view.spec.name, *rows)] for rows in pairwise(bounds)]
 
 
 def _find_original(names: Collection[str]) -> tuple[Original | None, str]:

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from run_ckpt.contract.errors import CheckpointError, FaultsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, MissingPackageError
 from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME
-from run_ckpt.contract.foreign import ForeignTensors, plain_spec
+from run_ckpt.contract.foreign import ForeignTensors
 from run_ckpt.contract.manifest import WEIGHT, Layer
-from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.foreign import find_quantized
 from run_ckpt.storage.header import StoredTensor
 from run_ckpt.storage.shards import TensorFolder
@@ -30,10 +29,13 @@ class EncodedWeight:
     layer: Layer
     parts: Mapping[str, tuple[str, StoredTensor]]
 
-    @property
-    def spec(self) -> TensorSpec:
-        """The plain weight that it stands for."""
-        return plain_spec(self.layer)
+    def stored_row(self, offset: int) -> int:
+        """Return the row whose codes begin at byte ``offset`` of their shard."""
+        return self.n_rows(offset - self.parts[WEIGHT][1].offset)
+
+    def n_rows(self, nbytes: int) -> int:
+        """Return how many rows so many bytes of codes are."""
+        return nbytes * self.layer.N // self.parts[WEIGHT][1].spec.nbytes
 
     @property
     def shards(self) -> frozenset[str]:
@@ -60,12 +62,11 @@ def read_quantization(path: Path, config: dict[str, Any], folder: TensorFolder) 
     """
     try:
         found = find_quantized(path, config, folder)
+    except MissingPackageError:
+        raise
     except CheckpointError as error:
         reasons = error.faults if isinstance(error, FaultsError) else [str(error)]
-        declared = config.get(CONFIG_KEY)
-        method = declared.get("quant_method", "unnamed") if isinstance(declared, dict) else "unnamed"
-        already = f"{CONFIG_NAME}: already quantized (quant_method {method})"
-        faults = [f"{already}. {reason} Convert the original checkpoint." for reason in reasons]
+        faults = [f"{_already(config)}{reason} Convert the original checkpoint." for reason in reasons]
         raise FaultsError(f"{path.name}: can't be converted", faults) from error
     if found is None:
         if faults := _undeclared_faults(folder):
@@ -78,6 +79,13 @@ def read_quantization(path: Path, config: dict[str, Any], folder: TensorFolder) 
     return _locate(by, tensors, folder)
 
 
+def _already(config: dict[str, Any]) -> str:
+    declared = config.get(CONFIG_KEY)
+    if not isinstance(declared, dict):
+        return ""
+    return f"{CONFIG_NAME}: already quantized (quant_method {declared.get('quant_method', 'unnamed')}). "
+
+
 def _locate(by: str, found: ForeignTensors, folder: TensorFolder) -> Quantization:
     places = {stored.spec.name: (shard.name, stored) for shard, stored in folder.tensors()}
     weights = {
@@ -88,7 +96,7 @@ def _locate(by: str, found: ForeignTensors, folder: TensorFolder) -> Quantizatio
     stored_views = whole_views(folder)
     views = tuple(replace(view, spec=plain[view.spec.name]) for view in stored_views if view.spec.name in plain)
     unused = tuple(view for view in stored_views if view.spec.name not in plain)
-    return Quantization(by, views, unused, {weight.spec.name: weight for weight in weights.values()})
+    return Quantization(by, views, unused, {weight.layer.source_tensor: weight for weight in weights.values()})
 
 
 def _undeclared_faults(folder: TensorFolder) -> list[str]:

@@ -5,7 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from convert_ckpt.source.store import Retry, Store, read_file, read_range
-from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX, join_names, unsafe_file_name
+from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.file_names import (
+    CARD_NAME,
+    CONFIG_NAME,
+    GGUF_SUFFIX,
+    INDEX_SUFFIX,
+    SUFFIX,
+    join_names,
+    unsafe_file_name,
+)
 from run_ckpt.storage.components import PIPELINE_INDEX_NAME
 from run_ckpt.storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES
 from run_ckpt.storage.side_files import is_side_file
@@ -51,6 +60,10 @@ def fill_skeleton(store: Store, components: dict[str, Path], folder: Path, log: 
         with open(path, "r+b") as file:
             file.write(data)
 
+    for component in components.values():
+        names = [path.name for path in _files_of(component)]
+        if any(name.endswith(GGUF_SUFFIX) for name in names) and not any(name.endswith(SUFFIX) for name in names):
+            raise CheckpointError(f"{names[0]}: GGUF is read where it lies. Fetch it first: hf download.")
     paths = {path for component in components.values() for path in _files_of(component) if _is_read(path)}
     paths |= {folder / name for name in _pipeline_files(store)}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="header") as pool:

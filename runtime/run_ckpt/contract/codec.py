@@ -177,6 +177,7 @@ _ELEMENT_ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
 _ELEMENT_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "e2m1": lambda packed: decode_e2m1(unpack_nibbles(packed)),
     "e4m3fn": lambda codes: codes.view(torch.float8_e4m3fn).float(),
+    "e5m2": lambda codes: codes.view(torch.float8_e5m2).float(),
 }
 _SCALE_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "e8m0": decode_e8m0,

@@ -9,6 +9,7 @@ CONFIG_KEY = "quantization_config"
 CARD_NAME = "README.md"
 HEATMAP_NAME = "sqnr_heatmap.png"
 SUFFIX = ".safetensors"
+GGUF_SUFFIX = ".gguf"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 

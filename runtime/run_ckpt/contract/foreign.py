@@ -20,13 +20,15 @@ from run_ckpt.contract.manifest import (
     WEIGHT_SCALE,
     Layer,
 )
+from run_ckpt.contract.source_formats import FP8_E5M2
 from run_ckpt.contract.tensors import TensorSpec
 
 # A quant_method is the name of the dialect.
 READABLE_METHODS = tuple(name for name, dialect in DIALECTS.items() if dialect.config and dialect.is_open)
 # Names of other tools for what a dialect of ours spells alike: ModelOpt's own, and those of FBGEMM's FP8 by row.
 _ALIASES = {"modelopt_fp8": "modelopt", "modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt", "fbgemm_fp8": "fp8"}
-_CODE_DTYPES = {quant_format.element.dtype for quant_format in FORMATS.values()}
+_READABLE = (*FORMATS.values(), FP8_E5M2)
+_CODE_DTYPES = {quant_format.element.dtype for quant_format in _READABLE}
 # Of tensors that are nothing but codes: one of them without a scale can't be read.
 _PURE_CODES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SPELLINGS = [
@@ -36,7 +38,7 @@ _SPELLINGS = [
     for naming in NAMINGS
 ]
 _WEIGHT_SUFFIXES = tuple(sorted({f".{suffixes[WEIGHT]}" for suffixes in _SPELLINGS}))
-_SCALE_SUFFIXES = tuple(sorted({f".{suffixes[WEIGHT_SCALE]}" for suffixes in _SPELLINGS}))
+SCALE_SUFFIXES = tuple(sorted({f".{suffixes[WEIGHT_SCALE]}" for suffixes in _SPELLINGS}))
 # Beside a weight and its scale; named as their roles.
 _MORE_SCALES = (TENSOR_SCALE, INVERSE_TENSOR_SCALE, INPUT_SCALE)
 # Scales of activations and of the KV cache: no part of a weight.
@@ -45,7 +47,7 @@ _OF_ACTIVATIONS = re.compile(
     r"|output_quantizer\..*|[qkv]_bmm_quantizer\..*)"
 )
 # Beside a weight, what makes it another one than its codes and scales say.
-_BEYOND = {
+BEYOND = {
     "pre_quant_scale": "its inputs are scaled by channel (AWQ, SmoothQuant)",
     "weight_zero_point": "it has zero points",
     "weight_g_idx": "its columns are permuted",
@@ -60,24 +62,25 @@ class ForeignTensors:
     """What the tensors of a quantized checkpoint are, whoever wrote it.
 
     ``layers``: module -> layer; one stands for the tensor ``source_tensor``. ``unused``: tensors of quantization that
-    no weight needs. ``stacked``: module -> how many matrices lie one below the other in it, where the tensor that it
-    stands for holds each of them transposed.
+    no weight needs. ``shapes``: module -> shape of that tensor where it isn't [N, K]. ``stacked``: module -> how many
+    matrices lie one below the other in it, where the tensor that it stands for holds each of them transposed.
     """
 
     layers: dict[str, Layer]
     unused: frozenset[str] = frozenset()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stacked: Mapping[str, int] = field(default_factory=dict)
 
     def plain_specs(self, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Return what the tensors stand for: name of a tensor of codes, or of one that is plain -> plain tensor."""
         coded = {name for layer in self.layers.values() for name in layer.tensors.values()} | self.unused
-        weights = {layer.tensors[WEIGHT]: plain_spec(layer) for layer in self.layers.values()}
+        weights = {
+            layer.tensors[WEIGHT]: TensorSpec(
+                layer.source_tensor, layer.source_dtype, self.shapes.get(module, (layer.N, layer.K))
+            )
+            for module, layer in self.layers.items()
+        }
         return {name: spec for name, spec in stored.items() if name not in coded} | weights
-
-
-def plain_spec(layer: Layer) -> TensorSpec:
-    """Return the tensor that the codes of a layer stand for."""
-    return TensorSpec(layer.source_tensor, layer.source_dtype, (layer.N, layer.K))
 
 
 def is_stored_alike(encoded: Layer, layer: Layer) -> bool:
@@ -134,7 +137,7 @@ def read_tensors(
             continue
         module, beside = found
         claimed |= {name, *beside}
-        faults += [f"{name}: {why}. It can't be read." for end, why in _BEYOND.items() if f"{module}.{end}" in specs]
+        faults += [f"{name}: {why}. It can't be read." for end, why in BEYOND.items() if f"{module}.{end}" in specs]
         if len(beside) != 1:
             faults.append(f"{name}: {len(beside)} weight scales beside it, one is needed. Fetch the checkpoint again.")
             continue
@@ -148,7 +151,7 @@ def read_tensors(
         except ValueError as error:
             faults.append(f"{name}: {error}.")
     for name, spec in sorted(specs.items()):
-        if name not in claimed and name.endswith(_SCALE_SUFFIXES):
+        if name not in claimed and name.endswith(SCALE_SUFFIXES):
             faults.append(f"{name}: a scale without a quantized weight. Fetch the checkpoint again.")
         elif name not in claimed and spec.dtype in _PURE_CODES:
             faults.append(f"{name}: {spec.dtype} {list(spec.shape)}, codes without a scale beside them.")
@@ -157,7 +160,7 @@ def read_tensors(
     layers = {module: replace(layer, source_dtype=source_dtype) for module, layer in layers.items()}
     coded = {name for layer in layers.values() for name in layer.tensors.values()}
     unused = frozenset(name for name in specs if name not in coded and _OF_ACTIVATIONS.fullmatch(name))
-    return ForeignTensors(layers, unused, stacked)
+    return ForeignTensors(layers, unused, stacked=stacked)
 
 
 def _partners(name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, list[str]] | None:
@@ -169,7 +172,7 @@ def _partners(name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, list[str
     if suffix is None:
         return None
     module = name.removesuffix(suffix)
-    return module, [module + end for end in _SCALE_SUFFIXES if module + end in specs]
+    return module, [module + end for end in SCALE_SUFFIXES if module + end in specs]
 
 
 def dialect_name(config: Mapping[str, Any]) -> str:
@@ -214,7 +217,7 @@ def read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, TensorS
     weight, scale = specs[tensors[WEIGHT]], specs[tensors[WEIGHT_SCALE]]
     if len(weight.shape) != 2:
         raise ValueError(f"has {len(weight.shape)} dimensions, a linear weight has 2")
-    candidates = [quant_format for quant_format in FORMATS.values() if quant_format.element.dtype == weight.dtype]
+    candidates = [quant_format for quant_format in _READABLE if quant_format.element.dtype == weight.dtype]
     known, is_two_level = [], not {TENSOR_SCALE, INVERSE_TENSOR_SCALE}.isdisjoint(tensors)
     for scheme in (candidate.scheme(layout.name, key) for candidate in candidates for key in candidate.blocks):
         N, K = weight.shape[0], weight.shape[1] * scheme.format.element.per_byte

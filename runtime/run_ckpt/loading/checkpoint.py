@@ -6,7 +6,8 @@ from pathlib import Path
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
-from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.formats import FORMATS
+from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT_SCALE
 from run_ckpt.storage.checks import config_faults
 from run_ckpt.storage.components import Checkpoint, open_checkpoint
 from run_ckpt.storage.foreign import open_foreign
@@ -29,12 +30,27 @@ def open_to_load(path: Path) -> Iterator[Checkpoint]:
             yield checkpoint
         return
     with open_foreign(path) as checkpoint:
-        if checkpoint.stacked:
-            raise CheckpointError(
-                f"{path}: its experts are stacked ({min(checkpoint.stacked)}), which no layer here takes."
-                " run-ckpt dequantize writes them as numbers."
-            )
+        if why := _reason_not_to_load(checkpoint):
+            raise CheckpointError(f"{path}: {why} run-ckpt dequantize writes them as numbers.")
         yield checkpoint
+
+
+def _reason_not_to_load(checkpoint: Checkpoint) -> str | None:
+    """Return why no layer here takes the weights of another tool's checkpoint, None where they are taken."""
+    assert checkpoint.foreign
+    if checkpoint.foreign.stacked:
+        return f"its experts are stacked ({min(checkpoint.foreign.stacked)}), which no layer here takes."
+    unfit = [
+        layer
+        for layer in checkpoint.manifest.layers.values()
+        if layer.format.name not in FORMATS or WEIGHT_SCALE not in layer.tensors
+    ]
+    if not unfit:
+        return None
+    scale = "" if WEIGHT_SCALE in unfit[0].tensors else " without a scale"
+    return (
+        f"{unfit[0].module} is stored as {unfit[0].format.label}{scale}, which no layer here takes; convert-ckpt does."
+    )
 
 
 def _changed_files(checkpoint: Checkpoint) -> list[str]:

@@ -1,13 +1,14 @@
 """A conversion's result: which components it holds, and one of them opened."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from re import fullmatch
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
-from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.file_names import CONFIG_NAME, GGUF_SUFFIX, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.foreign import ForeignTensors
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.storage.checks import header_faults
 from run_ckpt.storage.containers import describe_container
@@ -31,7 +32,7 @@ def find_components(path: Path, *, with_text_encoders: bool = False) -> dict[str
     Raises CheckpointError where there is nothing.
     """
     if path.is_file():
-        if path.suffix != SUFFIX:
+        if path.suffix not in (SUFFIX, GGUF_SUFFIX):
             raise CheckpointError(
                 describe_container(path) or f"{path}: not a {SUFFIX} file. Give a checkpoint folder or a {SUFFIX} file."
             )
@@ -67,7 +68,7 @@ def _no_transformer(path: Path) -> str:
 class Checkpoint:
     """A quantized component, open. From open_checkpoint its headers are exactly what its manifest implies.
 
-    unused, stacked: of another tool's, see ForeignTensors.
+    ``unused`` are tensors that no weight needs; ``foreign`` is what its tensors are where another tool wrote it.
     """
 
     path: Path
@@ -75,7 +76,7 @@ class Checkpoint:
     folder: TensorFolder
     reader: TensorReader
     unused: frozenset[str] = frozenset()
-    stacked: Mapping[str, int] = field(default_factory=dict)
+    foreign: ForeignTensors | None = None
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from run_ckpt.contract.file_names import GGUF_SUFFIX
 from run_ckpt.storage.files import open_to_read
 
 # A state dict, or one within a training checkpoint; clone() parts tensors that share memory.
@@ -32,10 +33,10 @@ _CONTAINERS = (
         magics=(b"version https://git-lfs",),
     ),
     _Container(
-        "GGUF, whose weights are quantized already",
-        _ORIGINAL,
+        "GGUF",
+        f"Its name has to end in {GGUF_SUFFIX}, and it is read on the machine where it lies.",
         magics=(b"GGUF",),
-        suffixes=(".gguf",),
+        suffixes=(GGUF_SUFFIX,),
     ),
     _Container(
         "a pickle (torch.save), which can run code and is not read here",

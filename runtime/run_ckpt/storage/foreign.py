@@ -8,12 +8,16 @@ from typing import Any
 
 from run_ckpt.contract.dialects.table import PRIVATE_KEY
 from run_ckpt.contract.errors import CheckpointError, FaultsError, ManifestError
-from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME
+from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, GGUF_SUFFIX
 from run_ckpt.contract.foreign import ForeignTensors, dialect_name, read_tensors
+from run_ckpt.contract.ggml import read_ggml
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
 from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.contract.undeclared import is_undeclared, read_undeclared
+from run_ckpt.extras import require_packages
 from run_ckpt.storage.checks import header_faults
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
+from run_ckpt.storage.gguf import SHAPE_KEY, TYPE_KEY
 from run_ckpt.storage.json_files import read_config, read_json_object
 from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.storage.reader import TensorReader
@@ -35,35 +39,36 @@ def open_quantized(path: Path) -> Iterator[Checkpoint]:
 
 @contextmanager
 def open_foreign(path: Path) -> Iterator[Checkpoint]:
-    """Yield the component in folder ``path``, which has no manifest: its config and headers must agree.
+    """Yield the component at ``path``, a folder or a file, which has no manifest: its config and headers must agree.
 
     Its manifest holds what they say. Raises CheckpointError, FaultsError with every fault.
     """
-    folder, declared, found = _read(path)
+    folder, manifest, found = _read(path)
     with TensorReader(folder) as reader:
-        yield Checkpoint(path, _as_manifest(declared, found, folder), folder, reader, found.unused, found.stacked)
+        yield Checkpoint(path, manifest, folder, reader, found.unused, found)
 
 
 def read_foreign_manifest(path: Path) -> Manifest:
     """Return the manifest that open_foreign makes, with the sizes of the shards; raises as that does."""
-    folder, declared, found = _read(path)
-    files = {shard.name: {"nbytes": shard.header.file_nbytes} for shard in folder.shards}
-    return replace(_as_manifest(declared, found, folder), files=files)
+    folder, manifest, _ = _read(path)
+    return replace(manifest, files={shard.name: {"nbytes": shard.header.file_nbytes} for shard in folder.shards})
 
 
-def _read(path: Path) -> tuple[TensorFolder, dict[str, Any], ForeignTensors]:
+def _read(path: Path) -> tuple[TensorFolder, Manifest, ForeignTensors]:
     components = find_components(path)
     if "" not in components:
         raise CheckpointError(f"{path}: holds {', '.join(components)}. Load one of them: {path / min(components)}.")
-    config = read_config(path) or {}
-    declared = declared_quantization(path, config)
-    if declared is None:
+    config = (read_config(path) if path.is_dir() else None) or {}
+    folder = read_folder(path)
+    found = find_quantized(path, config, folder)
+    if found is None:
         raise CheckpointError(
             f"{path}: no {MANIFEST_NAME}, and no usable {CONFIG_KEY} in {CONFIG_NAME}."
             " Give the folder of a quantized component."
         )
-    folder = read_folder(path)
-    return folder, declared, read_foreign(path, config, declared, folder)
+    by, tensors = found
+    declared = (declared_quantization(path, config) if path.is_dir() else None) or {}
+    return folder, _as_manifest({"name": by, **_version(declared)}, tensors, folder), tensors
 
 
 def find_quantized(path: Path, config: dict[str, Any], folder: TensorFolder) -> tuple[str, ForeignTensors] | None:
@@ -71,17 +76,31 @@ def find_quantized(path: Path, config: dict[str, Any], folder: TensorFolder) -> 
 
     Raises CheckpointError, FaultsError with a sentence for each tensor that can't be read.
     """
-    if not path.is_dir():
-        return None
     if (path / MANIFEST_NAME).exists():
         manifest = read_checked_manifest(path)
         if faults := header_faults(manifest, folder):
             raise FaultsError(f"{path}: not the checkpoint that its manifest describes", faults)
         return manifest.tool["name"], ForeignTensors(manifest.layers, frozenset(manifest.fused_scales))
-    declared = declared_quantization(path, config)
-    if declared is None:
-        return None
-    return dialect_name(declared), read_foreign(path, config, declared, folder)
+    declared = declared_quantization(path, config) if path.is_dir() else None
+    specs, dtype = {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()}, weight_dtype(config)
+    try:
+        if any(shard.path.suffix == GGUF_SUFFIX for shard in folder.shards):
+            return _read_gguf(folder, specs, dtype)
+        if declared is not None:
+            return dialect_name(declared), read_tensors(declared, specs, dtype)
+        return read_undeclared(specs, dtype) if is_undeclared(specs) else None
+    except FaultsError as error:
+        raise FaultsError(f"{path}: the quantized weights can't be read", error.faults) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_gguf(folder: TensorFolder, specs: dict[str, TensorSpec], dtype: str) -> tuple[str, ForeignTensors]:
+    require_packages("reading GGUF", "gguf")
+    metadata = {key: value for shard in folder.shards for key, value in shard.header.metadata.items()}
+    types = {key.removeprefix(TYPE_KEY): value for key, value in metadata.items() if key.startswith(TYPE_KEY)}
+    shapes = {name: tuple(map(int, metadata[SHAPE_KEY + name].split())) for name in types}
+    return "GGUF", read_ggml(specs, types, shapes, dtype)
 
 
 def declared_quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -102,35 +121,22 @@ def declared_quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] 
     return declared
 
 
-def read_foreign(path: Path, config: dict[str, Any], declared: dict[str, Any], folder: TensorFolder) -> ForeignTensors:
-    """Return what the tensors of another tool's checkpoint are; ``path`` is for messages. Raises CheckpointError."""
-    try:
-        return read_tensors(declared, _specs(folder), weight_dtype(config))
-    except FaultsError as error:
-        raise FaultsError(f"{path}: the quantized weights can't be read", error.faults) from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
 def weight_dtype(config: dict[str, Any]) -> str:
     """Return the dtype that the weights of a model have where they are not quantized, as its config says."""
     named = config.get("dtype") or config.get("torch_dtype")
     return _DTYPES.get(str(named).removeprefix("torch."), "BF16")
 
 
-def _specs(folder: TensorFolder) -> dict[str, TensorSpec]:
-    return {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()}
-
-
-def _as_manifest(declared: dict[str, Any], found: ForeignTensors, folder: TensorFolder) -> Manifest:
+def _as_manifest(tool: dict[str, str], found: ForeignTensors, folder: TensorFolder) -> Manifest:
     """Return a manifest that says of another tool's checkpoint what can be known of it."""
     coded = {name for layer in found.layers.values() for name in layer.tensors.values()} | found.unused
+    specs = {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()}
     return Manifest(
-        tool={"name": dialect_name(declared), **_version(declared)},
+        tool=tool,
         source={"name": "not stated", "files": {}},
-        recipe={"dialect": dialect_name(declared)},
+        recipe={"dialect": tool["name"]},
         layers=found.layers,
-        kept={name: KeptTensor(spec, "not quantized") for name, spec in _specs(folder).items() if name not in coded},
+        kept={name: KeptTensor(spec, "not quantized") for name, spec in specs.items() if name not in coded},
         fused_scales={},
         unquantized_linears={},
     )

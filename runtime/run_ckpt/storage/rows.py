@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from run_ckpt.contract.codec import dequantize, tensor_scale
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS
+from run_ckpt.storage.decoders import DECODERS
 from run_ckpt.storage.reader import TensorReader
 
 # A slab of a weight is 1 MiB in float32: it stays in cache, and torch's cost per call is small beside it
@@ -46,8 +48,10 @@ def read_codes(reader: TensorReader, layer: Layer, start: int, stop: int) -> Ten
 def read_scales(reader: TensorReader, layer: Layer, start: int, stop: int) -> Tensor:
     """Return the scales of rows start..stop, in logical order without padding: [blocks of rows, blocks of columns].
 
-    In their dtype on disk: uint8 codes (E8M0), float8 or float32. start: as in read_codes.
+    In their dtype on disk: uint8 codes (E8M0), float8 or float32; 1 where nothing is stored. start: as in read_codes.
     """
+    if WEIGHT_SCALE not in layer.tensors:
+        return torch.ones(1, 1)
     n_rows, n_cols = layer.scheme.scale_grid(layer.N, layer.K)
     return read_padded_scales(reader, layer, layer.scheme.scale_rows(start, stop))[:n_rows, :n_cols]
 
@@ -70,6 +74,14 @@ def read_scalar(reader: TensorReader, layer: Layer, role: str) -> float:
 
 def decode_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Tensor:
     """Return rows start..stop of a quantized weight as float32 [n, K]."""
+    if decoder := DECODERS.get(layer.format.name):
+
+        def read(role: str, first: int, nbytes: int) -> np.ndarray:
+            return reader.read(layer.tensors[role], first, nbytes).numpy()
+
+        row_nbytes = reader.stored_spec(layer.tensors[WEIGHT]).nbytes // layer.N
+        codes = read(WEIGHT, start * row_nbytes, (stop - start) * row_nbytes).reshape(stop - start, -1)
+        return torch.from_numpy(decoder(layer, start, codes, read))
     scales = read_scales(reader, layer, start, stop)
     second = read_tensor_scale(reader, layer)
     return dequantize(read_codes(reader, layer, start, stop), scales, layer.scheme, second)

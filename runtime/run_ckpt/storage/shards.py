@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from run_ckpt.contract.errors import FaultsError, HeaderError
-from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX, unsafe_file_name
+from run_ckpt.contract.file_names import GGUF_SUFFIX, INDEX_SUFFIX, SUFFIX, unsafe_file_name
 from run_ckpt.storage.containers import find_container
 from run_ckpt.storage.files import MAX_INDEX_NBYTES, read_text
+from run_ckpt.storage.gguf import read_gguf_header
 from run_ckpt.storage.header import Header, StoredTensor, read_header
 
 # The names under which diffusers and transformers look for a model's weights.
@@ -47,7 +48,7 @@ class TensorFolder:
 
 
 def read_folder(path: Path) -> TensorFolder:
-    """Return the checkpoint at ``path``, a folder or one .safetensors file, every header checked.
+    """Return the checkpoint at ``path``, a folder, or one .safetensors or .gguf file, every header checked.
 
     Raises FaultsError with all faults: missing, truncated or duplicated shards, an index that
     disagrees with them or names a file outside the folder, and every fault of read_header.
@@ -100,7 +101,9 @@ def _read_index(path: Path, faults: list[str]) -> dict[str, str]:
 def _find_files(folder: Path, faults: list[str], notes: list[str]) -> list[str]:
     names = sorted(entry.name for entry in folder.glob("*" + SUFFIX))
     if not names:
-        other = find_container(folder)
+        if len(gguf := sorted(entry.name for entry in folder.glob("*" + GGUF_SUFFIX))) == 1:
+            return gguf
+        other = f"{', '.join(gguf)}: give one of these files." if gguf else find_container(folder)
         faults.append(other or "it holds no .safetensors file. Give the folder that holds config.json and the weights.")
     for stem in MAIN_STEMS:
         if stem + SUFFIX in names:
@@ -134,7 +137,7 @@ def _read_shards(root: Path, names: list[str], faults: list[str]) -> list[Shard]
     for name in names:
         path = root / name
         try:
-            shards.append(Shard(path, read_header(path)))
+            shards.append(Shard(path, read_gguf_header(path) if path.suffix == GGUF_SUFFIX else read_header(path)))
         except HeaderError as error:
             faults.append(str(error))
         except FileNotFoundError:

@@ -1,19 +1,16 @@
 """Tensors made of rows of stored ones: a checkpoint under other names than its file's."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from run_ckpt.contract.tensors import TensorSpec
-from run_ckpt.storage.header import StoredTensor
-from run_ckpt.storage.shards import Shard, TensorFolder
-
-Places = Mapping[str, tuple[Shard, StoredTensor]]
+from run_ckpt.storage.shards import TensorFolder
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [start, stop) of a stored tensor, which are contiguous bytes."""
+    """Rows [start, stop) of a whole tensor, which are contiguous bytes."""
 
     tensor: str
     start: int
@@ -38,6 +35,11 @@ class View:
         return sum(length for _, length in self.ranges)
 
     @property
+    def n_rows(self) -> int:
+        """Rows; a tensor without dimension has one."""
+        return self.spec.shape[0] if self.spec.shape else 1
+
+    @property
     def offset(self) -> int:
         """Where the first of its bytes in the shard lies."""
         return min(offset for offset, _ in self.ranges)
@@ -59,44 +61,33 @@ def whole_views(folder: TensorFolder) -> tuple[View, ...]:
     )
 
 
-def recorded_views(folder: TensorFolder, recorded: Mapping[str, Sequence[Sequence[Any]]] | None) -> tuple[View, ...]:
-    """Return the tensors that a manifest says were made of this folder's, as far as the folder has what it takes.
+def recorded_views(views: Iterable[View], recorded: Mapping[str, Sequence[Sequence[Any]]] | None) -> tuple[View, ...]:
+    """Return the tensors that a manifest says were made of ``views``, as far as these have what it takes.
 
-    recorded: name -> (stored tensor, first row, last row + 1) of each part; None where all are as they are stored.
+    recorded: name -> (tensor, first row, last row + 1) of each part; None where all are as they are.
     """
     if recorded is None:
-        return whole_views(folder)
-    places = tensor_places(folder)
-    views = []
+        return tuple(views)
+    whole = {view.spec.name: view for view in views}
+    made = []
     for name, parts in recorded.items():
         rows = [Rows(*part) for part in parts]
-        if all(part.tensor in places and part.stop <= _n_rows(places[part.tensor][1].spec) for part in rows):
-            views.append(make_view(name, rows, places))
-    return tuple(views)
+        if all(part.tensor in whole and part.stop <= whole[part.tensor].n_rows for part in rows):
+            made.append(make_view(name, rows, whole))
+    return tuple(made)
 
 
-def tensor_places(folder: TensorFolder) -> Places:
-    """Return name -> shard and place of every stored tensor."""
-    return {stored.spec.name: (shard, stored) for shard, stored in folder.tensors()}
+def all_rows(view: View) -> Rows:
+    """Return all rows of a whole tensor."""
+    return Rows(view.spec.name, 0, view.n_rows)
 
 
-def all_rows(spec: TensorSpec) -> Rows:
-    """Return all rows of a stored tensor; one without dimension has one."""
-    return Rows(spec.name, 0, _n_rows(spec))
-
-
-def make_view(name: str, rows: Sequence[Rows], places: Places) -> View:
-    """Return the tensor ``name`` that ``rows``, all in one shard, make one below the other."""
-    shard, first = places[rows[0].tensor]
-    spec = first.spec
-    row_nbytes = spec.nbytes // max(1, _n_rows(spec))
+def make_view(name: str, rows: Sequence[Rows], whole: Mapping[str, View]) -> View:
+    """Return the tensor ``name`` that ``rows`` of whole tensors, all in one shard, make one below the other."""
+    first = whole[rows[0].tensor]
+    row_nbytes = first.nbytes // max(1, first.n_rows)
     ranges = tuple(
-        (places[part.tensor][1].offset + part.start * row_nbytes, (part.stop - part.start) * row_nbytes)
-        for part in rows
+        (whole[part.tensor].offset + part.start * row_nbytes, (part.stop - part.start) * row_nbytes) for part in rows
     )
-    shape = (sum(part.stop - part.start for part in rows), *spec.shape[1:]) if spec.shape else ()
-    return View(TensorSpec(name, spec.dtype, shape), shard.name, ranges, tuple(rows))
-
-
-def _n_rows(spec: TensorSpec) -> int:
-    return spec.shape[0] if spec.shape else 1
+    shape = (sum(part.stop - part.start for part in rows), *first.spec.shape[1:]) if first.spec.shape else ()
+    return View(TensorSpec(name, first.spec.dtype, shape), first.shard, ranges, tuple(rows))

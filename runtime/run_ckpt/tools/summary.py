@@ -118,7 +118,7 @@ def summarize(name: str, manifest: Manifest) -> CheckpointSummary:
         component=name,
         source=str(manifest.source.get("name")),
         source_revision=manifest.source.get("revision"),
-        tool=" ".join(str(manifest.tool.get(key)) for key in ("name", "version")),
+        tool=" ".join(manifest.tool[key] for key in ("name", "version") if key in manifest.tool),
         format=_list(layer.format.name for layer in layers),
         dialect=manifest.dialect,
         layout=_list(layer.scheme.layout.name for layer in layers),

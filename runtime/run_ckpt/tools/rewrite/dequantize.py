@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from run_ckpt.contract.dialects.table import DIALECTS
-from run_ckpt.contract.file_names import CONFIG_KEY, SUFFIX
+from run_ckpt.contract.file_names import CONFIG_KEY, GGUF_SUFFIX, SUFFIX
 from run_ckpt.contract.manifest import WEIGHT, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
 from run_ckpt.progress import Progress
@@ -38,14 +38,17 @@ def _plan(checkpoint: Checkpoint, *, dtype: str | None) -> Rewrite:
     for layer in manifest.layers.values():
         replaced.update(dict.fromkeys(layer.tensors.values(), ()))
         replaced[layer.tensors[WEIGHT]] = (_plain_spec(checkpoint, layer, dtype),)
-    config = read_config(checkpoint.path)
+    config = read_config(checkpoint.path) if checkpoint.path.is_dir() else None
     config = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY} or None
     return Rewrite(replaced, partial(_write_layer, dtype=dtype), PT_METADATA, config, partial(_shard_name, checkpoint))
 
 
 def _plain_spec(checkpoint: Checkpoint, layer: Layer, dtype: str | None) -> TensorSpec:
-    n_stacked = checkpoint.stacked.get(layer.module)
-    shape = (n_stacked, layer.K, layer.N // n_stacked) if n_stacked else (layer.N, layer.K)
+    shape: tuple[int, ...] = (layer.N, layer.K)
+    if checkpoint.foreign:
+        shape = checkpoint.foreign.shapes.get(layer.module, shape)
+        if n_stacked := checkpoint.foreign.stacked.get(layer.module):
+            shape = (n_stacked, layer.K, layer.N // n_stacked)
     return TensorSpec(layer.source_tensor, dtype or layer.source_dtype, shape)
 
 
@@ -53,7 +56,7 @@ def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, *, d
     spec = _plain_spec(checkpoint, layer, dtype)
     target = TORCH_DTYPES[spec.dtype]
     largest = torch.finfo(target).max
-    is_stacked = layer.module in checkpoint.stacked
+    is_stacked = bool(checkpoint.foreign and layer.module in checkpoint.foreign.stacked)
     for start, stop in _cut_matrices(layer, spec) if is_stacked else cut_rows(layer):
         decoded = decode_rows(checkpoint.reader, layer, start, stop)
         decoded = decoded.T if is_stacked else decoded
@@ -71,7 +74,8 @@ def _cut_matrices(layer: Layer, spec: TensorSpec) -> Iterator[tuple[int, int]]:
 
 def _shard_name(checkpoint: Checkpoint, name: str) -> str:
     """A dialect may have a name of its own, which from_pretrained would not find."""
-    if not DIALECTS[checkpoint.manifest.dialect].file_name:
-        return name
+    dialect = DIALECTS.get(checkpoint.manifest.dialect)
+    if not (dialect and dialect.file_name):
+        return name.removesuffix(GGUF_SUFFIX) + SUFFIX if name.endswith(GGUF_SUFFIX) else name
     diffusers, transformers = MAIN_STEMS
     return (transformers if checkpoint.manifest.recipe["naming"] == "transformers" else diffusers) + SUFFIX

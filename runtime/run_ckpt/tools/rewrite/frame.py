@@ -110,6 +110,8 @@ def _side_files(checkpoint: Checkpoint) -> Iterable[str]:
     """Return the names of files to copy: those that the manifest lists, or what lies beside another tool's shards."""
     if checkpoint.manifest.files:
         return checkpoint.manifest.files
+    if checkpoint.path.is_file():
+        return ()
     entries = [entry for entry in checkpoint.path.iterdir() if entry.is_file() and is_side_file(entry)]
     return {entry.name for entry in entries if not leads_outside(entry)} - {CARD_NAME, *ABOUT_QUANTIZATION}
 

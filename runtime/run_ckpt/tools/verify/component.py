@@ -21,10 +21,11 @@ from run_ckpt.storage.manifest_file import read_checked_manifest, result_hash
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.threads import map_threads
-from run_ckpt.storage.views import recorded_views
+from run_ckpt.storage.views import all_rows, recorded_views, whole_views
 from run_ckpt.tools.verify.files import file_faults, other_bytes, other_model, source_faults
 from run_ckpt.tools.verify.outputs import output_faults
 from run_ckpt.tools.verify.tensors import (
+    Decoded,
     Measured,
     Original,
     code_faults,
@@ -189,11 +190,14 @@ def _compare_source(
     quantized = _collect(faults, lambda: _read_quantized(source_path, source_folder), f"source {source_path.name}: ")
     if quantized is None:
         return []
-    encoded = {layer.source_tensor: layer for layer in quantized.layers.values()}
-    views = recorded_views(source_folder, manifest.source.get("tensors"))
-    plain = quantized.plain_specs({view.spec.name: view.spec for view in views})
-    numbers = [replace(view, spec=plain[view.spec.name]) for view in views if view.spec.name in plain]
-    if another := other_model(manifest, source_path, numbers):
+    weights = {layer.source_tensor: layer for layer in quantized.layers.values()}
+    stored = whole_views(source_folder)
+    plain = quantized.plain_specs({view.spec.name: view.spec for view in stored})
+    numbers = [replace(view, spec=plain[view.spec.name]) for view in stored if view.spec.name in plain]
+    views = recorded_views(numbers, manifest.source.get("tensors"))
+    parts = {view.spec.name: view.rows or (all_rows(view),) for view in views}
+    encoded = {name: weights[rows[0].tensor] for name, rows in parts.items() if rows[0].tensor in weights}
+    if another := other_model(manifest, source_path, views):
         faults.append(another)
         return []
     of_files = file_faults(source_folder.root, manifest.source["files"], "the manifest", progress)
@@ -201,8 +205,9 @@ def _compare_source(
         faults.append(other_bytes(manifest, source_path))
         return []
     faults += [f"source {fault}" for fault in of_files]
-    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, numbers)
-    with TensorReader(source_folder, views) as source:
+    faults += source_faults(manifest, checkpoint.folder, source_path, source_folder, views)
+    copied_views = [view for view in views if view.spec.name not in encoded]
+    with TensorReader(source_folder, copied_views) as source, TensorReader(source_folder) as codes:
         layers = [
             layer
             for layer in manifest.layers.values()
@@ -213,8 +218,11 @@ def _compare_source(
         progress.start(_label("compare", name), nbytes + sum(spec.nbytes for spec in kept))
         fold_of = folds_by_tensor(manifest.folds)
 
+        def decoded(name: str) -> Decoded | None:
+            return Decoded(codes, encoded[name], parts[name]) if name in encoded else None
+
         def original(layer: Layer) -> Original:
-            return Original(source, encoded.get(layer.source_tensor), fold_of.get(layer.source_tensor))
+            return Original(source, decoded(layer.source_tensor), fold_of.get(layer.source_tensor))
 
         measured = map_threads(lambda layer: measure(reader, original(layer), layer, progress), layers)
         if statistics:
@@ -228,8 +236,11 @@ def _compare_source(
             faults += tensor_scale_faults(reader, measured)
         copied = map_threads(lambda spec: copy_fault(reader, source, spec.name, fold_of.get(spec.name), progress), kept)
         faults += [fault for fault in copied if fault]
-        decoded = [encoded[name] for name in manifest.kept if name in encoded and reader.spec(name)]
-        differing = map_threads(lambda layer: decoded_fault(reader, source, layer, progress), decoded)
+        plain_now = [kept.spec for kept in manifest.kept.values() if reader.spec(kept.spec.name) == kept.spec]
+        differing = map_threads(
+            lambda spec: decoded_fault(reader, spec, decoded(spec.name), progress),
+            [spec for spec in plain_now if spec.name in encoded],
+        )
         faults += [fault for fault in differing if fault]
     return measured
 

@@ -21,7 +21,7 @@ from run_ckpt.contract.manifest import (
     Manifest,
     sqnr_db,
 )
-from run_ckpt.contract.tensors import DTYPE_BITS
+from run_ckpt.contract.tensors import DTYPE_BITS, TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.reader import TensorReader, cut_bytes
 from run_ckpt.storage.rows import (
@@ -36,6 +36,7 @@ from run_ckpt.storage.rows import (
     read_source_rows,
     read_tensor_scale,
 )
+from run_ckpt.storage.views import Rows
 from run_ckpt.tools.verify.folded import fold_rows, fold_stored
 
 # The manifest rounds to 0.01 dB; the order of the sums may turn the last digit.
@@ -114,26 +115,45 @@ def fused_scale_fault(reader: TensorReader, manifest: Manifest, fused: FusedScal
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """A weight of the source that is stored as codes: ``parts`` are the rows of ``stored`` that it is made of."""
+
+    codes: TensorReader
+    stored: Layer
+    parts: tuple[Rows, ...]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return rows start..stop of the weight, float32."""
+        decoded, first = [], 0
+        for part in self.parts:
+            begin, end = max(start - first, 0), min(stop - first, part.stop - part.start)
+            if begin < end:
+                decoded.append(decode_rows(self.codes, self.stored, part.start + begin, part.start + end))
+            first += part.stop - part.start
+        return torch.cat(decoded)
+
+
+@dataclass(frozen=True)
 class Original:
-    """A weight of the source: ``encoded`` is how it is stored where that is codes, ``fold`` what changes its values."""
+    """A weight of the source: ``decoded`` is it where that is stored as codes, ``fold`` what changes its values."""
 
     source: TensorReader
-    encoded: Layer | None = None
+    decoded: Decoded | None = None
     fold: TensorFold | None = None
 
     def rows(self, layer: Layer, start: int, stop: int) -> Tensor:
         """Return rows of the weight that ``layer`` was made from, float32."""
-        if self.encoded:
-            return decode_rows(self.source, self.encoded, start, stop)
+        if self.decoded:
+            return self.decoded.rows(start, stop)
         return fold_rows(read_source_rows(self.source, layer, start, stop).float(), self.fold, start)
 
     def row_multiple(self, layer: Layer) -> int:
         """Return what both can be cut at."""
-        return math.lcm(layer.scheme.row_multiple, self.encoded.scheme.row_multiple if self.encoded else 1)
+        return math.lcm(layer.scheme.row_multiple, self.decoded.stored.scheme.row_multiple if self.decoded else 1)
 
     def gives_scales(self, layer: Layer) -> bool:
         """True where the layer's scales follow from the weight; those of codes that are passed through need not."""
-        return self.encoded is None or not is_stored_alike(self.encoded, layer)
+        return self.decoded is None or not is_stored_alike(self.decoded.stored, layer)
 
 
 def measure(reader: TensorReader, original: Original, layer: Layer, progress: Progress) -> Measured:
@@ -207,15 +227,22 @@ def copy_fault(
     return None
 
 
-def decoded_fault(reader: TensorReader, source: TensorReader, encoded: Layer, progress: Progress) -> str | None:
+def decoded_fault(reader: TensorReader, spec: TensorSpec, decoded: Decoded | None, progress: Progress) -> str | None:
     """Return a sentence if a plain tensor is not what the source's codes stand for, rounded to its dtype."""
-    name, dtype = encoded.source_tensor, TORCH_DTYPES[encoded.source_dtype]
-    row_nbytes = encoded.K * dtype.itemsize
-    for start, stop in cut_rows(encoded):
-        stored = reader.read(name, start * row_nbytes, (stop - start) * row_nbytes).view(dtype).reshape(-1, encoded.K)
-        if not torch.equal(stored, decode_rows(source, encoded, start, stop).to(dtype)):
-            return f"{reader.shard_name(name)}: {name}: is not what the source's codes stand for. Convert again."
-        progress.advance(stored.nbytes)
+    assert decoded
+    dtype, stored = TORCH_DTYPES[spec.dtype], decoded.stored
+    row_nbytes = stored.K * dtype.itemsize
+    n_rows = spec.nbytes // row_nbytes
+    for start, stop in cut_rows(stored):
+        if start >= n_rows:
+            break
+        stop = min(stop, n_rows)
+        data = reader.read(spec.name, start * row_nbytes, (stop - start) * row_nbytes).view(dtype)
+        if not torch.equal(data, decoded.rows(start, stop).to(dtype).flatten()):
+            return (
+                f"{reader.shard_name(spec.name)}: {spec.name}: is not what the source's codes stand for. Convert again."
+            )
+        progress.advance(data.nbytes)
     return None
 
 

@@ -1,0 +1,30 @@
+"""How rows of a weight become numbers in formats that are only read (contract/source_formats.py)."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from run_ckpt.contract.ggml import GGML_FORMATS
+from run_ckpt.contract.manifest import Layer
+from run_ckpt.extras import naming_extras
+
+# Reads bytes of the tensor that plays a role: role, first byte, count.
+ReadPart = Callable[[str, int, int], np.ndarray]
+# Returns float32 [n, K]: the rows from ``row`` on, whose codes are uint8 [n, bytes of a row].
+Decoder = Callable[[Layer, int, np.ndarray, ReadPart], np.ndarray]
+
+
+@naming_extras("reading GGUF")
+def _decode_ggml(name: str, layer: Layer, row: int, codes: np.ndarray, read: ReadPart) -> np.ndarray:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values: np.ndarray = dequantize(codes, GGMLQuantizationType[name])
+    return values.reshape(len(codes), layer.K)
+
+
+# Name of a format -> what decodes it.
+DECODERS: dict[str, Decoder] = {
+    quant_format.name: partial(_decode_ggml, name) for quant_format, name in GGML_FORMATS.items()
+}
