@@ -35,7 +35,6 @@ HOMES: dict[str, tuple[str, ...]] = {
     "ray": ("convert_ckpt/run/fleet.py",),
     "gguf": ("run_ckpt/storage/decoders.py",),
     "click": ("convert_ckpt/cli.py", "run_ckpt/cli/"),
-    "matplotlib": ("run_ckpt/tools/publish/heatmap.py",),
     "rich": ("run_ckpt/cli/",),
     "aiter": ("run_ckpt/backends/",),
     "petit_kernel": ("run_ckpt/backends/",),

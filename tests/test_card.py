@@ -124,10 +124,10 @@ def test_numbers_follow_the_manifest(tmp_path: Path) -> None:
         assert f"| `{file}` | {entry['nbytes']:,} | `{entry['blake3']}` |" in card
 
 
-@pytest.mark.parametrize("has_heatmap", [False, True])
-def test_the_picture_is_linked_only_where_there_is_one(tmp_path: Path, has_heatmap: bool) -> None:
+@pytest.mark.parametrize("has_map", [False, True])
+def test_the_picture_is_linked_only_where_there_is_one(tmp_path: Path, has_map: bool) -> None:
     output = convert(FLUX_DIGITS, tmp_path / "out", format="fp8")
-    assert ("](sqnr_heatmap.png)" in card_of(output, has_heatmap=has_heatmap)) == has_heatmap
+    assert ("](sqnr_map.svg)" in card_of(output, has_map=has_map)) == has_map
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -20,13 +20,11 @@ import pytest
 from convert_ckpt import api
 from convert_ckpt.push import convert_and_push
 from run_ckpt.contract.errors import CheckpointError, FaultsError, PublishError, UsageError
-from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME
+from run_ckpt.contract.file_names import CARD_NAME, MAP_NAME
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Silent
-from run_ckpt.tools.publish.heatmap import draw_heatmap, make_grids
-from run_ckpt.tools.publish.push import Pushed, card_files, push_result
+from run_ckpt.tools.publish.push import Pushed, push_result
 from run_ckpt.tools.publish.repository import Target
-from run_ckpt.tools.publish.rows import read_result
 from tests.checkpoints import folder_bytes, random_weight, save_checkpoint
 from tests.converted import convert, make_linear
 from tests.hub_fixtures import Lines
@@ -34,7 +32,7 @@ from tests.hub_upload_server import TOKEN, Hub, serve_hub
 
 REPO = "me/digits-mxfp4"
 SHARDS = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-CARD_FILES = {CARD_NAME, HEATMAP_NAME}
+CARD_FILES = {CARD_NAME, MAP_NAME}
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +51,10 @@ def output(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(source, tmp_path_factory.mktemp("push") / "output", format="mxfp4")
 
 
-@pytest.fixture(scope="module")
-def picture(output: Path) -> bytes | None:
-    return draw_heatmap(make_grids(row for component in read_result(output) for row in component.rows))
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, picture: bytes | None) -> Iterator[Hub]:
-    """The stand-in, with the client pointed at it and logged in. The heat map is drawn once for all tests."""
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The stand-in, with the client pointed at it and logged in."""
     from huggingface_hub import constants
-
-    monkeypatch.setattr("run_ckpt.tools.publish.push.draw_heatmap", lambda grids: picture)
 
     with serve_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -110,7 +101,7 @@ def test_the_repo_holds_the_result_and_its_card(hub: Hub, output: Path) -> None:
     held = hub.files(REPO)
     assert {name: data for name, data in held.items() if name not in CARD_FILES} == folder_bytes(output)
     assert held.keys() - folder_bytes(output).keys() == CARD_FILES
-    assert held[HEATMAP_NAME].startswith(b"\x89PNG")
+    assert held[MAP_NAME].startswith(b"<svg ")
     assert hub.sent.count(sha256(output / SHARDS[0])) > 1  # in parts
     assert str(pushed).startswith(f"Pushed {len(held)} of {len(held)} files")
 
@@ -234,17 +225,6 @@ def test_a_damaged_folder_is_not_pushed(hub: Hub, output: Path, tmp_path: Path) 
     with pytest.raises(FaultsError, match="nothing was pushed"):
         push(damaged)
     assert hub.sent == []
-
-
-def test_without_matplotlib_the_card_goes_without_picture_and_says_so(
-    output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("run_ckpt.tools.publish.heatmap.can_draw", lambda: False)
-    lines = Lines()
-    (card,) = card_files(read_result(output), Target(REPO, tool_url="https://example.org/x"), None, lines)
-    assert card.name == CARD_NAME
-    assert b"sqnr_heatmap" not in card.content  # type: ignore[operator]
-    assert "matplotlib" in lines.lines[0]
 
 
 @pytest.mark.parametrize("name", ["me/flux-4bit", "me/flux-AWQ", "me/flux-gptq-v2", "flux", "a/b/c", "me/flux digits"])

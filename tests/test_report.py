@@ -7,12 +7,15 @@ import subprocess
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from run_ckpt.cli.main import main
+from run_ckpt.contract.file_names import MAP_NAME
 from run_ckpt.contract.module_names import block_pattern, split_name
-from run_ckpt.tools.publish.heatmap import SMALLEST_SPAN_DB, color_ranges, draw_heatmap, make_grids
+from run_ckpt.tools.publish.error_map import SMALLEST_SPAN_DB, color_ranges, draw_errors, make_grids
+from run_ckpt.tools.publish.push import Target, card_files
 from run_ckpt.tools.publish.report import make_report, report_data
 from run_ckpt.tools.publish.rows import read_result
 from tests.converted import FLUX_DIGITS, convert, edit_manifest
@@ -108,7 +111,33 @@ def test_the_picture_is_the_same_every_time(outputs: dict[str, Path]) -> None:
     (component,) = read_result(outputs["mxfp4"])
     grids = make_grids(component.rows)
     assert [grid.stack for grid in grids] == ["single_transformer_blocks", "transformer_blocks"]
-    assert draw_heatmap(grids) == draw_heatmap(grids)
+    picture = draw_errors(grids, color_ranges(component.rows))
+    assert picture == draw_errors(grids, color_ranges(component.rows))
+    drawn = [cell.attrib for cell in ElementTree.fromstring(picture).iter() if "data-layer" in cell.attrib]
+    assert {cell["data-layer"] for cell in drawn} == {row.path for grid in grids for row in grid.cells.values()}
+    assert {cell["data-layer"] for cell in drawn if cell["class"] == "kept"} == {
+        row.path for grid in grids for row in grid.cells.values() if not row.is_quantized
+    }
+    # 18.97 dB, where 19.72 is the strongest: three quarters up the smallest span.
+    assert [cell["class"] for cell in drawn if cell["data-layer"].endswith("blocks.2.proj_out")] == ["s8"]
+
+
+def test_card_and_page_show_one_picture(outputs: dict[str, Path]) -> None:
+    components = read_result(outputs["mxfp4"])
+    (picture,) = (
+        file.content
+        for file in card_files(components, Target("me/x", tool_url="https://example.org/x"), None)
+        if file.name == MAP_NAME
+    )
+    assert isinstance(picture, bytes)
+    assert picture.decode() in make_report({"mxfp4": components})
+
+
+def test_two_results_have_a_map_of_what_the_second_gains(outputs: dict[str, Path]) -> None:
+    page = make_report({name: read_result(path) for name, path in outputs.items()})
+    _, gains = page.split('<div id="difference-maps">')
+    assert gains.count('data-layer="') == 32  # 6 x 3 and 14 x 1
+    assert len(re.findall(r">\+12\.\d</text>", gains)) > 15
 
 
 def test_the_page_names_nothing_to_fetch(outputs: dict[str, Path]) -> None:

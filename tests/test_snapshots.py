@@ -24,7 +24,6 @@ from run_ckpt.tools import bench, generate
 from run_ckpt.tools.bench import LoadTime
 from run_ckpt.tools.compare import pipelines
 from run_ckpt.tools.compare.metrics import ErrorSums
-from run_ckpt.tools.publish import push
 from run_ckpt.version import VERSION
 from tests.checkpoints import FLUX_DIGITS, convert
 from tests.hub_upload_server import TOKEN, serve_hub
@@ -105,7 +104,6 @@ def show(script: str) -> str:
         # Bars of other libraries, drawn by the clock.
         patch.setattr(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
         patch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
-        patch.setattr(push, "draw_heatmap", lambda grids: b"a picture")
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", terminal)
         with pytest.raises(SystemExit) as stop:

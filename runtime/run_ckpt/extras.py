@@ -16,7 +16,6 @@ EXTRAS = {
     "safetensors": "compare",
     "torchmetrics": "compare",
     "torchvision": "lpips",
-    "matplotlib": "hub",
     "s3fs": "s3",
     "gcsfs": "gs",
     "adlfs": "az",

@@ -7,7 +7,7 @@ CONFIG_NAME = "config.json"
 CONFIG_KEY = "quantization_config"
 # What `run-ckpt push` adds to a result's files: about the checkpoint, not part of it.
 CARD_NAME = "README.md"
-HEATMAP_NAME = "sqnr_heatmap.png"
+MAP_NAME = "sqnr_map.svg"
 SUFFIX = ".safetensors"
 GGUF_SUFFIX = ".gguf"
 INDEX_SUFFIX = ".safetensors.index.json"

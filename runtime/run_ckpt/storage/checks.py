@@ -6,7 +6,7 @@ from pathlib import Path
 
 from run_ckpt.contract.dialects.table import header_metadata, quantization_config
 from run_ckpt.contract.errors import FaultsError
-from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, HEATMAP_NAME, INDEX_SUFFIX
+from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, MAP_NAME
 from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Manifest
 from run_ckpt.contract.manifest_checks import spec_faults
 from run_ckpt.storage.files import MAX_INDEX_NBYTES
@@ -88,7 +88,7 @@ def unlisted_faults(folder: Path, manifest: Manifest) -> list[str]:
 
     Names with a dot in front are free, and so is the model card.
     """
-    listed = {*manifest.files, MANIFEST_NAME, CARD_NAME, HEATMAP_NAME}
+    listed = {*manifest.files, MANIFEST_NAME, CARD_NAME, MAP_NAME}
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     return [f"{name}: not listed in the manifest. Remove it." for name in names if name not in listed]
 

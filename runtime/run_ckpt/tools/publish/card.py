@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from run_ckpt.contract.display import shown
-from run_ckpt.contract.file_names import HEATMAP_NAME, join_names
+from run_ckpt.contract.file_names import MAP_NAME, join_names
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, MANIFEST_NAME, RTN, Layer
 from run_ckpt.storage.units import format_nbytes
@@ -39,7 +39,7 @@ def make_card(
     repo_id: str,
     *,
     base_model: str | None = None,
-    has_heatmap: bool = False,
+    has_map: bool = False,
     url: str = PLACEHOLDER,
 ) -> str:
     """Return README.md for a result that is to be found as ``repo_id``; every number in it is from the manifests.
@@ -50,7 +50,7 @@ def make_card(
     sections = (
         [front_matter(make_metadata(components, base_model=base_model)) + f"# {repo_id.rpartition('/')[2]}"],
         _what_it_is(components, base),
-        [f"![SQNR of every layer, by block and projection]({HEATMAP_NAME})"] if has_heatmap else [],
+        [f"![SQNR of every layer, by block and projection]({MAP_NAME})"] if has_map else [],
         ["## How to run it", *how_to_run(components, repo_id, base, url)],
         ["## Hardware", *_hardware(components), *memory(components)],
         ["## What was measured", *_measured(components)],

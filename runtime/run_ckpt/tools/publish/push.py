@@ -9,18 +9,18 @@ from types import MappingProxyType
 
 from run_ckpt.contract.differences import manifest_differences
 from run_ckpt.contract.errors import FaultsError, PublishError
-from run_ckpt.contract.file_names import CARD_NAME, HEATMAP_NAME, SUFFIX, join_names
+from run_ckpt.contract.file_names import CARD_NAME, MAP_NAME, SUFFIX, join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.card import make_card
-from run_ckpt.tools.publish.heatmap import draw_heatmap, make_grids
+from run_ckpt.tools.publish.error_map import color_ranges, draw_errors, make_grids
 from run_ckpt.tools.publish.repository import LocalFile, Repository, Target, open_repository
 from run_ckpt.tools.publish.rows import ConvertedComponent, read_result
 from run_ckpt.tools.publish.tool_url import tool_url
 from run_ckpt.tools.verify.files import file_faults
 
-_CARD_FILES = (CARD_NAME, HEATMAP_NAME)
+_CARD_FILES = (CARD_NAME, MAP_NAME)
 _LAST_MESSAGE = "Add configuration, manifest and model card"
 
 
@@ -50,7 +50,7 @@ def push_result(output: Path, target: Target, *, base_model: str | None, progres
     components = read_result(output)
     repository = open_repository(target)
     files = _verified_files(components, progress)
-    files += card_files(components, target, base_model, progress)
+    files += card_files(components, target, base_model)
     return _send(repository, files, target, progress)
 
 
@@ -140,16 +140,13 @@ def _verified_files(components: Sequence[ConvertedComponent], progress: Progress
     return files
 
 
-def card_files(
-    components: Sequence[ConvertedComponent], target: Target, base_model: str | None, progress: Progress
-) -> Iterator[LocalFile]:
-    picture = draw_heatmap(make_grids(row for component in components for row in component.rows))
-    if picture is None:
-        progress.log('the model card goes without its heat map: pip install ".[hub]" brings matplotlib, which draws it')
-    else:
-        yield _in_memory(HEATMAP_NAME, picture)
+def card_files(components: Sequence[ConvertedComponent], target: Target, base_model: str | None) -> Iterator[LocalFile]:
+    rows = [row for component in components for row in component.rows]
+    picture = draw_errors(make_grids(rows), color_ranges(rows))
+    if picture:
+        yield _in_memory(MAP_NAME, picture.encode())
     url = tool_url(target.tool_url)
-    card = make_card(components, target.repo_id, base_model=base_model, has_heatmap=picture is not None, url=url)
+    card = make_card(components, target.repo_id, base_model=base_model, has_map=bool(picture), url=url)
     yield _in_memory(CARD_NAME, card.encode())
 
 

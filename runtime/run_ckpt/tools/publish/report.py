@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,11 +13,10 @@ from typing import Any
 from run_ckpt.contract.manifest import WEIGHT
 from run_ckpt.tools.diff import diff_results
 from run_ckpt.tools.publish.advice import kept_lines, list_advice, usual_lines
-from run_ckpt.tools.publish.heatmap import Grid, color_ranges, make_grids
+from run_ckpt.tools.publish.error_map import color_ranges, draw_errors, draw_gains, make_grids
 from run_ckpt.tools.publish.rows import ConvertedComponent, TensorRow
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_PLACEHOLDER = "__DATA__"
 # In JSON these mean the same, and no text of a manifest can end the element that holds it.
 _ESCAPES: dict[str, str | int | None] = {
     "<": "\\u003c",
@@ -28,9 +29,14 @@ _ESCAPES: dict[str, str | int | None] = {
 
 def make_report(results: Mapping[str, Sequence[ConvertedComponent]]) -> str:
     """Return the page of one result, or of several to compare. results: label -> components."""
-    page = _TEMPLATE.read_text(encoding="utf-8")
     text = json.dumps(report_data(results), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return page.replace(_PLACEHOLDER, text.translate(str.maketrans(_ESCAPES)))
+    filled = {
+        "__MAPS__": _maps(results),
+        "__GAINS__": _gains(*results.values()) if len(results) == 2 else "",
+        "__DATA__": text.translate(str.maketrans(_ESCAPES)),
+    }
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    return re.sub("|".join(filled), lambda found: filled[found[0]], page)
 
 
 def report_data(results: Mapping[str, Sequence[ConvertedComponent]]) -> dict[str, Any]:
@@ -43,21 +49,33 @@ def report_data(results: Mapping[str, Sequence[ConvertedComponent]]) -> dict[str
         for components in results.values()
     ]
     names = dict.fromkeys(name for rows in by_name for name in rows)
-    number = {name: i for i, name in enumerate(names)}
     return {
         "results": [_summary(label, components) for label, components in results.items()],
-        "grids": [[_grid(grid, number) for grid in make_grids(rows.values())] for rows in by_name],
         "difference": _difference(*results.values()) if len(results) == 2 else None,
-        "color_ranges": color_ranges(row for rows in by_name for row in rows.values()),
         "rows": [_row([rows.get(name) for rows in by_name]) for name in names],
     }
 
 
-def _grid(grid: Grid, number: Mapping[tuple[str, str], int]) -> dict[str, Any]:
-    """Return a grid with the number of a row in each cell, None where there is no layer."""
-    cells = {place: number[row.component, row.name] for place, row in grid.cells.items()}
-    lines = [[cells.get((projection, block)) for block in grid.blocks] for projection in grid.projections]
-    return {"title": grid.title, "blocks": grid.blocks, "projections": grid.projections, "cells": lines}
+def _maps(results: Mapping[str, Sequence[ConvertedComponent]]) -> str:
+    """Return the error map of each result; formats have one scale in all of them."""
+    ranges = color_ranges(row for components in results.values() for row in _rows(components))
+    parts = []
+    for i, (label, components) in enumerate(results.items()):
+        parts += [f"<h3>{escape(label)}</h3>"] if len(results) > 1 else []
+        drawn = draw_errors(make_grids(_rows(components)), ranges) or "<p>No layer lies in a numbered block.</p>"
+        parts.append(f'<div class="scroll" data-result="{i}">{drawn}</div>')
+    return "".join(parts)
+
+
+def _gains(a: Sequence[ConvertedComponent], b: Sequence[ConvertedComponent]) -> str:
+    before = {row.path: row.sqnr_db for row in _rows(a) if row.sqnr_db is not None}
+    after = {row.path: row.sqnr_db for row in _rows(b) if row.sqnr_db is not None}
+    gains = {path: sqnr_db - before[path] for path, sqnr_db in after.items() if path in before}
+    return f'<div class="scroll">{draw_gains(make_grids(_rows(b)), gains)}</div>'
+
+
+def _rows(components: Sequence[ConvertedComponent]) -> list[TensorRow]:
+    return [row for component in components for row in component.rows]
 
 
 def _difference(a: Sequence[ConvertedComponent], b: Sequence[ConvertedComponent]) -> dict[str, Any]:
@@ -66,7 +84,7 @@ def _difference(a: Sequence[ConvertedComponent], b: Sequence[ConvertedComponent]
 
 
 def _summary(label: str, components: Sequence[ConvertedComponent]) -> dict[str, Any]:
-    rows = [row for component in components for row in component.rows]
+    rows = _rows(components)
     measured = {row.path: row.sqnr_db for row in rows if row.sqnr_db is not None}
     worst = min(measured, key=measured.__getitem__, default=None)
     weights = sum(
