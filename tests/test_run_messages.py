@@ -116,10 +116,11 @@ def test_the_last_lines_say_the_result_its_errors_where_it_is_and_what_to_do_nex
     layers = read_manifest(output).layers
     values = [layer.sqnr_db or 0 for layer in layers.values()]
     worst = min(layers, key=lambda name: layers[name].sqnr_db or 0)
-    result, errors, where, command = str(summary).splitlines()
+    result, errors, where, command, expect = str(summary).splitlines()
     assert result.startswith("Converted 8 of 9 tensors to mxfp4: ")
     assert errors == f"SQNR mean {sum(values) / len(values):.2f} dB, worst {min(values):.2f} dB in {worst}"
     assert (where, command) == (f"It is in {output}. Check it:", f"  run-ckpt verify '{output}' --source {llm}")
+    assert f"--expect {summary.hash}" in expect
 
 
 def test_a_mixed_result_says_how_many_layers_have_which_format(llm: Path, tmp_path: Path) -> None:

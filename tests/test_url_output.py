@@ -1,12 +1,15 @@
 """OUTPUT in an object store: the bytes of a local run, the manifest last; on a real S3 server on loopback (moto's)."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from click.testing import CliRunner
 
 from convert_ckpt import api
+from convert_ckpt.cli import cli
 from convert_ckpt.upload import StoreFolder
 from run_ckpt.contract.errors import PublishError, UsageError
 from run_ckpt.contract.manifest import MANIFEST_NAME
@@ -90,6 +93,27 @@ def test_a_folder_with_something_else_is_refused_before_anything_is_converted(
         api.convert(llm, "s3://bucket/llm", format="fp8")
     assert stored(s3, "bucket/llm") == {name: b"{}"}
     assert [*here.iterdir()] == []
+
+
+def test_the_same_command_again_says_that_it_is_complete(s3: Any, llm: Path, here: Path) -> None:
+    command = [str(llm), "s3://bucket/llm", "--format", "fp8"]
+    first = CliRunner().invoke(cli, command)
+    assert first.exit_code == 0, first.output
+    before = stored(s3, "bucket/llm")
+    again = CliRunner().invoke(cli, command)
+    assert again.exit_code == 0, again.output
+    assert again.output.startswith("Complete: this command was done before.")
+    assert again.output.splitlines()[-1] == first.output.splitlines()[-1]  # the hash
+    assert stored(s3, "bucket/llm") == before
+    assert [*here.iterdir()] == []
+    shutil.copytree(llm, here / "other")
+    shard = min((here / "other").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    with pytest.raises(PublishError, match=r"(?s)already; .*s3://bucket/llm: holds another result"):
+        api.convert(here / "other", "s3://bucket/llm", format="fp8")
+    s3.rm("bucket/llm/model-00002-of-00003.safetensors")
+    with pytest.raises(PublishError, match=r"s3://bucket/llm/model-00002-of-00003.safetensors: is missing"):
+        api.convert(llm, "s3://bucket/llm", format="fp8")
 
 
 def test_a_bucket_that_is_not_there_is_said(s3: Any, llm: Path, here: Path) -> None:

@@ -179,18 +179,13 @@ def _show_on_terminal(preview: "Preview") -> None:
 def _convert(arguments: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     from convert_ckpt.api import convert
     from run_ckpt.cli.progress import show_progress
-    from run_ckpt.storage.components import find_components
-    from run_ckpt.storage.manifest_file import result_hash
 
     with show_progress(quiet=quiet or as_json) as progress:
         summary = convert(**arguments, progress=progress)
-    stated = {} if summary.share else {"hash": result_hash(find_components(Path(summary.output)))}
     if as_json:
-        click.echo(json.dumps({**summary.to_json(), **stated}))
+        click.echo(json.dumps(summary.to_json()))
     elif not quiet:
         say(str(summary))
-        for value in stated.values():
-            say(f"A copy is this result if run-ckpt verify COPY --expect {value} finds no fault")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from convert_ckpt.run.share import Share
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.targets import TARGETS
-from run_ckpt.storage.manifest_file import read_manifest
+from run_ckpt.storage.manifest_file import read_manifest, result_hash
 from run_ckpt.storage.reference import Reference
 from run_ckpt.storage.units import format_nbytes
 
@@ -33,8 +33,8 @@ class RunSummary:
     ``format`` is the one that was asked for, ``targets`` are those that the result is right for. Sizes are those of all
     shards. SQNR is over layers, unweighted, in dB; None where nothing was measured.
     ``n_files_resumed`` shards were finished by an earlier, stopped run; ``was_complete``: all that was asked for was
-    there before. ``share`` is None where OUTPUT is published; else the share that was made, after which
-    ``n_files_missing`` were still to come. ``pushed`` says what was uploaded.
+    there before. ``hash`` is the one that verify --expect takes. ``share`` is None where OUTPUT is published; else the
+    share that was made, after which ``n_files_missing`` were still to come. ``pushed`` says what was uploaded.
     """
 
     source: str
@@ -52,6 +52,7 @@ class RunSummary:
     n_files_resumed: int
     was_complete: bool
     seconds: float
+    hash: str | None = None
     share: Share | None = None
     n_files_missing: int = 0
     pushed: Pushed | None = None
@@ -67,10 +68,11 @@ class RunSummary:
             )
         if len(self.n_layers) > 1:
             lines.append(f"Formats are mixed; right for: {', '.join(self.targets)}")
+        expect = f"A copy is this result if run-ckpt verify COPY --expect {self.hash} finds no fault"
         if "://" in self.output:
-            return "\n".join([*lines, f"It is in {self.output}."])
+            return "\n".join([*lines, f"It is in {self.output}.", expect])
         check = shlex.join(["run-ckpt", "verify", self.output, "--source", self.source])
-        return "\n".join([*lines, f"It is in {self.output}. Check it:", f"  {check}"])
+        return "\n".join([*lines, f"It is in {self.output}. Check it:", f"  {check}", expect])
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; of the push its URL."""
@@ -110,6 +112,7 @@ def summarize_run(
 
     manifests: those of the result; default: of a ``share``, as planned, else as they are at ``output``.
     """
+    digest = None if share else result_hash({planned.name: output / planned.name for planned in plans})
     manifests = manifests or {
         planned.name: planned.plan.manifest if share else read_manifest(output / planned.name) for planned in plans
     }
@@ -133,6 +136,7 @@ def summarize_run(
         worst_layer=worst,
         n_files_resumed=n_files_resumed,
         was_complete=was_complete,
+        hash=digest,
         share=share,
         n_files_missing=n_files_missing,
         seconds=time.monotonic() - started,

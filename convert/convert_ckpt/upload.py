@@ -4,16 +4,19 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 from convert_ckpt.run_summary import RunSummary
 from convert_ckpt.source.url import open_filesystem
-from run_ckpt.contract.errors import PublishError, UsageError, first_line
+from run_ckpt.contract.errors import FaultsError, ManifestError, PublishError, UsageError, first_line
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
+from run_ckpt.storage.files import MAX_MANIFEST_NBYTES
 from run_ckpt.storage.reference import UrlRef
 from run_ckpt.storage.units import format_nbytes
 
@@ -26,10 +29,13 @@ def convert_and_upload(convert: Callable[..., RunSummary], reference: UrlRef, pr
 
     The result is built in the folder NAME.upload of the current one, which so holds all of it. A store in which
     something else lies is refused before anything is converted. What is stopped is continued by the same command.
+    Where the store holds the result of the same command, nothing is done.
     """
     store = StoreFolder(reference)
-    uploads = Uploads(store, progress)
     folder = Path(f"{store.name}{SUFFIX}")
+    if not folder.exists() and any(name.endswith(MANIFEST_NAME) for name in store.names()):
+        return _find_complete(convert, store)
+    uploads = Uploads(store, progress)
     try:
         summary = convert(output=folder, listener=uploads)
     finally:
@@ -42,6 +48,22 @@ def convert_and_upload(convert: Callable[..., RunSummary], reference: UrlRef, pr
             store.put(local[name], name)
     shutil.rmtree(folder)
     return replace(summary, output=str(reference))
+
+
+def _find_complete(convert: Callable[..., RunSummary], store: "StoreFolder") -> RunSummary:
+    """Return the summary of the run whose result is in the store. Raises PublishError where that is another one.
+
+    convert() says so by manifests, names and sizes: those are laid out here.
+    """
+    with TemporaryDirectory(prefix="convert-ckpt-") as scratch:
+        folder = Path(scratch) / store.name
+        store.lay_out(folder)
+        try:
+            summary = convert(output=folder)
+        except (FaultsError, ManifestError) as error:
+            said = str(error).replace(str(folder), str(store.reference))
+            raise PublishError(f"{store.reference}: holds something already; {said}") from error
+    return replace(summary, output=str(store.reference))
 
 
 class StoreFolder:
@@ -58,6 +80,19 @@ class StoreFolder:
         """Return the names of all files in it."""
         found: list[str] = self._ask("can't be listed", lambda: self._filesystem.find(self._path))
         return {name.removeprefix(self._path).lstrip("/") for name in found}
+
+    def lay_out(self, folder: Path) -> None:
+        """Make a folder with its manifests, and in place of each other file a hole of its size."""
+        found = self._ask("can't be listed", lambda: self._filesystem.find(self._path, detail=True))
+        for key, info in found.items():
+            path = folder / key.removeprefix(self._path).lstrip("/")
+            if ".." in path.parts:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                if path.name == MANIFEST_NAME and info["size"] <= MAX_MANIFEST_NBYTES:
+                    file.write(self._ask(f"{path.name} can't be read", partial(self._filesystem.cat_file, key)))
+                file.truncate(info["size"])
 
     def holds(self, path: Path, name: str) -> bool:
         """True where a small file is there with the same bytes."""
