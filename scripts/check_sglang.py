@@ -193,7 +193,7 @@ def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored
         key = f"{name}.weight"
         value = join_ranks(linears, [_decode_part(linear) for linear in linears])
         error = relative_error(value, wanted[key])
-        layer, backend = linears[0].quant_method.layer, linears[0].quant_method.backend.name
+        layer, backend = linears[0].quant_method.layer, linears[0].quant_method.choice.backend.name
         layouts = "+".join(sorted({linear.quant_method.layer.scheme.layout.name for linear in linears}))
         report.worst = max(report.worst, error)
         report.n_plugin += 1
@@ -212,7 +212,7 @@ def _compare_plugin(report: Report, ranks: list[Loaded], wanted: Tensors, stored
 def _decode_part(linear: torch.nn.Module) -> torch.Tensor:
     """Return the float32 of what a rank holds, its operands put back into the order on disk first."""
     method = linear.quant_method
-    return decode_layer(method.layer, method.backend.restore(method.layer, method.operands(linear)))
+    return decode_layer(method.layer, method.choice.backend.restore(method.layer, method.operands(linear)))
 
 
 def join_ranks(linears: list[torch.nn.Module], parts: list[torch.Tensor]) -> torch.Tensor:

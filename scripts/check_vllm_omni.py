@@ -138,7 +138,7 @@ def decode(linear: nn.Module) -> torch.Tensor:
 def decode_ours(linear: nn.Module) -> torch.Tensor:
     """Return the float32 of what our plug-in holds, its operands put back into the order on disk first."""
     method = linear.quant_method
-    tensors = method.backend.restore(method.layer, method.operands(linear))
+    tensors = method.choice.backend.restore(method.layer, method.operands(linear))
     return decode_layer(method.layer, tensors)
 
 

@@ -257,5 +257,6 @@ def test_a_prepared_layer_says_what_runs_it() -> None:
     linear.prepare(CPU)
     assert (
         repr(linear)
-        == "QuantizedLinear(in_features=256, out_features=288, bias=True, fp8, layout=plain, backend=reference)"
+        == "QuantizedLinear(in_features=256, out_features=288, bias=True, fp8, layout=plain, backend=reference,"
+        " activations=bf16)"
     )

@@ -251,6 +251,12 @@ RUNNING = [
     Mistake("run-ckpt bench result --rows few", 2, "'few' is no list of numbers such as 1,16,256,4096."),
     Mistake("run-ckpt bench result --rows 0", 2, "'--rows': each M must be at least 1."),
     Mistake("run-ckpt bench result --backend magic", 2, "no backend 'magic'. Choose one of aiter, scaled_mm,"),
+    Mistake("run-ckpt bench result --activations int8", 2, "no activations 'int8'. Choose one of bf16, fp8, mxfp8,"),
+    Mistake(
+        "run-ckpt bench result-fp8 --backend scaled_mm --activations bf16",
+        1,
+        "backend scaled_mm can't run it with bf16 activations on cpu: it multiplies fp8 weights by fp8 activations.",
+    ),
     Mistake("run-ckpt bench result --device tpu", 2, "'tpu' is no device of this machine, which has"),
     Mistake(
         "run-ckpt compare --model-path good --transformer-path result", 2, "give either --prompts FILE, for a pipeline,"

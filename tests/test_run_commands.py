@@ -126,6 +126,11 @@ def test_bench_takes_the_backend_asked_for_and_prints_a_table(digits: Path) -> N
     assert "times reading the files" in result.stdout
 
 
+def test_bench_multiplies_by_the_activations_asked_for(digits: Path) -> None:
+    assert {row["activations"] for row in bench(digits)["layers"]} == {"bf16"}
+    assert {row["activations"] for row in bench(digits, "--activations", "mxfp8")["layers"]} == {"mxfp8"}
+
+
 def test_bench_refuses_rows_that_are_no_numbers(digits: Path) -> None:
     assert run("bench", digits, "--rows", "1,many").exit_code == 2
 
@@ -136,6 +141,8 @@ def test_inspect_says_which_backend_would_run_on_a_device(digits: Path) -> None:
     rows = {row["name"]: row for row in survey["rows"]}
     assert rows["reference"]["n_layers"] == 23
     assert sum(rows["dequantize"]["reasons"].values()) == 23
+    assert rows["reference"]["activations"] == {"mxfp4": ["bf16", "fp8", "mxfp8", "mxfp4"]}
+    assert rows["aiter"]["activations"] == {}
     assert "reference" in run("inspect", digits, "--device", "cpu").stdout
 
 

@@ -65,6 +65,12 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(target: str, scales: str, fr
     compile_dequantize(target, scales, "bf16")
 
 
+@pytest.mark.parametrize("target", ["sm90", "sm100", "gfx942", "gfx950"])
+def test_rounding_compiles_for_a_gpu_that_is_not_here(target: str, fresh_cache: None) -> None:
+    for activations in ("mxfp8", "mxfp4"):
+        compile_round(target, activations, "bf16")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", POINTERS)
 @pytest.mark.parametrize("scales", SCALES)
@@ -75,6 +81,8 @@ def test_every_kernel_compiles_and_fits(target: str, scales: str, dtype: str, fr
     for index in range(len(_TILES)):
         assert compile_multiply(target, scales, dtype, index) <= TARGETS[target]
     compile_dequantize(target, scales, dtype)
+    for activations in ("mxfp8", "mxfp4"):
+        compile_round(target, activations, dtype)
 
 
 @pytest.fixture
@@ -126,6 +134,15 @@ def compile_dequantize(target: str, scales: str, dtype: str) -> int:
         "out_ptr": dtype,
     }
     return compile_kernel(dequantize_kernel, target, pointers, ("N", "K"), constants, {})
+
+
+def compile_round(target: str, activations: str, dtype: str) -> None:
+    import triton.language as tl
+
+    from run_ckpt.backends.triton.round import constants, round_kernel
+
+    compiled_for = {**constants(activations), "DTYPE": getattr(tl, POINTERS[dtype]), "N_BLOCKS": 64}
+    compile_kernel(round_kernel, target, {"x_ptr": dtype, "out_ptr": dtype}, ("n_blocks",), compiled_for, {})
 
 
 def compile_kernel(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from run_ckpt.backends.activations import round_rows
 from run_ckpt.backends.reference import decode_weight
 from run_ckpt.backends.triton.backend import TRITON
 from run_ckpt.backends.triton.matmul import FUSED_MAX_M, dequantize
@@ -156,3 +157,20 @@ def test_compile_takes_the_product_whole(scheme: str) -> None:
         return F.silu(TRITON.matmul(layer, x * 2, operands, bias))
 
     assert_bits_equal(torch.compile(story, fullgraph=True, backend="aot_eager")(x).cpu(), story(x).cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activations", ["mxfp8", "mxfp4"])
+def test_activations_are_rounded_as_torch_rounds_them(activations: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    # Every exponent of float32 as that of the largest, with what is far below it; ties; bits at random.
+    scales = torch.exp2(torch.arange(-149, 128).double()).float()[:, None]
+    ordinary = scales * (torch.rand(277, 32, generator=generator) * 2 - 1)
+    ties = scales * torch.tensor([1.75, 1.5, 0.75, -0.875, 0.3125, 0.4375, -0.0, 1 / 448] * 4)
+    bits = torch.randint(-(2**15), 2**15, (512, 32), generator=generator).to(torch.int16).view(torch.bfloat16)
+    special = torch.zeros(3, 32)
+    special[0, 3], special[1, 5], special[2] = math.inf, math.nan, -0.0
+    x = torch.cat([ordinary, ties, bits.float(), special]).to(dtype)
+    assert TRITON.round_rows is not None
+    rounded = TRITON.round_rows(x.to(DEVICE), activations, None)
+    assert_same_values(rounded, round_rows(x, activations, None))

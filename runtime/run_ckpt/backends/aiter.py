@@ -122,4 +122,14 @@ _aiter_fp8 = define_operator(
     "aiter_fp8(Tensor codes, Tensor weight, Tensor code_scale, Tensor scale) -> Tensor", _multiply_fp8, _empty_product
 )
 
-AITER = Backend("aiter", unsupported=_unsupported, prepare=_prepare, matmul=_multiply, restore=_restore)
+# Its mixed products are not used. gemm_a16wfp4 rounds activations to MXFP4 itself. gemm_a8wfp4 (FP8 by token) loops to
+# 2 K with masked loads that give no value past K, and its split-K summed few rows wrongly on gfx950 until a fix that no
+# version number tells. gemm_a8w4_mxfp8 is for gfx1250.
+AITER = Backend(
+    "aiter",
+    unsupported=_unsupported,
+    prepare=_prepare,
+    matmul=_multiply,
+    restore=_restore,
+    activations=lambda layer: layer.format.name,
+)

@@ -2,16 +2,17 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from run_ckpt.backends.backend import Device, describe_device
-from run_ckpt.backends.choose import BACKENDS, choose_backend
+from run_ckpt.backends.backend import Backend, Device, describe_device
+from run_ckpt.backends.choose import BACKEND_NAMES, BACKENDS, choose_backend, taken_activations, why_not
 from run_ckpt.contract.errors import BackendError, UsageError
-from run_ckpt.contract.manifest import Manifest
+from run_ckpt.contract.manifest import Layer, Manifest
 from run_ckpt.contract.memory import load_nbytes, weights_nbytes
 from run_ckpt.storage.manifest_file import read_checked_manifest
 
@@ -20,11 +21,15 @@ _ARCHITECTURE = re.compile(r"(gfx|sm)[0-9][0-9a-f]+")
 
 @dataclass(frozen=True)
 class BackendRow:
-    """One backend: how many of the layers it gets, and reason -> for how many it is not taken."""
+    """One backend: how many of the layers it gets, and reason -> for how many it is not taken.
+
+    ``activations``: format -> in which of ACTIVATIONS it takes those of weights in it, its own first.
+    """
 
     name: str
     n_layers: int
     reasons: dict[str, int]
+    activations: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,19 @@ def manifest_availability(manifest: Manifest, device: Device) -> Availability:
     n_unsupported = 0
     for layer in layers:
         for backend in BACKENDS:
-            reason = backend.unsupported(layer, device) or backend.only_if_named(device)
+            reason = why_not(backend, layer, device)
             if reason is not None:
                 reasons[backend.name][reason] += 1
         try:
             taken[choose_backend(layer, device).backend.name] += 1
         except BackendError:
             n_unsupported += 1
-    rows = (BackendRow(backend.name, taken[backend.name], dict(reasons[backend.name])) for backend in BACKENDS)
+    able = {backend.name: _activations(backend, layers, device) for backend in BACKENDS}
+    rows = (BackendRow(name, taken[name], dict(reasons[name]), able[name]) for name in BACKEND_NAMES)
     memory = (weights_nbytes(manifest), load_nbytes(manifest))
     return Availability(str(device), tuple(rows), n_unsupported, *memory, device.is_here)
+
+
+def _activations(backend: Backend, layers: Collection[Layer], device: Device) -> dict[str, tuple[str, ...]]:
+    able = [layer for layer in layers if backend.unsupported(layer, device) is None]
+    return {layer.format.name: taken_activations(backend, layer) for layer in able}

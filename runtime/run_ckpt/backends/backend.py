@@ -11,6 +11,11 @@ from run_ckpt.contract.manifest import Layer
 # Role (or a backend's own word) -> tensor.
 Tensors = dict[str, Tensor]
 
+# What a product makes of its activations. BF16: they stay as they come, in 16 or 32 bits.
+# FP8: E4M3 with one F32 scale for each token, or with the layer's input_scale.
+# MXFP8, MXFP4: blocks of 32 along K under an E8M0 scale. ACTIVATIONS: from most bits to fewest.
+BF16, FP8, MXFP8, MXFP4 = ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -40,6 +45,8 @@ class Backend:
     ``matmul`` returns x @ weight.T + bias as [M, N] in x's dtype for a layer, x [M, K] (contiguous; bfloat16,
     float16 or float32), its operands and bias [N] or None. torch.compile takes it whole.
     ``has_gradient`` is True where a gradient of the product reaches x, so that what lies before can be trained.
+    ``activations`` says in what format ``matmul`` takes x for a layer, one of ACTIVATIONS. ``round_rows``
+    rounds x to another of them first, byte for byte as that of activations.py; None where the backend has only its own.
     """
 
     name: str
@@ -49,6 +56,8 @@ class Backend:
     restore: Callable[[Layer, Tensors], Tensors] | None
     only_if_named: Callable[[Device], str | None] = lambda device: None
     has_gradient: bool = False
+    activations: Callable[[Layer], str] = lambda layer: BF16
+    round_rows: Callable[[Tensor, str, Tensor | None], Tensor] | None = None
 
 
 def finish(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from run_ckpt.backends.activations import round_rows
 from run_ckpt.backends.backend import Backend, Device, Tensors
 from run_ckpt.backends.operators import define_operator
 from run_ckpt.contract.codec import dequantize, tensor_scale
@@ -99,7 +100,7 @@ def _slow_on_a_gpu(device: Device) -> str | None:
     return None if device.kind == "cpu" else "it decodes the weight for each product, which is slow on a GPU"
 
 
-# Activations are not quantized, an input_scale is not used: the reference has the error of the weights alone.
+# Activations stay as they are unless other ones are asked for, so the error is that of the weights.
 REFERENCE = Backend(
     "reference",
     unsupported=lambda layer, device: None,
@@ -108,6 +109,7 @@ REFERENCE = Backend(
     restore=_as_they_are,
     only_if_named=_slow_on_a_gpu,
     has_gradient=True,
+    round_rows=round_rows,
 )
 DEQUANTIZE = Backend(
     "dequantize",
@@ -117,4 +119,5 @@ DEQUANTIZE = Backend(
     restore=None,
     only_if_named=lambda device: "it holds each weight in BF16, which takes two to four times the memory",
     has_gradient=True,
+    round_rows=round_rows,
 )

@@ -76,4 +76,5 @@ SCALED_MM = Backend(
     matmul=_multiply,
     restore=_restore,
     only_if_named=_inexact_on_a_cpu,
+    activations=lambda layer: layer.format.name,
 )

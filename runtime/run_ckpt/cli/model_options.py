@@ -26,6 +26,12 @@ def _check_device(_context: click.Context, _parameter: click.Parameter, name: st
 
 
 device_option = click.option("--device", callback=_check_device, help="[default: cuda if there is one, else cpu]")
+activations_option = click.option(
+    "--activations",
+    metavar="FORMAT",
+    help="Multiply the inputs of quantized layers in bf16 (as they come), fp8 (by token), mxfp8 or mxfp4."
+    "  [default: as the backend does by itself]",
+)
 _PIPELINE_OPTIONS = (
     click.option("--negative-prompt", help="What to avoid."),
     click.option("--steps", "num_inference_steps", type=click.IntRange(1), help="Denoising steps."),
@@ -43,6 +49,7 @@ _PLACEMENT_OPTIONS = (
     click.option(
         "--backend", help="Run quantized layers on this one.  [default: the first that can, see inspect --device]"
     ),
+    activations_option,
 )
 
 
@@ -79,7 +86,8 @@ def placement(options: Mapping[str, Any]) -> Placement:
 
     from run_ckpt.tools.generate import Placement
 
-    return Placement(options["device"] or default_device(), getattr(torch, options["dtype"]), options.get("backend"))
+    asked = (options.get("backend"), options.get("activations"))
+    return Placement(options["device"] or default_device(), getattr(torch, options["dtype"]), *asked)
 
 
 def _add(command: Callable[..., Any], options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:

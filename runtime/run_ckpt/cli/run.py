@@ -8,6 +8,7 @@ import click
 
 from run_ckpt.cli.model_options import (
     DTYPES,
+    activations_option,
     default_device,
     device_option,
     pipeline_arguments,
@@ -80,13 +81,20 @@ def generate(
 @click.argument("output", type=_NAME)
 @device_option
 @click.option("--backend", help="Measure this one.  [default: the first that can run]")
+@activations_option
 @click.option(
     "--rows", default=_SMALL_M, show_default=True, callback=_parse_rows, help="The values of M, tokens in a batch."
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of activations.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(
-    output: str, device: str | None, backend: str | None, rows: tuple[int, ...], dtype: str, as_json: bool
+    output: str,
+    device: str | None,
+    backend: str | None,
+    activations: str | None,
+    rows: tuple[int, ...],
+    dtype: str,
+    as_json: bool,
 ) -> None:
     """Time the layers of OUTPUT against BF16, and loading it against reading its files.
 
@@ -107,6 +115,7 @@ def bench(
             path,
             device=device or default_device(),
             backend=backend,
+            activations=activations,
             rows=rows,
             dtype=getattr(torch, dtype),
             say=lambda text: click.echo(f"bench: {text}", err=True),

@@ -70,10 +70,11 @@ def print_measured(console: Console, report: ComponentReport) -> None:
 def print_availability(console: Console, component: str, availability: Availability) -> None:
     """Print the backends in order of preference, with what each would run and why not the rest."""
     title = f"{component + ': ' if component else ''}backends on {availability.device}"
-    table = make_table(title, ("backend", "layers", "not taken because"))
+    table = make_table(title, ("backend", "layers", "activations, its own first", "not taken because"))
     for row in availability.rows:
         reasons = "\n".join(f"{reason} ({count} layers)" for reason, count in row.reasons.items())
-        table.add_row(row.name, str(row.n_layers), plain(reasons))
+        activations = "\n".join(f"{name}: {', '.join(taken)}" for name, taken in row.activations.items())
+        table.add_row(row.name, str(row.n_layers), activations, plain(reasons))
     console.print(table)
     if availability.n_unsupported:
         console.print(f"{availability.n_unsupported} layers run on none of them unless it is asked for by name.")
@@ -91,6 +92,7 @@ def print_bench(console: Console, component: str, bench: Bench) -> None:
         "N x K",
         "layers",
         "backend",
+        "activations",
         "M",
         "time\nms",
         "BF16\nms",
@@ -103,7 +105,7 @@ def print_bench(console: Console, component: str, bench: Bench) -> None:
         times = (f"{row.seconds * 1e3:.3f}", f"{row.bf16_seconds * 1e3:.3f}", f"{row.ratio:.2f}")
         rates = (f"{row.tflops:.3f}", f"{row.gbytes_per_s:.2f}")
         shape = f"{row.N} x {row.K}"
-        table.add_row(row.format, shape, str(row.count), row.backend, str(row.M), *times, *rates)
+        table.add_row(row.format, shape, str(row.count), row.backend, row.activations, str(row.M), *times, *rates)
     console.print(table)
     if bench.load is None:
         console.print(f"load: not measured: {plain(str(bench.why_no_load))}")

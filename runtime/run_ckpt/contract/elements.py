@@ -17,7 +17,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
     Source: OCP MX v1.0, 5.3.3.
     """
     magnitude = x.abs()
-    code = torch.zeros(x.shape, dtype=torch.uint8)
+    code = torch.zeros_like(x, dtype=torch.uint8)
     for midpoint, tie_rounds_up in zip(E2M1_MIDPOINTS, E2M1_TIE_ROUNDS_UP, strict=True):
         code += (magnitude >= midpoint) if tie_rounds_up else (magnitude > midpoint)
     return code | (torch.signbit(x).to(torch.uint8) << 3)

@@ -40,11 +40,13 @@ class QuantizedLinear(nn.Linear):
     T5 ask ``weight`` for its dtype, which must not be that of a code: it is a WeightPlaceholder.
 
     layer: what is stored. bias: the parameter of the replaced layer. backend: the name of one, or
-    None for the first in the table that runs. dtype: of the weight that it stands for; casts change it.
+    None for the first in the table that runs. activations: one of backend.ACTIVATIONS, or None for the backend's own.
+    dtype: of the weight that it stands for; casts change it.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
     backend: str | None = None
+    activations: str | None = None
     prepared_for: str | None = None
     _matmul: Callable[[Layer, Tensor, Tensors, Tensor | None], Tensor]
     _has_gradient: bool
@@ -55,13 +57,14 @@ class QuantizedLinear(nn.Linear):
         bias: nn.Parameter | None = None,
         backend: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        activations: str | None = None,
     ):
         nn.Module.__init__(self)  # nn.Linear's own would make the weight
         self.layer = layer
         self.in_features, self.out_features = layer.K, layer.N
         self.dtype = dtype
         self.register_parameter("bias", bias)
-        self.asked = backend
+        self.asked = (backend, activations)
         self.store(
             {
                 role: torch.empty(spec.shape, dtype=STORED_DTYPES[spec.dtype], device="meta")
@@ -82,8 +85,8 @@ class QuantizedLinear(nn.Linear):
             self.prepare(x.device)
         if x.requires_grad and torch.is_grad_enabled() and not self._has_gradient:
             raise BackendError(
-                f"{self.layer.module}: backend {self.backend} gives no gradient to train with. Load the checkpoint with"
-                ' backend="reference" or "dequantize".'
+                f"{self.layer.module}: backend {self.backend} gives no gradient to train with by {self.activations}"
+                ' activations. Load the checkpoint with backend="reference" or "dequantize", and activations="bf16".'
             )
         flat = x.reshape(-1, self.layer.K).contiguous()
         product = self._matmul(self.layer, flat, self._operands(), self.bias)
@@ -95,14 +98,15 @@ class QuantizedLinear(nn.Linear):
         Raises BackendError where no backend takes them, or where one used them up for another device.
         """
         tensors = self.stored()
-        backend = choose_backend(self.layer, describe_device(device), self.asked).backend
-        operands = backend.prepare(self.layer, tensors)
+        choice = choose_backend(self.layer, describe_device(device), *self.asked)
+        operands = choice.backend.prepare(self.layer, tensors)
         del tensors
         self._forget()
         for name, operand in operands.items():
             self.register_buffer(_OPERAND + name, operand, persistent=False)
-        self._matmul, self._has_gradient = backend.matmul, backend.has_gradient
-        self.backend, self.prepared_for = backend.name, device.type
+        self._matmul, self._has_gradient = choice.matmul, choice.has_gradient
+        self.activations = choice.rounded_to or choice.backend.activations(self.layer)
+        self.backend, self.prepared_for = choice.backend.name, device.type
 
     def stored(self) -> Tensors:
         """Return role -> tensor as on disk. Raises BackendError where the backend has used them up."""
@@ -128,8 +132,9 @@ class QuantizedLinear(nn.Linear):
             self.get_submodule(path)._buffers[leaf] = tensors[role]
 
     def extra_repr(self) -> str:
-        scheme = f"{self.layer.format}, layout={self.layer.scheme.layout}, backend={self.backend}"
-        return f"in_features={self.layer.K}, out_features={self.layer.N}, bias={self.bias is not None}, {scheme}"
+        sizes = f"in_features={self.layer.K}, out_features={self.layer.N}, bias={self.bias is not None}"
+        scheme = f"{self.layer.format}, layout={self.layer.scheme.layout}"
+        return f"{sizes}, {scheme}, backend={self.backend}, activations={self.activations}"
 
     def _suffixes(self) -> dict[str, str]:
         """Role -> name within this module, as on disk."""
@@ -143,7 +148,7 @@ class QuantizedLinear(nn.Linear):
         self._buffers.clear()
         self._modules.clear()
         if self.backend is not None:
-            self.backend = self.prepared_for = None
+            self.backend = self.activations = self.prepared_for = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move codes and scales with the layer; as bytes, so that no cast reaches them.

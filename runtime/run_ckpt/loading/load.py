@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from run_ckpt.backends.choose import check_activations
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.loading.checkpoint import open_to_load
 from run_ckpt.loading.experts import separate_experts
@@ -30,6 +31,7 @@ def load_quantized(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     backend: str | None = None,
+    activations: str | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Return the model of the converted component in folder ``path``, its quantized linears in place, in eval mode.
@@ -39,6 +41,8 @@ def load_quantized(
     the diffusers or transformers class that config.json names.
     dtype: what floating tensors that are not quantized become; default: as stored. Those which the class keeps in
     float32 become that, as in from_pretrained. backend: one of run_ckpt.backends.choose, default: the first that runs.
+    activations: what the inputs of quantized layers are multiplied in, "bf16" (as they come), "fp8" (by token), "mxfp8"
+    or "mxfp4"; default: the backend's own. Layers in 8 bits never take "mxfp4".
 
     Shards are read straight to a GPU, and mapped for the CPU as safetensors does: don't overwrite them
     in place while the model lives. A quantized weight is decoded by nothing but its backend.
@@ -47,10 +51,11 @@ def load_quantized(
     """
     path, device, started = local_path(path), torch.device(device), time.perf_counter()
     with open_to_load(path) as checkpoint:
+        check_activations(activations)
         model = _build_model(path) if model is None else model
         checkpoint = renamed_for(model, checkpoint)
         separate_experts(model, _linears(checkpoint))
-        linears = replace_linears(model, checkpoint.manifest.layers, backend)
+        linears = replace_linears(model, checkpoint.manifest.layers, backend, activations)
         matched = _match(checkpoint, model)
         dtypes = _dtypes(checkpoint, model, matched, dtype)
         fill_slots(checkpoint.reader, matched, device, dtypes, progress or Silent())
@@ -69,9 +74,13 @@ def load_quantized(
 
 
 def describe_backends(linears: Iterable[QuantizedLinear]) -> str:
-    """Return how many layers of which format went to which backend, for people."""
-    counts = Counter((linear.layer.format.name, linear.backend or "no backend yet") for linear in linears)
+    """Return how many layers of which format went to which backend with which activations, for people."""
+    counts = Counter((linear.layer.format.name, _backend(linear)) for linear in linears)
     return ", ".join(f"{count} {format_} layers on {backend}" for (format_, backend), count in sorted(counts.items()))
+
+
+def _backend(linear: QuantizedLinear) -> str:
+    return f"{linear.backend} ({linear.activations} activations)" if linear.backend else "no backend yet"
 
 
 def _build_model(path: Path) -> nn.Module:

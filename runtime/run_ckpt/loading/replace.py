@@ -11,7 +11,7 @@ from run_ckpt.loading.linear import QuantizedLinear
 
 
 def replace_linears(
-    model: nn.Module, layers: Mapping[str, Layer], backend: str | None = None
+    model: nn.Module, layers: Mapping[str, Layer], backend: str | None = None, activations: str | None = None
 ) -> dict[str, QuantizedLinear]:
     """Put a QuantizedLinear in place of each module of ``model`` that ``layers`` names; return them by name.
 
@@ -25,7 +25,7 @@ def replace_linears(
     for name, layer in layers.items():
         old = modules[name]
         # The very parameter of the old layer, not a copy: it may be tied, and fill.py finds it by its identity.
-        linear = QuantizedLinear(layer, old.bias, backend, old.weight.dtype)
+        linear = QuantizedLinear(layer, old.bias, backend, old.weight.dtype, activations)
         linear.train(old.training)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)

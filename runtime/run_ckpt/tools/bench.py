@@ -23,6 +23,8 @@ from run_ckpt.tools.memory import peak_nbytes, tensor_nbytes
 
 _MIN_SECONDS = 0.2
 _READ_NBYTES = 8 * 2**20
+# The backend, and the activations, of QuantizedLinear and load_quantized.
+_Asked = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class LayerTime:
     K: int
     count: int
     backend: str
+    activations: str
     M: int
     seconds: float
     bf16_seconds: float
@@ -70,23 +73,30 @@ class Bench:
 
 
 def bench_component(
-    path: Path, *, device: str, backend: str | None, rows: Sequence[int], dtype: torch.dtype, say: Callable[[str], None]
+    path: Path,
+    *,
+    device: str,
+    backend: str | None,
+    activations: str | None = None,
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    say: Callable[[str], None],
 ) -> Bench:
     """Return times of every distinct layer shape at each M of ``rows``, and of loading the component.
 
     Raises CheckpointError for a checkpoint that can't be read or a backend that can't run.
     """
-    target = torch.device(device)
+    target, asked = torch.device(device), (backend, activations)
     times = []
     with open_to_load(path) as checkpoint:
         for alike in _alike(checkpoint.manifest.layers.values()):
-            linear = _read_linear(checkpoint, alike[0], target, backend)
+            linear = _read_linear(checkpoint, alike[0], target, asked)
             for M in rows:
                 say(f"{alike[0].format} [{alike[0].N}, {alike[0].K}] at M = {M}")
                 times.append(_time_layer(linear, len(alike), M, target, dtype))
     say("loading")
     try:
-        return Bench(device, tuple(times), _time_load(path, target, backend))
+        return Bench(device, tuple(times), _time_load(path, target, asked))
     except CheckpointError as error:
         return Bench(device, tuple(times), None, str(error))
 
@@ -98,7 +108,7 @@ def _alike(layers: Iterable[Layer]) -> list[list[Layer]]:
     return list(groups.values())
 
 
-def _read_linear(checkpoint: Checkpoint, layer: Layer, device: torch.device, backend: str | None) -> QuantizedLinear:
+def _read_linear(checkpoint: Checkpoint, layer: Layer, device: torch.device, asked: _Asked) -> QuantizedLinear:
     tensors = {}
     for role, spec in layer.specs().items():
         stored = checkpoint.reader.spec(spec.name)
@@ -106,7 +116,7 @@ def _read_linear(checkpoint: Checkpoint, layer: Layer, device: torch.device, bac
         # Other tools may store a scale in 16 bits, and as a scalar.
         tensor = map_tensor(checkpoint.reader, stored).to(device, STORED_DTYPES[spec.dtype])
         tensors[role] = tensor.reshape(spec.shape)
-    linear = QuantizedLinear(layer, backend=backend)
+    linear = QuantizedLinear(layer, backend=asked[0], activations=asked[1])
     linear.store(tensors)
     linear.prepare(device)
     return linear
@@ -126,6 +136,7 @@ def _time_layer(linear: QuantizedLinear, count: int, M: int, device: torch.devic
         K=layer.K,
         count=count,
         backend=str(linear.backend),
+        activations=str(linear.activations),
         M=M,
         seconds=seconds,
         bf16_seconds=bf16_seconds,
@@ -141,7 +152,7 @@ def _median_seconds(work: Callable[[], Tensor]) -> float:
     return float(timer.blocked_autorange(min_run_time=_MIN_SECONDS).median)
 
 
-def _time_load(path: Path, device: torch.device, backend: str | None) -> LoadTime:
+def _time_load(path: Path, device: torch.device, asked: _Asked) -> LoadTime:
     from run_ckpt.loading.build import build_model
 
     shards = sorted(path.glob("*.safetensors"))
@@ -151,7 +162,7 @@ def _time_load(path: Path, device: torch.device, backend: str | None) -> LoadTim
     read_seconds = time.perf_counter() - started
     empty = build_model(path)
     started = time.perf_counter()
-    model = load_quantized(path, model=empty, device=device, backend=backend)
+    model = load_quantized(path, model=empty, device=device, backend=asked[0], activations=asked[1])
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started

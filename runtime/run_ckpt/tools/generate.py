@@ -35,11 +35,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how models run: ``dtype`` is of what is not quantized, ``backend`` of what is (None: the first)."""
+    """Where and how models run: ``dtype`` is of what is not quantized, ``backend`` of what is (None: the first).
+
+    ``activations``: what that multiplies its inputs in, None for its own way.
+    """
 
     device: str
     dtype: torch.dtype
     backend: str | None = None
+    activations: str | None = None
 
 
 def load_transformers(

@@ -1,7 +1,9 @@
 """Triton kernels that decode weights on the way to the matrix units: any GPU that Triton serves."""
 
+import torch
 from torch import Tensor
 
+from run_ckpt.backends.activations import BLOCKED, round_rows
 from run_ckpt.backends.backend import Backend, Device, Tensors
 from run_ckpt.backends.operators import define_operator
 from run_ckpt.backends.packages import why_no_triton
@@ -51,5 +53,22 @@ _linear = define_operator(
     _empty_product,
 )
 
-# Activations are not quantized, an input_scale is not used: the error is that of the weights alone.
-TRITON = Backend("triton", unsupported=_unsupported, prepare=to_plain, matmul=_multiply, restore=from_plain)
+
+def _round(x: Tensor, activations: str, input_scale: Tensor | None) -> Tensor:
+    return _round_rows(x, activations) if activations in BLOCKED else round_rows(x, activations, input_scale)
+
+
+def _round_blocks(x: Tensor, activations: str) -> Tensor:
+    from run_ckpt.backends.triton.round import round_blocks
+
+    return round_blocks(x, activations)
+
+
+_round_rows = define_operator(
+    "triton_round(Tensor x, str activations) -> Tensor", _round_blocks, lambda x, activations: torch.empty_like(x)
+)
+
+# Activations stay as they are unless other ones are asked for, so the error is that of the weights.
+TRITON = Backend(
+    "triton", unsupported=_unsupported, prepare=to_plain, matmul=_multiply, restore=from_plain, round_rows=_round
+)

@@ -1,7 +1,10 @@
 """Triton: a tile of a quantized weight -> float32, rounded as contract/codec.py and torch's casts round it."""
 
+import torch
 import triton
 import triton.language as tl
+
+TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit

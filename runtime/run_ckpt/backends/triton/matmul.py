@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from run_ckpt.backends.triton.decode import decode_tile, round_to
+from run_ckpt.backends.triton.decode import TL_DTYPES, decode_tile, round_to
 
 # Beyond so many rows the weight is decoded once for all of them and torch's own product does the rest:
 # each row tile would decode it again. vLLM's AWQ kernel parts at the same number; not measured here.
@@ -35,7 +35,6 @@ _TILES = (
     Tiles(128, 64, 64, num_warps=8, num_stages=2),
 )
 _DECODE_TILE = (32, 128)
-_TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def multiply(
@@ -55,7 +54,7 @@ def multiply(
     if not M:
         return out
     tiles = next((tiles for tiles in _TILES if tiles.M >= M), _TILES[-1])
-    dtype = _TL_DTYPES[x.dtype]
+    dtype = TL_DTYPES[x.dtype]
     with torch.cuda.device_of(x):
         multiply_kernel[(triton.cdiv(N, tiles.N), triton.cdiv(M, tiles.M))](
             x,
@@ -93,7 +92,7 @@ def dequantize(weight: Tensor, scale: Tensor, second: Tensor | None, scales: str
             N,
             K,
             SCALES=scales,
-            DTYPE=_TL_DTYPES[dtype],
+            DTYPE=TL_DTYPES[dtype],
             BLOCK_N=block_n,
             BLOCK_K=block_k,
         )

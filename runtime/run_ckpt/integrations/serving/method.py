@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from run_ckpt.backends.backend import Backend
+from run_ckpt.backends.choose import Choice
 from run_ckpt.contract.manifest import WEIGHT, Layer
 
 
 class BackendProduct:
     """``layer`` is this rank's part of one linear of the model, which holds its tensors by role."""
 
-    def __init__(self, layer: Layer, backend: Backend):
+    def __init__(self, layer: Layer, choice: Choice):
         self.layer = layer
-        self.backend = backend
+        self.choice = choice
         # Operand -> the parameter that holds it.
         self._parameters: dict[str, str] = {}
 
@@ -24,7 +24,7 @@ class BackendProduct:
         tensors = {role: getattr(linear, role).data.to(device) for role in self.layer.tensors}
         for role in tensors:
             delattr(linear, role)
-        operands = self.backend.prepare(self.layer, tensors)
+        operands = self.choice.backend.prepare(self.layer, tensors)
         self._parameters = {name: name for name in operands}
         if WEIGHT not in operands:
             # Servers ask every linear for its weight: LoRA, and the checks of fused kernels.
@@ -43,5 +43,5 @@ class BackendProduct:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if bias is not None:
             bias = bias.to(x.dtype)
-        product: Tensor = self.backend.matmul(self.layer, rows, self.operands(linear), bias)
+        product: Tensor = self.choice.matmul(self.layer, rows, self.operands(linear), bias)
         return product.reshape(*x.shape[:-1], -1)

@@ -89,7 +89,7 @@ def _install(linear: LinearBase, target: Target, device: Device) -> Choice:
         parameter.missing_param_init = "error"  # type: ignore[attr-defined]
         parameter.checkpoint_mapping_unsafe = True  # type: ignore[attr-defined]
         linear.register_parameter(role, parameter)
-    linear.quant_method = QuantizedLinearMethod(layer, choice.backend)
+    linear.quant_method = QuantizedLinearMethod(layer, choice)
     return choice
 
 

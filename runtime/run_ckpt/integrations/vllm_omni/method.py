@@ -99,7 +99,7 @@ class LoadingMethod(LinearMethodBase):  # type: ignore[misc]
         for role in kept.tensors:
             tensor = share.take(role, torch.cat([part[role] for part in parts]))
             layer.register_parameter(role, nn.Parameter(tensor.to(device), requires_grad=False))
-        layer.quant_method = QuantizedLinearMethod(kept, choose(kept, describe_device(device)).backend)
+        layer.quant_method = QuantizedLinearMethod(kept, choose(kept, describe_device(device)))
         # The loader still holds the parameters that were removed, and by them these tensors.
         self._parts = {}
 
