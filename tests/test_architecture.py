@@ -41,7 +41,6 @@ HOMES: dict[str, tuple[str, ...]] = {
     "triton": ("run_ckpt/backends/triton/",),
     "huggingface_hub": (
         "convert_ckpt/source/hub.py",
-        "convert_ckpt/source/source_card.py",
         "run_ckpt/storage/hub_client.py",
         "run_ckpt/storage/pipelines.py",
         "run_ckpt/storage/reference.py",
@@ -49,7 +48,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "run_ckpt/tools/publish/metadata.py",
         "run_ckpt/tools/publish/repository.py",
     ),
-    "yaml": (),
+    "yaml": ("convert_ckpt/source/source_card.py",),
     "fsspec": ("convert_ckpt/source/url.py",),
     "diffusers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/generate.py"),
     "transformers": ("run_ckpt/integrations/", "run_ckpt/loading/build.py", "run_ckpt/tools/compare/text.py"),

@@ -1,15 +1,19 @@
 """Files that somebody prepared: links, pipes, devices, sparse giants, names and numbers that no framework writes."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from convert_ckpt.plan.candidates import Group
+from convert_ckpt.plan.sensitivities import read_sensitivities
 from convert_ckpt.source.component import open_component
 from run_ckpt.contract.errors import CheckpointError, FaultsError, HeaderError, ManifestError, UsageError
 from run_ckpt.contract.manifest import MANIFEST_NAME, seal_manifest
@@ -25,6 +29,11 @@ from tests.checkpoints import convert, random_weight, save_checkpoint
 
 MISSING = object()
 CLASS = {"_class_name": "SomeTransformer"}
+
+
+# Maps that a builder multiplies by ten for each line, a list that takes it a minute.
+MERGED = "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 10))
+BOMBS = {"maps": "a0: &a0 {x: 1}\n" + MERGED, "list": "tags:\n" + "- a\n" * 500_000, "deep": "a: " + "[" * 9999}
 
 
 @pytest.fixture
@@ -54,14 +63,14 @@ def write_through_a_link(path: Path) -> None:
 def test_a_report_replaces_only_files(tmp_path: Path, plant: Callable[[Path], None]) -> None:
     plant(tmp_path / "report.html")
     with pytest.raises(CheckpointError, match="Give the name of a file"):
-        write_durably(tmp_path / "report.html", "text")
+        write_durably(tmp_path / "report.html", b"text")
     assert not (tmp_path / "target").exists() or (tmp_path / "target").read_text() == "precious"
 
 
 def test_a_report_leaves_the_files_beside_it(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("old")
     (tmp_path / "report.html.part").write_text("precious")
-    write_durably(tmp_path / "report.html", "new")
+    write_durably(tmp_path / "report.html", b"new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "report.html": "new",
         "report.html.part": "precious",
@@ -254,3 +263,39 @@ def test_a_header_with_absurd_sizes_is_refused_soon(shape: list[int]) -> None:
     data = len(text).to_bytes(8, "little") + text.encode()
     with pytest.raises(HeaderError):
         parse_header("x.safetensors", data, len(data) + 4)
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"\\uDC00": 1}'])
+def test_half_a_character_in_a_config_is_refused(source: Path, text: str) -> None:
+    (source / "config.json").write_text(text)
+    assert "config.json: not readable" in faults_of(source)
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_a_card_that_would_take_minutes_is_passed_over(source: Path, bomb: str) -> None:
+    (source / "README.md").write_text(f"---\nlicense: mit\n{bomb}---\n")
+    started = process_time()
+    assert set(open_component(source).card) <= {"license"}
+    assert process_time() - started < 10
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_a_link_to_itself_is_refused_or_passed_over(source: Path, name: str) -> None:
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(name)
+    with contextlib.suppress(FaultsError):
+        assert open_component(source)
+
+
+@pytest.mark.parametrize("value", ["1e309", "-1e300", "1" + "0" * 400, "true", "null", "NaN", "[1]", '"1"'])
+def test_a_sensitivity_that_is_no_number_of_db_is_refused(tmp_path: Path, value: str) -> None:
+    (tmp_path / "measured.json").write_text(f'{{"snr_db": {{"a": {{"fp8": {value}}}}}}}')
+    with pytest.raises(FaultsError, match="not a number of dB"):
+        read_sensitivities(tmp_path / "measured.json", [Group("", ("a",), {"fp8": ()}, 1)])
+
+
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_sensitivities_that_are_no_small_file_are_refused(tmp_path: Path, plant: Callable[[Path], None]) -> None:
+    plant(tmp_path / "measured.json")
+    with pytest.raises(UsageError, match="not a readable JSON file"):
+        read_sensitivities(tmp_path / "measured.json", [])

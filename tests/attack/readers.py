@@ -2,18 +2,26 @@
 
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from convert_ckpt.plan.candidates import Group
 from convert_ckpt.plan.preset import read_toml
 from convert_ckpt.plan.recipe import read_recipe
+from convert_ckpt.plan.sensitivities import read_sensitivities
+from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.source.component import open_component
 from convert_ckpt.source.source_card import card_facts
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.manifest import MANIFEST_NAME, parse_manifest, seal_manifest
 from run_ckpt.contract.manifest_checks import manifest_faults
+from run_ckpt.contract.tensors import DTYPE_BITS, TensorSpec
 from run_ckpt.storage.checks import config_faults
+from run_ckpt.storage.foreign import read_foreign_manifest
+from run_ckpt.storage.hashing import hash_bytes
 from run_ckpt.storage.header import build_header, parse_header
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.layer_statistics import read_statistics
@@ -75,6 +83,58 @@ def read_some_statistics(data: bytes) -> None:
     read_statistics(folder)
 
 
+def read_foreign_tensors(data: bytes) -> None:
+    """Read {"config": config.json, "hf_quant_config": ..., "tensors": {name: [dtype, shape]}} as a quantized source."""
+    document = _json_object(data)
+    try:
+        specs = [
+            TensorSpec(name, dtype, tuple(shape))
+            for name, (dtype, shape) in document["tensors"].items()
+            if dtype in DTYPE_BITS and all(type(size) is int and 0 <= size < 2**40 for size in shape) and _is_utf8(name)
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return
+    folder = _fresh("foreign")
+    header = build_header([spec for spec in specs if spec.nbytes < 2**50])
+    (folder / "model.safetensors").write_bytes(header.data)
+    os.truncate(folder / "model.safetensors", min(header.file_nbytes, 2**43))
+    for name in ("config", "hf_quant_config"):
+        (folder / f"{name}.json").write_text(json.dumps(document.get(name)))
+    for read in (read_foreign_manifest, open_component):
+        with contextlib.suppress(CheckpointError):
+            read(folder)
+
+
+def read_records(data: bytes) -> None:
+    """Read {"fingerprint": ..., "records": {name: record}} as what an unfinished run left, its records sealed."""
+    document = _json_object(data)
+    named = document.get("records")
+    with Staging(_FOLDER / "records" / "out") as staging:
+        fingerprint = json.dumps(document.get("fingerprint")).encode()
+        (staging.folder / "fingerprint.json").write_bytes(fingerprint)
+        records = staging.folder / "records" / "root"
+        records.mkdir(parents=True, exist_ok=True)
+        for name, record in named.items() if isinstance(named, dict) else ():
+            if not name.isidentifier():
+                continue
+            seal = hash_bytes(json.dumps([fingerprint.decode(), "root", name, record], sort_keys=True).encode())
+            (records / f"{name}.json").write_text(json.dumps({"record": record, "blake3": seal}, sort_keys=True))
+        staging.pinned_revision("owner/name")
+        with contextlib.suppress(CheckpointError):
+            staging.adopt({"files": {}, "source": {}}, restart=False)
+        staging.read_records("root")
+        staging.remove()
+
+
+def read_measured(data: bytes) -> None:
+    """Read the bytes as measured sensitivities of a group that may become two formats."""
+    groups = [Group("", ("a", "b"), {"mxfp4": (), "fp8": ()}, 1)]
+    for name in ("sensitivities.json", "sensitivities.toml"):
+        (_FOLDER / name).write_bytes(data)
+        with contextlib.suppress(CheckpointError):
+            read_sensitivities(_FOLDER / name, groups)
+
+
 READERS: dict[str, Callable[[bytes], None]] = {
     "header": read_a_header,
     "index": read_an_index,
@@ -83,6 +143,9 @@ READERS: dict[str, Callable[[bytes], None]] = {
     "recipe": read_recipes,
     "card": read_a_card,
     "statistics": read_some_statistics,
+    "foreign": read_foreign_tensors,
+    "records": read_records,
+    "sensitivities": read_measured,
 }
 
 
@@ -90,6 +153,19 @@ def feed(reader: str, data: bytes) -> None:
     """Let a reader have the bytes. Raises whatever it should not."""
     with contextlib.suppress(CheckpointError, OSError):
         READERS[reader](data)
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    """Return the object in the bytes, an empty one where there is none."""
+    try:
+        document = json.loads(data)
+        return document if isinstance(document, dict) else {}
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _is_utf8(text: str) -> bool:
+    return text == text.encode(errors="ignore").decode()
 
 
 def _fresh(name: str) -> Path:

@@ -11,6 +11,7 @@ Any member names its group; damages of several add up. In a pipeline the compone
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from convert_ckpt.plan.candidates import Group, Prediction
 from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import join_names
+from run_ckpt.storage.files import read_text
 
 _TABLE = "snr_db"
+_MAX_DB = 1000  # beyond what float64 can measure
 
 
 def read_sensitivities(path: Path, groups: Sequence[Group]) -> Prediction:
@@ -55,8 +58,8 @@ def _names(group: Group) -> list[str]:
 def _read_table(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            document = json.loads(read_text(path))
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path}: not a readable JSON file ({error}).") from error
     else:
         document = read_toml(path)
@@ -72,5 +75,5 @@ def _entry_faults(name: str, entry: object, group: Group) -> Iterator[str]:
     if values.keys() != group.layers.keys():
         yield f"{name}: gives {', '.join(values) or 'no formats'}, needs dB for {wanted}."
     for candidate, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            yield f"{name}: {candidate} is {value!r}, not a number of dB."
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_DB:  # NaN too
+            yield f"{name}: {candidate} is {reprlib.repr(value)}, not a number of dB."

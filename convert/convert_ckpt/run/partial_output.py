@@ -26,6 +26,7 @@ _SKELETON = "skeleton"
 PREDICTION = "prediction"
 # In the order in which they are removed: as long as the fingerprint is there, it says what else may be.
 _NAMES = (_FETCHED, _RECORDS, _RESULT, _FINGERPRINT)
+_NOT_REMOTE = {"reference": "", "revision": ""}
 
 _ASK_AGAIN_SECONDS = 0.1
 
@@ -165,10 +166,12 @@ class Staging:
         """Return what the unfinished run wrote of itself, None where there is none. Raises PartialRunError."""
         try:
             fingerprint = json.loads(read_small(self.folder / _FINGERPRINT, follow=False))
-            return {**fingerprint, "files": {**fingerprint["files"]}, "source": {**fingerprint["source"]}}
+            if not _is_usable(fingerprint):
+                raise ValueError("not what a run writes")
+            return dict(fingerprint)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PartialRunError(
                 f"{self.folder / _FINGERPRINT}: is damaged ({error}), so that nothing here can be taken over."
                 f" Remove {self.folder}, then start again."
@@ -200,3 +203,16 @@ class Staging:
             expected = folders if stat.S_ISDIR(status.st_mode) else files
             if path not in expected and path.partition("/")[0] != _SKELETON:
                 yield path
+
+
+def _is_usable(fingerprint: Any) -> bool:
+    """True where what is read of a fingerprint has the types that it is written with."""
+    try:
+        files, source, remote = fingerprint["files"], fingerprint["source"], fingerprint.get("remote", _NOT_REMOTE)
+        shards = [source[component]["shards"] for component in files]
+        names = [*files, *(name for names in files.values() for name in names)]
+        return all(isinstance(entry, dict) for entry in shards) and all(
+            isinstance(text, str) for text in (*names, remote["reference"], remote["revision"])
+        )
+    except (LookupError, TypeError, AttributeError):
+        return False

@@ -1,5 +1,6 @@
 """A checkpoint to read: headers and configuration now, bytes on demand."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -150,7 +151,8 @@ def _link_faults(paths: Iterable[Path]) -> Iterator[str]:
     """Yield a sentence for every file that would be carried along from another folder."""
     for path in paths:
         if leads_outside(path):
-            yield f"{path.name}: is a link to {path.resolve()}, out of its folder. Copy that file, or remove the link."
+            target = os.path.realpath(path)
+            yield f"{path.name}: is a link to {target}, out of its folder. Copy that file, or remove the link."
 
 
 def _name_faults(folder: TensorFolder, config: dict[str, Any] | None, side_files: Iterable[Path]) -> Iterator[str]:

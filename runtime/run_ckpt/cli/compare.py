@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # they import torch
 _FOLDER = click.Path(path_type=Path)
 # A path, or what it is called on the Hub.
 _NAME = click.Path()
+_FIGURES, _PICTURE = "comparison.json", "comparison.png"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -76,7 +78,11 @@ def compare(
     figures = measured_figures(of_text=bool(options["text"]), with_lpips=options["lpips"])
     limits = parse_limits(figures, fail_under, fail_over)
     if output:
+        from run_ckpt.storage.atomic import check_file
+
         output.mkdir(parents=True, exist_ok=True)
+        for name in (_FIGURES, _PICTURE):
+            check_file(output / name)
     results = tuple(map(local_path, (*outputs, *more_outputs)))
     found = _compare(options.pop("model_path"), results, options)
     if output:
@@ -118,11 +124,13 @@ def _write(found: PipelineComparison | TextComparison, folder: Path) -> None:
     from run_ckpt.storage.atomic import write_durably
     from run_ckpt.tools.compare.pipelines import PipelineComparison
 
-    write_durably(folder / "comparison.json", json.dumps(found.to_json(), indent=1))
+    write_durably(folder / _FIGURES, json.dumps(found.to_json(), indent=1).encode())
     if isinstance(found, PipelineComparison):
         from run_ckpt.tools.compare.picture import draw_comparison
 
-        draw_comparison(found).save(folder / "comparison.png")
+        picture = BytesIO()
+        draw_comparison(found).save(picture, "png")
+        write_durably(folder / _PICTURE, picture.getvalue())
     _note(f"wrote {folder}")
 
 

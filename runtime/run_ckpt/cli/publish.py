@@ -84,5 +84,5 @@ def report(outputs: tuple[str, ...], file: Path) -> None:
     from run_ckpt.tools.publish.rows import read_result
 
     results = {Path(output).resolve().name: read_result(local_path(output, small=True)) for output in outputs}
-    write_durably(file, make_report(results))
+    write_durably(file, make_report(results).encode())
     click.echo(f"Wrote {file}.")

@@ -21,4 +21,5 @@ def join_names(*names: str) -> str:
 def unsafe_file_name(name: str) -> bool:
     """True where ``name`` is not the plain name of a file in the same folder."""
     parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
-    return not name or name in (".", "..") or "\0" in name or parts != (name, name)
+    is_odd = "\0" in name or any("\ud800" <= char <= "\udfff" for char in name)  # half a character
+    return not name or name in (".", "..") or is_odd or parts != (name, name)

@@ -13,16 +13,21 @@ from run_ckpt.storage.partial import SUFFIX
 _MAX_NAME_NBYTES = 255  # of Linux's file systems
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small text file that is whole or absent after a crash, in place of a file of that name.
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file that is whole or absent after a crash, in place of a file of that name.
 
-    Raises CheckpointError where something else has the name: a folder, a device, a link.
+    Raises as check_file.
     """
+    check_file(path)
+    with open_folder(path.parent) as folder:
+        folder.write(path.name, data)
+
+
+def check_file(path: Path) -> None:
+    """Raise CheckpointError where something that is no file has the name: a folder, a device, a link."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise CheckpointError(f"{path}: is a device, a link or a folder. Give the name of a file.")
-    with open_folder(path.parent) as folder:
-        folder.write(path.name, text.encode())
 
 
 def target_faults(source: Path | None, target: Path) -> list[str]:

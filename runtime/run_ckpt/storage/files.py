@@ -70,7 +70,7 @@ def leads_outside(path: Path) -> bool:
     """True where ``path`` is a link out of its folder, other than into the blobs of the Hub's cache."""
     if not path.is_symlink():
         return False
-    folder, target = path.parent.resolve(), path.resolve()
+    folder, target = (Path(os.path.realpath(each)) for each in (path.parent, path))  # links may lead in a circle
     cache = _HUB_CACHE.fullmatch(folder.as_posix())
     return folder not in target.parents and not (cache and target.parent == Path(cache["repo"]) / "blobs")
 

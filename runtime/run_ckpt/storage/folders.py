@@ -109,6 +109,10 @@ class Folder:
         with self.replace(name) as fd:
             write_all(fd, memoryview(data), 0)
 
+    def link(self, name: str, target: Path) -> None:
+        """Make a symbolic link ``name`` to ``target``."""
+        os.symlink(target, name, dir_fd=self._fd)
+
     def remove(self, name: str) -> None:
         """Remove a file, a link, or a folder with all that is in it. Nothing of that name is fine too."""
         try:

@@ -1,6 +1,7 @@
 """The small JSON files beside the shards: config.json and the index."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from run_ckpt.storage.files import MAX_TEXT_NBYTES, read_text
 
 # Python reads more than it can write, and no model's config needs ten.
 _MAX_DEPTH = 100
+# Half of a surrogate pair, maybe with its other half, which alone is no text that can be written.
+_MAYBE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -25,7 +28,10 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 def read_json_object(path: Path, max_nbytes: int = MAX_TEXT_NBYTES) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the object in a JSON file, None where there is no such file, and a fault where it is no object."""
     try:
-        value = json.loads(read_text(path, max_nbytes))
+        text = read_text(path, max_nbytes)
+        value = json.loads(text)
+        if _MAYBE_HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         if _is_deeper(value, _MAX_DEPTH):

@@ -10,24 +10,53 @@ from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.storage.folders import Folder, is_temporary, open_folder, relock, write_all
 
 SUFFIX = ".partial"
+_RESULT = "result"
 # Others may put something into a folder of this mode.
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+@contextlib.contextmanager
+def build_folder(target: Path, tool: str, *, of_links: bool = False) -> Iterator[Folder]:
+    """Yield a folder that becomes ``target`` at the end, and is removed where the work fails.
+
+    It lies in ``target``.partial. What a killed run of ``tool`` left there is thrown away; anything else there (an
+    unfinished run of another) is refused. of_links: see PartialFolder.
+    """
+    with PartialFolder(target, tool, of_links=of_links) as partial:
+        try:
+            partial.folder.remove(_RESULT)
+            with partial.folder.open_folder(_RESULT, make=True) as result:
+                yield result
+            partial.publish(_RESULT)
+        finally:
+            partial.discard([_RESULT], parents=True)
+
+
+def remove_what_is_left(target: Path, tool: str, *, of_links: bool = False) -> None:
+    """Remove the empty folder of a run of ``tool`` that was killed after ``target`` had got its name."""
+    partial = PartialFolder(target, tool, of_links=of_links)
+    if partial.path.is_dir():
+        with partial:
+            if not partial.names():
+                partial.discard([])
 
 
 class PartialFolder:
     """The folder TARGET.partial of the command ``tool``; a context manager that holds its lock.
 
     shared: several processes work in it. The first ``is_alone`` until it calls share(), which the others wait for.
+    of_links: ``tool`` makes links in it, which are no sign of anybody else.
 
     It is ours where the lock file says so, or where it is empty. Nothing of anybody else is taken over or removed: a
     folder without that file, one that others may write to, and one with a link or device in it are refused.
     """
 
-    def __init__(self, target: Path, tool: str, *, shared: bool = False):
+    def __init__(self, target: Path, tool: str, *, shared: bool = False, of_links: bool = False):
         self.target = Path(os.path.realpath(target))
         self.path = Path(f"{self.target}{SUFFIX}")
         self._tool = tool
         self._shared = shared
+        self._of_links = of_links
         self._lock_name = f"{tool}.lock"
         self._mark = f"{tool} builds its result in this folder, and removes the folder when it is done.\n".encode()
 
@@ -83,7 +112,7 @@ class PartialFolder:
 
     def clean(self) -> None:
         """Remove files that a killed process did not complete. Raises CheckpointError for what no run makes."""
-        _clean(self.folder)
+        _clean(self.folder, of_links=self._of_links)
 
     def _open(self) -> bool:
         """Make or open the folder and take its lock; False where it was removed meanwhile."""
@@ -168,12 +197,14 @@ class PartialFolder:
         return CheckpointError(f"{self.path}: another run is at work on it. Wait for it or stop it.")
 
 
-def _clean(folder: Folder) -> None:
+def _clean(folder: Folder, *, of_links: bool) -> None:
     for name in folder.names():
         status = folder.status(name)
         if stat.S_ISDIR(status.st_mode):
             with folder.open_folder(name) as inside:
-                _clean(inside)
+                _clean(inside, of_links=of_links)
+        elif of_links and stat.S_ISLNK(status.st_mode):
+            folder.remove(name)
         elif not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             raise CheckpointError(
                 f"{folder.path / name}: is a link, or no file, and so not ours. Remove it, after a look at the others."

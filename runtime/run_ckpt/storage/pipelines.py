@@ -1,5 +1,6 @@
 """What a pipeline has besides its converted components: found here or on the Hub, and linked beside them."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -23,17 +24,28 @@ def pipeline_folder(base: Reference, components: Collection[str]) -> Path:
     return folder
 
 
-def link_rest(source: Path, folder: Path, components: Collection[str]) -> None:
-    """Link all of the pipeline ``source`` into ``folder``, but ``components``, hidden files and single weight files.
+def rest_of_pipeline(source: Path, components: Collection[str]) -> dict[str, Path]:
+    """Return name -> place of all that is in the pipeline ``source`` but ``components``, hidden files and weight files.
 
-    What is there stays. The index, by which a pipeline is known, comes last.
+    The index, by which a pipeline is known, comes last.
     """
     entries = sorted(source.iterdir(), key=lambda entry: (entry.name == PIPELINE_INDEX_NAME, entry.name))
-    for entry in entries:
-        is_weight = entry.is_file() and entry.name.endswith((SUFFIX, INDEX_SUFFIX))
-        target = folder / entry.name
-        if not (entry.name in components or entry.name.startswith(".") or is_weight or target.is_symlink()):
-            target.symlink_to(entry.resolve())
+    return {
+        entry.name: Path(os.path.realpath(entry))
+        for entry in entries
+        if not (entry.name in components or entry.name.startswith(".") or _is_weight(entry))
+    }
+
+
+def link_rest(source: Path, folder: Path, components: Collection[str]) -> None:
+    """Link the rest of the pipeline ``source`` into ``folder``. What is there stays."""
+    for name, place in rest_of_pipeline(source, components).items():
+        if not os.path.lexists(folder / name):
+            (folder / name).symlink_to(place)
+
+
+def _is_weight(entry: Path) -> bool:
+    return entry.is_file() and entry.name.endswith((SUFFIX, INDEX_SUFFIX))
 
 
 def _fetch(repo: HubRef, components: Collection[str]) -> Path:

@@ -21,6 +21,6 @@ def parse_nbytes(text: str) -> int:
         nbytes = float(number) * 1000 ** _UNITS.index(unit)
     except ValueError as error:
         raise UsageError(f"{text!r} is no size. Write 4GB, say.") from error
-    if not nbytes >= 1:
+    if not 1 <= nbytes < 2**63:
         raise UsageError(f"{text!r} is no size. Write 4GB, say.")
     return int(nbytes)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.load import describe_backends, load_quantized
 from run_ckpt.progress import Progress
+from run_ckpt.storage.atomic import check_file, write_durably
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.memory import peak_nbytes, tensor_nbytes
 
@@ -95,7 +97,10 @@ def generate(pipeline: Any, request: Request, device: str, say: Callable[[str], 
         pipeline, request.prompt, request.seed, request.options, lambda _: marks.append(time.perf_counter())
     )
     seconds = time.perf_counter() - started
-    write_media(result, request.output, say)
+    with TemporaryDirectory(prefix="run-ckpt-") as scratch:
+        file = Path(scratch) / request.output.name
+        write_media(result, file, say)
+        write_durably(request.output, file.read_bytes())
     steps = [after - before for before, after in pairwise(marks)]
     per_step = f"{sorted(steps)[len(steps) // 2]:.3f} s a step (median), " if steps else ""
     say(f"wrote {request.output}: {per_step}{seconds:.1f} s in all, peak memory {format_nbytes(peak_nbytes(device))}")
@@ -123,12 +128,13 @@ def run_pipeline(
 
 
 def check_output(path: Path) -> None:
-    """Raise UsageError unless the name says image or video, and the folder is there."""
+    """Raise UsageError unless the name says image or video, and the folder is there; and as check_file does."""
     if path.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         known = ", ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
         raise UsageError(f"--output {path}: the name must end in one of {known}.")
-    if not path.resolve().parent.is_dir():
+    if not path.absolute().parent.is_dir():
         raise UsageError(f"--output {path}: its folder does not exist. Make it first.")
+    check_file(path)
 
 
 def write_media(result: Any, path: Path, say: Callable[[str], None]) -> None:

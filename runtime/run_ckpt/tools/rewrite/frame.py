@@ -1,8 +1,8 @@
 """A converted checkpoint written anew, shard by shard: the frame that dequantize and relayout share."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from run_ckpt.storage.foreign import ABOUT_QUANTIZATION
 from run_ckpt.storage.hashing import describe_bytes
 from run_ckpt.storage.header import Header, build_header
 from run_ckpt.storage.json_files import config_text, index_text, make_index
-from run_ckpt.storage.partial import PartialFolder
+from run_ckpt.storage.partial import build_folder, remove_what_is_left
 from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard, read_folder
 from run_ckpt.storage.side_files import is_side_file
@@ -30,7 +30,6 @@ from run_ckpt.storage.writer import ShardWriter
 from run_ckpt.tools.verify.files import file_faults
 
 _TOOL = "run-ckpt"
-_RESULT = "result"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def rewrite(
     Before a byte is written all components are planned, and their files hashed: a damaged shard must
     not come out with a fresh, matching manifest. Raises CheckpointError.
     """
-    _remove_what_is_left(target)
+    remove_what_is_left(target, _TOOL)
     faults = target_faults(output, target)
     if faults:
         raise FaultsError("nothing was written", faults)
@@ -76,7 +75,7 @@ def rewrite(
             faults += file_faults(path, files, "the manifest", progress)
     if faults:
         raise FaultsError("nothing was written: the checkpoint is damaged", faults)
-    with _build_folder(target) as result:
+    with build_folder(target, _TOOL) as result:
         for name, path in components.items():
             with open_component(path) as checkpoint, result.open_folder(name, make=True) as folder:
                 progress.start(f"write {name}".strip(), sum(s.header.file_nbytes for s in checkpoint.folder.shards))
@@ -148,29 +147,3 @@ def _texts(checkpoint: Checkpoint, headers: Mapping[str, Header], steps: Rewrite
         stored = [(tensor.spec, steps.rename(name)) for name, header in headers.items() for tensor in header.tensors]
         texts[checkpoint.folder.index_name] = index_text(make_index(stored))
     return texts
-
-
-def _remove_what_is_left(target: Path) -> None:
-    """Remove the empty folder of a run that was killed after ``target`` had got its name."""
-    partial = PartialFolder(target, _TOOL)
-    if partial.path.is_dir():
-        with partial:
-            if not partial.names():
-                partial.discard([])
-
-
-@contextmanager
-def _build_folder(target: Path) -> Iterator[Folder]:
-    """Yield a folder that becomes ``target`` at the end, and is removed where the work fails.
-
-    It lies in ``target``.partial. What a killed run of ours left there is thrown away; anything
-    else there (an unfinished convert-ckpt run) is refused.
-    """
-    with PartialFolder(target, _TOOL) as partial:
-        try:
-            partial.folder.remove(_RESULT)
-            with partial.folder.open_folder(_RESULT, make=True) as result:
-                yield result
-            partial.publish(_RESULT)
-        finally:
-            partial.discard([_RESULT], parents=True)
