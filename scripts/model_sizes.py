@@ -20,11 +20,11 @@ import transformers
 from accelerate import init_empty_weights
 
 from convert_ckpt import Options, plan_conversion
+from run_ckpt.contract.formats import FORMATS
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
 from run_ckpt.storage.units import format_nbytes
 
-FORMATS = ("mxfp4", "fp8")
 # What these language models' config.json say, as far as it decides a shape.
 QWEN3_8B = {
     "hidden_size": 4096,
@@ -68,8 +68,9 @@ MODELS = {
 
 
 def main() -> None:
-    print("| model | BF16 | MXFP4 | FP8 | parameters quantized |")
-    print("|---|---:|---:|---:|---:|")
+    labels = [quant_format.label for quant_format in FORMATS.values()]
+    print(f"| model | BF16 | {' | '.join(labels)} | parameters quantized |")
+    print(f"|---|{'---:|' * (len(labels) + 2)}")
     for name, build in MODELS.items():
         print(row(name, build), flush=True)
 
@@ -79,7 +80,7 @@ def row(name: str, build: Callable[[], torch.nn.Module]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         write_skeleton(build, Path(folder))
         plans = {format_: plan_conversion(folder, Options(format_)).components[0] for format_ in FORMATS}
-    sizes = [plans["mxfp4"]["source_nbytes"], *(plan["output_nbytes"] for plan in plans.values())]
+    sizes = [plans["fp8"]["source_nbytes"], *(plan["output_nbytes"] for plan in plans.values())]
     shares = {f"{quantized_share(plan):.1%}" for plan in plans.values()}
     return f"| {name} | {' | '.join(map(format_nbytes, sizes))} | {', '.join(sorted(shares))} |"
 

@@ -74,6 +74,20 @@ def test_pattern_matches_the_whole_name_with_star_for_any_characters(pattern: st
     assert Rule(pattern, KEEP, "why").matches(module) == matches
 
 
+@pytest.mark.parametrize(
+    ("module", "matches"),
+    [
+        ("context_embedder.token_refiner.refiner_blocks.0.attn.to_q", False),
+        ("context_embedder.layers.0.embed_in", True),
+        ("image_embedder.ff.net.0.proj", True),
+        ("context_embedder", True),
+    ],
+)
+def test_what_a_stack_of_blocks_is_called_does_not_judge_its_layers(module: str, matches: bool) -> None:
+    (rule,) = keep_rules({"*embed*": "why"}, in_block=True)
+    assert rule.matches(module) == matches
+
+
 def test_first_rule_that_matches_decides() -> None:
     rules = [Rule("*.to_q", "fp8", "first"), Rule("blocks.0.*", KEEP, "second")]
     decisions = decide(["blocks.0.to_q", "blocks.0.to_k", "blocks.1.to_k"], rules, "mxfp4")

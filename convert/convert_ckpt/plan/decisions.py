@@ -114,7 +114,7 @@ def _standing_rules(context: PlanContext) -> list[Rule]:
     return [
         *keep_rules(context.runtime.keep),
         *keep_rules(dict.fromkeys(plain, reason)),
-        *keep_rules(context.preset.keep),
+        *keep_rules(context.preset.keep, in_block=context.preset.name == GENERIC),
     ]
 
 

@@ -16,23 +16,31 @@ from run_ckpt.contract.tensors import TensorSpec
 KEEP = "keep"
 _RECIPE_KEYS = {"preset", "rules"}
 _RULE_KEYS = {"match", "format", "reason"}
+# Not each numbered container is one of blocks: in ff.net.0.proj and ff.net.2 it is an nn.Sequential.
+_STACKS = ("blocks", "layers")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules matched by ``pattern`` get ``format``: a weight format or "keep". ``by``: whose rule, see DECIDERS."""
+    """Modules matched by ``pattern`` get ``format``: a weight format or "keep". ``by``: whose rule, see DECIDERS.
+
+    ``in_block``: what a stack of blocks is called says nothing of a layer in it: the pattern is matched with the rest.
+    """
 
     pattern: str
     format: str
     reason: str
     by: str = PRESET
+    in_block: bool = False
 
     @property
     def by_user(self) -> bool:
         return self.by != PRESET
 
     def matches(self, module: str) -> bool:
-        return matches_pattern(self.pattern, module)
+        stack, _, projection = split_name(module)
+        is_inside = self.in_block and stack.endswith(_STACKS)
+        return matches_pattern(self.pattern, f".{projection}" if is_inside else module)
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,9 @@ def ignore_rules(patterns: Iterable[str]) -> list[Rule]:
     return [Rule(pattern, KEEP, f"--ignore {pattern}", IGNORE) for pattern in patterns]
 
 
-def keep_rules(reasons: Mapping[str, str]) -> list[Rule]:
-    """Return one keep rule for each pattern, which maps to its reason."""
-    return [Rule(pattern, KEEP, reason) for pattern, reason in reasons.items()]
+def keep_rules(reasons: Mapping[str, str], *, in_block: bool = False) -> list[Rule]:
+    """Return one keep rule for each pattern, which maps to its reason. in_block: see Rule."""
+    return [Rule(pattern, KEEP, reason, in_block=in_block) for pattern, reason in reasons.items()]
 
 
 def edge_rules(modules: Iterable[str], n_first: int, n_last: int) -> list[Rule]:
