@@ -58,7 +58,7 @@ def _tensors(output: object) -> list[torch.Tensor]:
     return []
 
 
-def _seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """Return a builder with fixed weights in the dtypes that from_pretrained(bfloat16) gives.
 
     Default initialisation leaves some tensors zero (pad tokens) and makes all layers alike; here each
@@ -87,7 +87,7 @@ def _stays_float32(model: nn.Module, name: str) -> bool:
     return bool(set(name.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ()))
 
 
-def _random(*shape: int) -> torch.Tensor:
+def random_values(*shape: int) -> torch.Tensor:
     return torch.randn(shape).to(torch.bfloat16)
 
 
@@ -119,9 +119,9 @@ def _z_image_of(*, dim: int, n_layers: int, n_refiner_layers: int) -> nn.Module:
 
 def _z_image_inputs() -> dict[str, object]:
     return {
-        "x": [_random(4, 1, 8, 8)],  # [channels, frames, height, width] for each image
+        "x": [random_values(4, 1, 8, 8)],  # [channels, frames, height, width] for each image
         "t": torch.tensor([0.5], dtype=torch.bfloat16),
-        "cap_feats": [_random(N_TEXT_TOKENS, TEXT_DIM)],
+        "cap_feats": [random_values(N_TEXT_TOKENS, TEXT_DIM)],
     }
 
 
@@ -143,12 +143,12 @@ def _flux1() -> nn.Module:
 
 def _flux1_inputs() -> dict[str, object]:
     return {
-        "hidden_states": _random(1, 16, 16),
-        "encoder_hidden_states": _random(1, N_TEXT_TOKENS, TEXT_DIM),
-        "pooled_projections": _random(1, 32),
+        "hidden_states": random_values(1, 16, 16),
+        "encoder_hidden_states": random_values(1, N_TEXT_TOKENS, TEXT_DIM),
+        "pooled_projections": random_values(1, 32),
         "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
         "guidance": torch.tensor([3.5], dtype=torch.bfloat16),
-        "img_ids": _grid_ids(4, 4, n_axes=3),
+        "img_ids": grid_ids(4, 4, n_axes=3),
         "txt_ids": torch.zeros(N_TEXT_TOKENS, 3),
     }
 
@@ -170,16 +170,16 @@ def _flux2() -> nn.Module:
 
 def _flux2_inputs() -> dict[str, object]:
     return {
-        "hidden_states": _random(1, 16, 16),
-        "encoder_hidden_states": _random(1, N_TEXT_TOKENS, TEXT_DIM),
+        "hidden_states": random_values(1, 16, 16),
+        "encoder_hidden_states": random_values(1, N_TEXT_TOKENS, TEXT_DIM),
         "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
         "guidance": torch.tensor([3.5], dtype=torch.bfloat16),
-        "img_ids": _grid_ids(4, 4, n_axes=4),
+        "img_ids": grid_ids(4, 4, n_axes=4),
         "txt_ids": torch.zeros(N_TEXT_TOKENS, 4),
     }
 
 
-def _grid_ids(height: int, width: int, *, n_axes: int) -> torch.Tensor:
+def grid_ids(height: int, width: int, *, n_axes: int) -> torch.Tensor:
     """Return the position of each image token, [height * width, n_axes], row and column in axes 1 and 2."""
     ids = torch.zeros(height, width, n_axes)
     ids[..., 1] = torch.arange(height)[:, None]
@@ -203,8 +203,8 @@ def _qwen_image() -> nn.Module:
 
 def _qwen_image_inputs() -> dict[str, object]:
     return {
-        "hidden_states": _random(1, 16, 16),
-        "encoder_hidden_states": _random(1, N_TEXT_TOKENS, TEXT_DIM),
+        "hidden_states": random_values(1, 16, 16),
+        "encoder_hidden_states": random_values(1, N_TEXT_TOKENS, TEXT_DIM),
         "encoder_hidden_states_mask": torch.ones(1, N_TEXT_TOKENS, dtype=torch.bool),
         "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
         "img_shapes": [[(1, 4, 4)]],
@@ -214,17 +214,17 @@ def _qwen_image_inputs() -> dict[str, object]:
 def _wan_2_2() -> nn.Module:
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(**_WAN_SIZES)
+    return WanTransformer3DModel(**WAN_SIZES)
 
 
 def _wan_2_1_image_to_video() -> nn.Module:
     from diffusers import WanTransformer3DModel
 
-    sizes = {**_WAN_SIZES, "in_channels": 9}  # noise, mask and first frame
+    sizes = {**WAN_SIZES, "in_channels": 9}  # noise, mask and first frame
     return WanTransformer3DModel(**sizes, image_dim=32, added_kv_proj_dim=HIDDEN)
 
 
-_WAN_SIZES = {
+WAN_SIZES = {
     "num_attention_heads": N_HEADS,
     "attention_head_dim": HEAD_DIM,
     "in_channels": 4,
@@ -238,19 +238,19 @@ _WAN_SIZES = {
 
 def _wan_2_2_inputs() -> dict[str, object]:
     return {
-        "hidden_states": _random(1, 4, 2, 8, 8),
+        "hidden_states": random_values(1, 4, 2, 8, 8),
         "timestep": torch.tensor([500]),
-        "encoder_hidden_states": _random(1, N_TEXT_TOKENS, TEXT_DIM),
+        "encoder_hidden_states": random_values(1, N_TEXT_TOKENS, TEXT_DIM),
     }
 
 
 def _wan_2_1_image_to_video_inputs() -> dict[str, object]:
     return {
         **_wan_2_2_inputs(),
-        "hidden_states": _random(1, 9, 2, 8, 8),
-        "encoder_hidden_states_image": _random(1, 7, 32),
+        "hidden_states": random_values(1, 9, 2, 8, 8),
+        "encoder_hidden_states_image": random_values(1, 7, 32),
         # Wan 2.1 splits image from text tokens at 512 text tokens (transformer_wan.py, WanAttnProcessor).
-        "encoder_hidden_states": _random(1, 512, TEXT_DIM),
+        "encoder_hidden_states": random_values(1, 512, TEXT_DIM),
     }
 
 
@@ -274,11 +274,11 @@ def _hunyuan_video() -> nn.Module:
 
 def _hunyuan_video_inputs() -> dict[str, object]:
     return {
-        "hidden_states": _random(1, 4, 2, 8, 8),
+        "hidden_states": random_values(1, 4, 2, 8, 8),
         "timestep": torch.tensor([500]),
-        "encoder_hidden_states": _random(1, N_TEXT_TOKENS, TEXT_DIM),
+        "encoder_hidden_states": random_values(1, N_TEXT_TOKENS, TEXT_DIM),
         "encoder_attention_mask": torch.ones(1, N_TEXT_TOKENS, dtype=torch.int64),
-        "pooled_projections": _random(1, 32),
+        "pooled_projections": random_values(1, 32),
         "guidance": torch.tensor([6000.0], dtype=torch.bfloat16),
     }
 
@@ -304,10 +304,10 @@ def _ltx2() -> nn.Module:
 
 def _ltx2_inputs() -> dict[str, object]:
     return {
-        "hidden_states": _random(1, 32, 16),  # 2 frames of 4 x 4
-        "audio_hidden_states": _random(1, 6, 16),
-        "encoder_hidden_states": _random(1, N_TEXT_TOKENS, TEXT_DIM),
-        "audio_encoder_hidden_states": _random(1, N_TEXT_TOKENS, TEXT_DIM),
+        "hidden_states": random_values(1, 32, 16),  # 2 frames of 4 x 4
+        "audio_hidden_states": random_values(1, 6, 16),
+        "encoder_hidden_states": random_values(1, N_TEXT_TOKENS, TEXT_DIM),
+        "audio_encoder_hidden_states": random_values(1, N_TEXT_TOKENS, TEXT_DIM),
         "timestep": torch.tensor([500.0]),
         "encoder_attention_mask": torch.ones(1, N_TEXT_TOKENS),
         "audio_encoder_attention_mask": torch.ones(1, N_TEXT_TOKENS),
@@ -346,7 +346,7 @@ def _t5() -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     sizes = {"d_model": HIDDEN, "d_kv": HEAD_DIM, "d_ff": 512, "num_layers": 2, "num_heads": N_HEADS}
-    model = _seeded(lambda: T5EncoderModel(T5Config(**sizes, vocab_size=512, feed_forward_proj="gated-gelu")))()
+    model = seeded(lambda: T5EncoderModel(T5Config(**sizes, vocab_size=512, feed_forward_proj="gated-gelu")))()
     for block in model.encoder.block:  # T5 has the attention's scale in the weights of q
         block.layer[0].SelfAttention.q.weight.data *= HEAD_DIM**-0.5
     return model.bfloat16()  # transformers holds wo in float32, but for float16 only
@@ -361,17 +361,17 @@ def _llm_inputs() -> dict[str, object]:
 
 
 _CASES = (
-    ModelCase("z-image", "z-image", _seeded(_z_image), _z_image_inputs, "3MB"),
-    ModelCase("z-image-wide", "z-image", _seeded(_z_image_wide), _z_image_inputs),
-    ModelCase("flux1", "flux1", _seeded(_flux1), _flux1_inputs, "1500KB"),
-    ModelCase("flux2", "flux2", _seeded(_flux2), _flux2_inputs),
-    ModelCase("qwen-image", "qwen-image", _seeded(_qwen_image), _qwen_image_inputs, "1500KB"),
-    ModelCase("wan-2.2", "wan", _seeded(_wan_2_2), _wan_2_2_inputs, "1MB"),
-    ModelCase("wan-2.1-i2v", "wan", _seeded(_wan_2_1_image_to_video), _wan_2_1_image_to_video_inputs),
-    ModelCase("hunyuan-video", "hunyuan-video", _seeded(_hunyuan_video), _hunyuan_video_inputs, "2MB"),
-    ModelCase("ltx2", "ltx2", _seeded(_ltx2), _ltx2_inputs, "1800KB"),
-    ModelCase("llama", "dense-llm", _seeded(_llama), _llm_inputs, "600KB"),
-    ModelCase("qwen3", "dense-llm", _seeded(_qwen3), _llm_inputs),
+    ModelCase("z-image", "z-image", seeded(_z_image), _z_image_inputs, "3MB"),
+    ModelCase("z-image-wide", "z-image", seeded(_z_image_wide), _z_image_inputs),
+    ModelCase("flux1", "flux1", seeded(_flux1), _flux1_inputs, "1500KB"),
+    ModelCase("flux2", "flux2", seeded(_flux2), _flux2_inputs),
+    ModelCase("qwen-image", "qwen-image", seeded(_qwen_image), _qwen_image_inputs, "1500KB"),
+    ModelCase("wan-2.2", "wan", seeded(_wan_2_2), _wan_2_2_inputs, "1MB"),
+    ModelCase("wan-2.1-i2v", "wan", seeded(_wan_2_1_image_to_video), _wan_2_1_image_to_video_inputs),
+    ModelCase("hunyuan-video", "hunyuan-video", seeded(_hunyuan_video), _hunyuan_video_inputs, "2MB"),
+    ModelCase("ltx2", "ltx2", seeded(_ltx2), _ltx2_inputs, "1800KB"),
+    ModelCase("llama", "dense-llm", seeded(_llama), _llm_inputs, "600KB"),
+    ModelCase("qwen3", "dense-llm", seeded(_qwen3), _llm_inputs),
     ModelCase("t5", "text-encoder", _t5, _t5_inputs),
 )
 MODELS: dict[str, ModelCase] = {case.name: case for case in _CASES}

@@ -61,22 +61,24 @@ class Runtime:
     ``names_if`` maps a pattern to names that hold instead where the checkpoint has such a module.
     ``keep`` maps a pattern to the reason why a linear that has a name must stay as it is for this target.
     ``ignores`` is False where linears are built without names, so that no ignore list reaches them.
+    ``refuses`` says why it runs no quantized result of the class at all.
     """
 
-    names: dict[str, str]
+    names: dict[str, str] = field(default_factory=lambda: {"*": "*"})
     names_if: dict[str, dict[str, str]] = field(default_factory=dict)
     index_follows: dict[str, str] = field(default_factory=dict)
     keep: dict[str, str] = field(default_factory=dict)
     ignores: bool = True
+    refuses: str | None = None
 
 
 # Of a target that takes every linear under its name in the checkpoint.
-PLAIN_RUNTIME = Runtime(names={"*": "*"})
+PLAIN_RUNTIME = Runtime()
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Facts about a model class.
+    """Facts about a model class. A file's ``base`` is the preset of a kin, whose facts hold too, but not its runtimes.
 
     ``keep`` maps a pattern on module names to the reason why these are sensitive; ``embeddings`` are patterns of
     tables that look like linear weights but are none; ``runtimes`` maps a target to what it makes of the linears.
@@ -111,17 +113,20 @@ def load_preset(name: str) -> Preset:
     if name not in preset_names():
         raise UsageError(f"--preset {name}: unknown. Known presets: {', '.join(preset_names())}.")
     table = read_toml(PRESET_FOLDER / f"{name}.toml")
+    base = load_preset(table["base"]) if "base" in table else None
+    fused = [
+        FusedPattern(tuple(entry["members"]), entry.get("scale_name"), entry.get("block_scale", False))
+        for entry in table.get("fused", [])
+    ]
+    folds = [_fold_pattern(**entry) for entry in table.get("fold", [])]
     return Preset(
         name=name,
         classes=tuple(table["classes"]),
-        naming=table["naming"],
-        keep=_reasons(table.get("keep", {})),
-        embeddings=tuple(table.get("embeddings", ())),
-        fused=tuple(
-            FusedPattern(tuple(entry["members"]), entry.get("scale_name"), entry.get("block_scale", False))
-            for entry in table.get("fused", [])
-        ),
-        folds=tuple(_fold_pattern(**entry) for entry in table.get("fold", [])),
+        naming=base.naming if base else table["naming"],
+        keep={**(base.keep if base else {}), **_reasons(table.get("keep", {}))},
+        embeddings=(*(base.embeddings if base else ()), *table.get("embeddings", ())),
+        fused=(*(base.fused if base else ()), *fused),
+        folds=(*(base.folds if base else ()), *folds),
         runtimes={
             target: Runtime(**{**entry, "keep": _reasons(entry.get("keep", {}))})
             for target, entry in table.get("runtimes", {}).items()

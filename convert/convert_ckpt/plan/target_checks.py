@@ -63,6 +63,10 @@ _UNKNOWN_CLASS = (
 )
 
 
+def _unseen(target: Target, class_name: str) -> str:
+    return f"no preset knows what {target.title} makes of a {class_name}"
+
+
 def _safe_instead(schemes: Collection[Scheme]) -> str | None:
     """Return what to use where scales of a plain linear would be dropped; None where they would not."""
     options = {BLOCK_FP8: "--granularity tensor", PLAIN_NVFP4: "--format fp8"}
@@ -78,6 +82,9 @@ class _Judge:
     def verdict(self, target: Target) -> Verdict:
         context, manifest = self.context, self.manifest
         class_name, preset = context.source.class_name or "model of unknown class", context.preset.name
+        runtime = context.preset.runtime(target.name)
+        if runtime.refuses:
+            return Verdict(refusal=f"{target.title} {runtime.refuses}")
         schemes = {layer.scheme for layer in manifest.layers.values()}
         reading = target.find_reading(context.naming, preset, class_name, manifest.dialect, schemes)
         if isinstance(reading, str):
@@ -101,7 +108,8 @@ class _Judge:
             faults.append(f"{target.title} {needs}.")
         unknown = None
         if context.naming == "diffusers" and target.name in _RUNTIMES and target.name not in context.preset.runtimes:
-            unknown = f"no preset knows what {target.title} makes of a {class_name}"
+            is_seen = context.preset.name != GENERIC
+            unknown = f"{target.title} has no {class_name}" if is_seen else _unseen(target, class_name)
         if reading.is_loud:
             return Verdict(refusal=faults[0].rstrip(".") if faults else unknown)
         notes = overmatches
