@@ -42,12 +42,38 @@ def _glm4_moe() -> Any:
     return transformers.Glm4MoeForCausalLM(config)
 
 
+def _llama4() -> Any:
+    sizes = {**_SIZES, "num_experts_per_tok": 1}
+    config = transformers.Llama4TextConfig(
+        **sizes, intermediate_size_mlp=512, head_dim=64, num_local_experts=4, interleave_moe_layer_step=1
+    )
+    model = transformers.Llama4ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:  # their class leaves them as memory was
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def _qwen3_vl_moe() -> Any:
+    text = {**_SIZES, "moe_intermediate_size": 512, "head_dim": 64, "num_experts": 4}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}
+    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**text, "rope_parameters": rope}, vision_config={**vision, "deepstack_visual_indexes": [0]}
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "qwen3-moe": _qwen3_moe,
     "mixtral": _mixtral,
     "deepseek-v3": _deepseek_v3,
     "glm4-moe": _glm4_moe,
+    "llama4": _llama4,
+    "qwen3-vl-moe": _qwen3_vl_moe,
 }
+# Whose checkpoints hold the experts of a block in 3-D tensors, transposed as transformers writes them.
+FUSED = ("llama4", "qwen3-vl-moe")
 
 
 def save_experts(name: str, folder: Path) -> Path:

@@ -38,7 +38,7 @@ def make_files(
     file_name = DIALECTS[manifest.dialect].file_name
     if file_name and max_nbytes is not None:
         raise UsageError(f"--shard-size: dialect {manifest.dialect} is one file, {file_name}. Leave it out.")
-    if source.translation and len(outputs) == 1:
+    if source.translation and source.naming == "diffusers" and len(outputs) == 1:
         file_name = file_name or MAIN_STEMS[0] + SUFFIX
     parts = {shard: list(_cut(groups.values(), max_nbytes)) for shard, groups in outputs.items()}
     n_files = sum(map(len, parts.values()))

@@ -241,7 +241,7 @@ class Engine:
         bits = fold_bits(unfolded, slab.tensor.fold, slab.row)
         scale = self._tensor_scale(slab, layer) if slab.action == "encode" else None
         if self._nonfinite.is_refused:
-            if slab.hash_order is not None:  # else it was looked at when it was scanned
+            if slab.action == "quantize" or slab.hash_order is not None:  # else it was looked at when it was scanned
                 self._look(slab, bits)
             return
         if self._calibrated and slab.tensor.statistics:

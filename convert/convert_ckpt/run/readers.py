@@ -40,7 +40,11 @@ class ShardReaders:
         """Fill ``out``; wait for the shard to come."""
         if slab.hash_order is not None:
             self._read_ahead(slab)
-        self._read(slab.tensor.shard, slab.offset, out)
+        shard, view = slab.tensor.shard, slab.tensor.view
+        if view.columns and slab.action != "hash":
+            view.read(slab.start, out, lambda offset, part: read_fully(self._open(shard), part, offset, shard))
+        else:
+            self._read(shard, slab.offset, out)
 
     def read_part(self, shard: str, offset: int, nbytes: int) -> np.ndarray:
         """Return bytes of a shard, which a slab in work reads beside its own."""

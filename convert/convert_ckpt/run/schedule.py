@@ -11,10 +11,13 @@ from typing import Literal
 from convert_ckpt.plan.plan import Plan, TensorPlan
 from convert_ckpt.source.shards import FetchStep
 from run_ckpt.contract.manifest import WEIGHT
+from run_ckpt.storage.reader import cut_bytes
 
 # Unless one tile of rows is larger: large enough to hide the cost of a call, small enough that what one core reads,
 # hashes, quantizes and writes stays in its share of the caches (per-tensor FP8: 8 MiB took 60 % more CPU time).
 SLAB_NBYTES = 2 * 2**20
+# A weight that is stored transposed is read in more at once: a column for each row of it, so the longer the better.
+_SLABS_OF_COLUMNS = 4
 # Two encodes per scan, so the backlog shrinks.
 _ENCODES_PER_SCAN = 2
 
@@ -29,8 +32,10 @@ class Slab:
     twice, to scan its amax and to encode it; codes that are there already are decoded, or stored as they are, with
     scales that are read beside them; hash reads what has no place in the output. ``hash_order`` numbers the
     slabs that together are all bytes of a source shard; it is None for a second reading, and for one of a shard that
-    is no file of the plan. ``outputs`` are the files it writes to, or that wait for its hash: none if only the scan is
-    needed, two where another file repeats its scale. A layer with statistics is quantized or encoded as one slab.
+    is no file of the plan. A weight that is stored transposed is read twice, as its rows are no bytes in order: its
+    matrix is hashed, then its columns are read. ``outputs`` are the files it writes to, or that wait for its hash: none
+    if only the scan is needed, two where another file repeats its scale. A layer with statistics is quantized or
+    encoded as one slab.
     """
 
     action: Action
@@ -154,11 +159,26 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
                     Slab("encode", tensor, *part, None, files) for part in split(tensor, whole=whole)
                 )
             action, whole = "scan", False
+        if tensor.view.columns and tensor.shard in hashed:
+            for offset, nbytes in _matrix_ranges(tensor):
+                slabs.append(Slab("hash", tensor, 0, nbytes, 0, offset, n_hashed[tensor.shard], waiting))
+                n_hashed[tensor.shard] += 1
+            if action == "hash":
+                continue
         for part in split(tensor, whole=whole):
-            order = n_hashed[tensor.shard] if tensor.shard in hashed else None
+            order = n_hashed[tensor.shard] if tensor.shard in hashed and not tensor.view.columns else None
             slabs.append(Slab(action, tensor, *part, order, waiting))
-            n_hashed[tensor.shard] += 1
+            n_hashed[tensor.shard] += order is not None
     return _with_encodes(slabs, encodes)
+
+
+def _matrix_ranges(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
+    """Yield (offset, nbytes) of all bytes of the matrix whose columns a weight is; once for all weights of a matrix."""
+    columns, spec = tensor.view.columns, tensor.spec
+    if columns and columns.first == 0:
+        nbytes = spec.nbytes // spec.shape[0] * columns.width
+        for start, count in cut_bytes(nbytes):
+            yield columns.offset + start, count
 
 
 def _action(tensor: TensorPlan) -> Action:
@@ -239,12 +259,14 @@ def split(tensor: TensorPlan, *, whole: bool = False) -> Iterator[tuple[int, int
     """
     step, row_nbytes = SLAB_NBYTES, 0
     layers = [layer for layer in (tensor.layer, tensor.encoded and tensor.encoded.layer) if layer]
-    if layers or tensor.fold:
+    if tensor.view.columns:
+        step *= _SLABS_OF_COLUMNS
+    if layers or tensor.fold or tensor.view.columns:
         n_rows = tensor.spec.shape[0]
         row_nbytes = tensor.view.nbytes // n_rows
         multiple = math.lcm(*(layer.scheme.row_multiple for layer in layers))
         # As many rows of codes as of what they stand for.
-        step = max(1, SLAB_NBYTES // (tensor.spec.nbytes // n_rows * multiple)) * multiple * row_nbytes
+        step = max(1, step // (tensor.spec.nbytes // n_rows * multiple)) * multiple * row_nbytes
     if whole:
         step = max(1, tensor.view.nbytes)
     first_bytes = accumulate((length for _, length in tensor.view.ranges), initial=0)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from convert_ckpt.source.experts import separate_experts
 from convert_ckpt.source.original import Translation, translate
 from convert_ckpt.source.quantized import EncodedWeight, Quantization, read_quantization
 from convert_ckpt.source.signatures import find_refusal
@@ -35,8 +36,8 @@ class Component:
 
     ``name`` is a folder name or a Hub repo id, never a path; ``config`` is None without config.json;
     ``card`` is what source_card.py takes from its model card. With a ``quantization`` its tensors are weights in codes,
-    and ``config`` and ``side_files`` say nothing of it. With a ``translation`` they have diffusers' names, and
-    ``config`` is as diffusers would have written it.
+    and ``config`` and ``side_files`` say nothing of it. With a ``translation`` they have other names: diffusers', and
+    ``config`` is as diffusers would have written it, or those of experts one by one.
     """
 
     folder: TensorFolder
@@ -103,6 +104,8 @@ def open_component(path: Path) -> Component:
         carried = tuple(file for file in side_files if file.name not in ABOUT_QUANTIZATION)
         component = replace(component, config=plain, side_files=carried, quantization=quantization)
     translation = translate(path.name, component.views, component.class_name)
+    if component.naming == "transformers":
+        translation = translation or separate_experts(component.views, component.config)
     if translation is None:
         return component
     if quantization:

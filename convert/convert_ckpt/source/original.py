@@ -54,22 +54,19 @@ class Original:
 
 @dataclass(frozen=True)
 class Translation:
-    """A checkpoint as diffusers has it: tensors by shard and place, config.json, and the stored tensors left out."""
+    """A checkpoint as it is converted: tensors by shard and place, config.json, and the stored tensors left out.
 
-    class_name: str
+    ``note`` is what a person should know of it.
+    """
+
     views: tuple[View, ...]
     config: dict[str, Any]
     unused: tuple[View, ...]
+    note: str
 
-    @property
-    def note(self) -> str:
-        """What a person should know of it."""
-        left_out = f"; {len(self.unused)} tensors have no place there" if self.unused else ""
-        return f"read as {self.class_name}, with names and {CONFIG_NAME} as diffusers has them{left_out}"
-
-    def to_json(self) -> dict[str, list[tuple[str, int, int]]]:
-        """Return name -> stored tensor, first row, last row + 1 of each part."""
-        return {view.spec.name: [(part.tensor, part.start, part.stop) for part in view.rows] for view in self.views}
+    def to_json(self) -> dict[str, list[list[Any]]]:
+        """Return name -> stored tensor, first row, last row + 1 of each part, see storage.views.Rows."""
+        return {view.spec.name: [part.to_json() for part in view.rows] for view in self.views}
 
 
 def translate(name: str, views: Iterable[View], class_name: str | None) -> Translation | None:
@@ -106,7 +103,9 @@ def translate(name: str, views: Iterable[View], class_name: str | None) -> Trans
         )
     translated.sort(key=lambda view: (view.shard, view.offset))
     shapes = {view.spec.name: view.spec.shape for view in translated}
-    return Translation(original.class_name, tuple(translated), config_of(original.class_name, shapes), tuple(unused))
+    left_out = f"; {len(unused)} tensors have no place there" if unused else ""
+    note = f"read as {original.class_name}, with names and {CONFIG_NAME} as diffusers has them{left_out}"
+    return Translation(tuple(translated), config_of(original.class_name, shapes), tuple(unused), note)
 
 
 def _halves(view: View) -> list[list[Rows]]:

@@ -102,6 +102,12 @@ _SWAPPED = {
     "Flux2Transformer2DModel": "exchanges the halves of norm_out.linear, silently. Use --dialect mxfp4, which our"
     " plug-in reads, or --format fp8"
 }
+# transformers 5.23, conversion_mapping.py: it merges the experts of most classes, and these it has in 3-D tensors only.
+_FUSED_FAULT = (
+    "looks for the experts of this class in 3-D tensors and, with a warning, draws them at random. Call"
+    " run_ckpt.integrations.transformers.register(), or use load_quantized"
+)
+_FUSED = {"Qwen3VLMoe*": _FUSED_FAULT}
 _NO_EXPERTS = (
     "its mixture of experts takes no FP8 by tensor with activations by token; use --granularity channel or block"
 )
@@ -210,8 +216,15 @@ _TARGETS = (
         "transformers",
         "transformers",
         (
-            Reading("transformers", "transformers", ("compressed-tensors",)),
-            Reading("transformers-fp8", "transformers", ("fp8",), (BLOCK_FP8,)),
+            Reading("transformers", "transformers", ("compressed-tensors",), not_for=_FUSED, is_loud=False),
+            Reading(
+                "transformers-fp8",
+                "transformers",
+                ("fp8",),
+                (BLOCK_FP8,),
+                not_for=_FUSED | {"Llama4*": _FUSED_FAULT},
+                is_loud=False,
+            ),
             Reading("transformers-plugin", "transformers", ("mxfp4",)),
         ),
     ),

@@ -83,10 +83,8 @@ class TensorReader:
 
     def read_into(self, name: str, start: int, data: Tensor) -> None:
         """Fill ``data``, uint8 [nbytes] on the CPU, with bytes ``start``.. of tensor ``name``; raises as read."""
-        view, rest = self._views[name], data.numpy().data
-        for offset, nbytes in view.pieces(start, len(rest)):
-            read_fully(self._fds[view.shard], rest[:nbytes], offset, view.shard)
-            rest = rest[nbytes:]
+        view = self._views[name]
+        view.read(start, data.numpy(), lambda offset, out: read_fully(self._fds[view.shard], out, offset, view.shard))
 
     def mapped(self, name: str) -> Tensor:
         """Return uint8 [nbytes]: the whole tensor, mapped from its file and read when it is used, as safetensors does.

@@ -1,33 +1,60 @@
-"""Tensors made of rows of stored ones: a checkpoint under other names than its file's."""
+"""Tensors made of parts of stored ones: a checkpoint under other names than its file's."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.shards import TensorFolder
 
+# Fills memory with the bytes of a shard from an offset on.
+ReadAt = Callable[[int, memoryview], None]
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [start, stop) of a whole tensor, which are contiguous bytes."""
+    """Rows [start, stop) of a whole tensor, which are contiguous bytes.
+
+    With ``matrix``: of that one of a tensor [matrices, rows, columns]. With ``step`` too: its columns start,
+    start + step, ... below stop, each a row of what they make; so a weight is read that is stored transposed.
+    """
 
     tensor: str
     start: int
     stop: int
+    matrix: int | None = None
+    step: int | None = None
+
+    def to_json(self) -> list[Any]:
+        """Return the fields that are set."""
+        return [value for value in vars(self).values() if value is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Of a matrix of ``width`` columns at byte ``offset`` of a shard: the columns first, first + step, ..."""
+
+    offset: int
+    width: int
+    first: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
 class View:
     """A tensor, and where its bytes lie in ``shard``: (offset, nbytes) of each range, in the tensor's order.
 
-    ``rows`` are what it is made of; () for a tensor that is stored just so.
+    ``rows`` are what it is made of; () for a tensor that is stored just so. With ``columns`` its rows are columns
+    there, and the one range says no more than where its matrix begins.
     """
 
     spec: TensorSpec
     shard: str
     ranges: tuple[tuple[int, int], ...]
     rows: tuple[Rows, ...] = ()
+    columns: Columns | None = None
 
     @property
     def nbytes(self) -> int:
@@ -44,7 +71,17 @@ class View:
         """Where the first of its bytes in the shard lies."""
         return min(offset for offset, _ in self.ranges)
 
-    def pieces(self, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    def read(self, start: int, out: np.ndarray, read_at: ReadAt) -> None:
+        """Fill ``out``, uint8 [nbytes], with the bytes ``start``.. of the tensor."""
+        if self.columns:
+            self._read_columns(self.columns, start, out, read_at)
+            return
+        rest = out.data
+        for offset, nbytes in self._pieces(start, len(rest)):
+            read_at(offset, rest[:nbytes])
+            rest = rest[nbytes:]
+
+    def _pieces(self, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
         """Yield (offset in the shard, nbytes) of the bytes ``start``.. of the tensor."""
         for offset, length in self.ranges:
             count = min(length - start, nbytes)
@@ -52,6 +89,20 @@ class View:
                 yield offset + start, count
                 nbytes -= count
             start = max(0, start - length)
+
+    def _read_columns(self, columns: Columns, start: int, out: np.ndarray, read_at: ReadAt) -> None:
+        n_rows, K = self.spec.shape
+        row_nbytes = self.nbytes // n_rows
+        itemsize = row_nbytes // K
+        first, last = start // row_nbytes, -(-(start + len(out)) // row_nbytes)
+        # [K, elements from the first to the last column]
+        span = np.empty((K, (last - first - 1) * columns.step + 1), f"u{itemsize}")
+        at = columns.offset + (columns.first + first * columns.step) * itemsize
+        for k, part in enumerate(span):
+            read_at(at + k * columns.width * itemsize, part.data.cast("B"))
+        rows = np.ascontiguousarray(span[:, :: columns.step].T).view(np.uint8).reshape(-1)
+        skipped = start - first * row_nbytes
+        out[:] = rows[skipped : skipped + len(out)]
 
 
 def whole_views(folder: TensorFolder) -> tuple[View, ...]:
@@ -72,7 +123,7 @@ def recorded_views(views: Iterable[View], recorded: Mapping[str, Sequence[Sequen
     made = []
     for name, parts in recorded.items():
         rows = [Rows(*part) for part in parts]
-        if all(part.tensor in whole and part.stop <= whole[part.tensor].n_rows for part in rows):
+        if all(part.tensor in whole and _fits(part, whole[part.tensor].spec.shape) for part in rows):
             made.append(make_view(name, rows, whole))
     return tuple(made)
 
@@ -85,9 +136,34 @@ def all_rows(view: View) -> Rows:
 def make_view(name: str, rows: Sequence[Rows], whole: Mapping[str, View]) -> View:
     """Return the tensor ``name`` that ``rows`` of whole tensors, all in one shard, make one below the other."""
     first = whole[rows[0].tensor]
+    if rows[0].matrix is not None:
+        return _matrix_view(name, rows[0], first)
     row_nbytes = first.nbytes // max(1, first.n_rows)
     ranges = tuple(
         (whole[part.tensor].offset + part.start * row_nbytes, (part.stop - part.start) * row_nbytes) for part in rows
     )
     shape = (sum(part.stop - part.start for part in rows), *first.spec.shape[1:]) if first.spec.shape else ()
     return View(TensorSpec(name, first.spec.dtype, shape), first.shard, ranges, tuple(rows))
+
+
+def _matrix_view(name: str, part: Rows, whole: View) -> View:
+    """Return what a part of one of the matrices of a tensor makes."""
+    n_matrices, n_rows, width = whole.spec.shape
+    assert part.matrix is not None
+    offset = whole.offset + part.matrix * (whole.nbytes // n_matrices)
+    count = len(range(part.start, part.stop, part.step or 1))
+    spec = TensorSpec(name, whole.spec.dtype, (count, n_rows if part.step else width))
+    if part.step:
+        columns = Columns(offset, width, part.start, part.step)
+        return View(spec, whole.shard, ((offset, spec.nbytes),), (part,), columns)
+    start = offset + part.start * (whole.nbytes // (n_matrices * n_rows))
+    return View(spec, whole.shard, ((start, spec.nbytes),), (part,))
+
+
+def _fits(part: Rows, shape: tuple[int, ...]) -> bool:
+    """True where a tensor of that shape has the part."""
+    if part.matrix is None:
+        return part.stop <= (shape[0] if shape else 1)
+    return (
+        len(shape) == 3 and 0 <= part.matrix < shape[0] and 0 <= part.start < part.stop <= shape[2 if part.step else 1]
+    )
