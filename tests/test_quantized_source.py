@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from run_ckpt.contract.errors import FaultsError, NonFiniteError, UsageError
@@ -176,6 +177,51 @@ def test_a_code_that_is_no_number_is_refused(tmp_path: Path, target: str) -> Non
     with pytest.raises(NonFiniteError, match=r"down_proj\.weight\[3, 5\] is nan"):
         convert(source, tmp_path / "out", **TARGETS[target])
     assert not (tmp_path / "out").exists()
+
+
+def edit_source(source: Path, edit: dict[str, Tensor]) -> None:
+    """Replace tensors of a source's first shard."""
+    path = min(source.glob("*.safetensors"))
+    save_file({**load_file(path), **edit}, path, {"format": "pt"})
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def test_a_block_of_another_tool_may_be_zero_by_its_scale(tmp_path: Path) -> None:
+    source, weights = write_foreign(tmp_path / "source", "modelopt-nvfp4")
+    scale = load_file(min(source.glob("*.safetensors")))[f"{Q}.weight_scale"]
+    scale[3, 5] = 0
+    edit_source(source, {f"{Q}.weight_scale": scale})
+    convert(source, tmp_path / "out", format="nvfp4")
+    assert faults(tmp_path / "out", source) == []
+    values = decoded(tmp_path / "out")[f"{Q}.weight"]
+    assert not values[3, 80:96].any()
+    assert torch.equal(values[4], weights[f"{Q}.weight"][4])
+
+
+def test_layers_that_a_consumer_multiplies_by_one_scale_need_one(tmp_path: Path) -> None:
+    source, _ = write_foreign(tmp_path / "source", "modelopt-nvfp4")
+    edit_source(source, {f"{Q}.weight_scale_2": torch.tensor(2e-5)})
+    with pytest.raises(FaultsError, match=r"q_proj\+.*different scales of the whole tensor.*run-ckpt dequantize"):
+        convert(source, tmp_path / "out", format="nvfp4")
+    convert(source, tmp_path / "mxfp8", format="mxfp8")  # whose scales are of their own making
+
+
+def test_static_scales_of_the_source_are_carried_over(tmp_path: Path) -> None:
+    source, _ = write_foreign(tmp_path / "source", "modelopt-fp8")
+    edit_source(source, {f"{Q}.input_scale": torch.tensor(0.0123)})
+    convert(source, tmp_path / "out", format="fp8", static=True)
+    tensors = load_all(tmp_path / "out")
+    assert_bits_equal(tensors[f"{Q}.input_scale"], torch.tensor([0.0123]))
+    assert_bits_equal(tensors["model.layers.0.mlp.down_proj.input_scale"], torch.tensor([0.01]))
+    assert faults(tmp_path / "out", source) == []
+
+
+def test_static_scales_need_a_source_that_has_them(tmp_path: Path) -> None:
+    source, _ = write_foreign(tmp_path / "source", "fp8-block")
+    with pytest.raises(UsageError, match="or a source with static scales of its own"):
+        convert(source, tmp_path / "out", format="fp8", static=True)
 
 
 def test_a_budget_wants_numbers(tmp_path: Path) -> None:

@@ -85,7 +85,11 @@ class _NewFolder(click.Path):
 @click.option(
     "--method", type=click.Choice(METHODS), help="How codes are chosen.  [default: gptq if there are statistics]"
 )
-@click.option("--static", is_flag=True, help="FP8 with static activation scales, by --calibration.")
+@click.option(
+    "--static",
+    is_flag=True,
+    help="FP8 with static activation scales: by --calibration, or those of a quantized SOURCE.",
+)
 @click.option("--fold", is_flag=True, help="Smooth inputs, where folding that into the layer before is exact.")
 @click.option("--max-size", metavar="SIZE", help="Raise layers to FP8 or BF16 as far as 4GB, say, has room for it.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Raise layers until the predicted SQNR is that high.")

@@ -62,7 +62,8 @@ class Options:
     """How codes are chosen: "rtn", the nearest, or "gptq". None: gptq where the statistics have correlations."""
 
     static: bool = False
-    """Give FP8 layers a static activation scale; a calibration file of ranges does so anyway."""
+    """Give FP8 layers a static activation scale, by --calibration, or as a source that is quantized already has it; a
+    calibration file of ranges does so anyway."""
 
     fold: bool = False
     """Smooth the layers' inputs by their statistics, where folding that into the layer before is exact."""
@@ -106,8 +107,8 @@ class Options:
         self._check_budget()
         if self.max_shard_nbytes is not None and self.max_shard_nbytes < 1:
             raise UsageError(f"--shard-size {self.shard_size}: not a size. Write 5GB, say.")
-        if not self.calibration and (self.static or self.fold or self.method == GPTQ):
-            asked = "--static" if self.static else "--fold" if self.fold else f"--method {GPTQ}"
+        if not self.calibration and (self.fold or self.method == GPTQ):
+            asked = "--fold" if self.fold else f"--method {GPTQ}"
             raise UsageError(f"{asked}: needs --calibration DIR, the statistics that run-ckpt calibrate records.")
         if (self.method == GPTQ or self.fold) and not self.has_statistics:
             asked = "--fold" if self.fold else f"--method {GPTQ}"

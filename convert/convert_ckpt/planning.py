@@ -15,6 +15,7 @@ from convert_ckpt.plan.policy import Assignment, Choice, curve, least_damage, le
 from convert_ckpt.plan.recipe import Decision
 from convert_ckpt.plan.sensitivities import read_sensitivities
 from convert_ckpt.run.identity import check_identity
+from convert_ckpt.run.shared_scales import check_shared_scales
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.decided_by import BUDGET, DecidedBy
 from run_ckpt.contract.errors import FaultsError, UsageError
@@ -70,6 +71,7 @@ def plan_checkpoint(opened: OpenedSource, options: Options, predict: Predict) ->
             plan = make_plan(source, options)
             if not opened.store:
                 check_identity(plan, source.folder)
+                check_shared_scales(plan, source.folder)
             components.append(ComponentPlan(name, source, plan))
         except FaultsError as error:
             faults += error.faults

@@ -18,7 +18,8 @@ from run_ckpt.contract.errors import CheckpointError, MissingPackageError, Usage
 from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.folds import Fold
 from run_ckpt.contract.formats import E4M3_MAX
-from run_ckpt.contract.manifest import GPTQ, Layer
+from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, Layer
+from run_ckpt.storage.decoders import as_stored
 from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.hashing import hash_parts, hash_path
 from run_ckpt.storage.header import read_header
@@ -28,6 +29,9 @@ from run_ckpt.storage.modelopt import AMAX, MODELOPT_SUFFIXES, read_modelopt_ran
 _SUFFIX = ".input_amax"
 # Of the largest |input| that was seen. Room above costs a floating-point format next to nothing, clipping does not.
 _HEADROOM = 1.5
+_OF_SOURCE = "the source"
+# What ComfyUI writes where it has none.
+_NO_SCALE = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Calibration:
             for module in (name.removesuffix(".weight") for name in fold.readers):
                 if module in ranges:
                     amax = np.ldexp(self.statistics[module].read("amax"), -np.array(fold.exponents))
-                    ranges[module] = _HEADROOM * float(amax.max())
+                    ranges[module] = float(np.float32(_HEADROOM * float(amax.max())))
         return replace(self, ranges=ranges)
 
     def input_scales(self, layers: Mapping[str, Layer]) -> dict[str, np.float32]:
@@ -72,10 +76,7 @@ class Calibration:
         for module, layer in layers.items():
             group = layer.fused_group or module
             largest[group] = max(largest.get(group, 0.0), self.ranges[module])
-        return {
-            module: np.float32(largest[layer.fused_group or module]) / np.float32(E4M3_MAX)
-            for module, layer in layers.items()
-        }
+        return {module: np.float32(largest[layer.fused_group or module] / E4M3_MAX) for module, layer in layers.items()}
 
 
 def read_calibration(context: PlanContext) -> Calibration:
@@ -83,7 +84,7 @@ def read_calibration(context: PlanContext) -> Calibration:
     options = context.options
     path = options.calibration
     if path is None:
-        return Calibration()
+        return Calibration(_OF_SOURCE, _source_ranges(context.source), static=True) if options.static else Calibration()
     try:
         if not options.has_statistics:
             read = _modelopt_ranges if path.suffix in MODELOPT_SUFFIXES else _read_ranges
@@ -94,7 +95,7 @@ def read_calibration(context: PlanContext) -> Calibration:
         raise
     except (OSError, CheckpointError) as error:
         raise UsageError(f"--calibration {path}: {error}") from error
-    ranges = {module: _HEADROOM * found.amax for module, found in statistics.items()}
+    ranges = {module: float(np.float32(_HEADROOM * found.amax)) for module, found in statistics.items()}
     gptq = options.method == GPTQ or (options.method is None and all(found.block_size for found in statistics.values()))
     if not gptq and not options.static and not options.fold:
         raise UsageError(
@@ -102,6 +103,16 @@ def read_calibration(context: PlanContext) -> Calibration:
             " --static asks for activation scales, or --fold for smoothing."
         )
     return Calibration(path.name, ranges, statistics, options.static, gptq)
+
+
+def dropped_scales_note(calibration: Calibration, source: Component) -> tuple[str, ...]:
+    """Return a note where a source has static activation scales that its result will not have."""
+    names = [
+        weight.parts[INPUT_SCALE][1].spec.name for weight in source.encoded.values() if INPUT_SCALE in weight.parts
+    ]
+    if calibration.static or not any(name.endswith(f".{INPUT_SCALE}") for name in names):
+        return ()
+    return ("the source's static activation scales are left out; --format fp8 --static carries them over",)
 
 
 def calibration_faults(calibration: Calibration, source: Component, layers: Mapping[str, Layer]) -> list[str]:
@@ -140,6 +151,7 @@ def _range_faults(calibration: Calibration, module: str) -> Iterator[str]:
     amax = calibration.ranges.get(module)
     if amax is None:
         suffix = AMAX if Path(calibration.name).suffix in MODELOPT_SUFFIXES else _SUFFIX
+        suffix = f".{INPUT_SCALE}" if calibration.name == _OF_SOURCE else suffix
         yield f"{module}: {calibration.name} holds no {module}{suffix}. Calibrate it or --ignore it."
     elif not _is_scalable(amax):
         yield f"{module}: {calibration.name} says that its largest input is {amax}, not a positive number with a scale."
@@ -163,6 +175,25 @@ def _statistics_faults(
         yield f"{layer.module}: {found.path.name} holds no correlations. Record them, or use --method rtn --static."
     if calibration.static and not _is_scalable(calibration.ranges[layer.module]):
         yield f"{layer.module}: the range of its input is {found.amax}. Use more samples, or --ignore it."
+
+
+def _source_ranges(source: Component) -> dict[str, float]:
+    """Return module -> largest input by the static scale that a source has beside its codes. Raises UsageError."""
+    paths = {shard.name: shard.path for shard in source.folder.shards}
+    ranges = {}
+    for name, weight in source.encoded.items():
+        if INPUT_SCALE in weight.parts:
+            shard, stored = weight.parts[INPUT_SCALE]
+            data = np.fromfile(paths[shard], np.uint8, stored.spec.nbytes, offset=stored.offset)
+            scale = float(as_stored(data, stored.spec.dtype).flat[0])
+            if scale != _NO_SCALE:
+                ranges[name.removesuffix(".weight")] = scale * E4M3_MAX
+    if not ranges:
+        raise UsageError(
+            "--static: needs --calibration DIR, the statistics that run-ckpt calibrate records, or a source with"
+            " static scales of its own."
+        )
+    return ranges
 
 
 def _modelopt_ranges(path: Path, context: PlanContext) -> dict[str, float]:

@@ -102,8 +102,9 @@ def make_layers(
         )
         encoded = context.source.encoded.get(spec.name)
         if encoded and is_stored_alike(encoded.layer, layers[module]):
-            # Its scales are what they are, shared or not.
-            layers[module] = replace(layers[module], scale_rule=encoded.layer.scale_rule, fused_group=None)
+            # Its scales are what they are. Only where a consumer takes one for all of a group do they have to be equal.
+            group = group_of.get(module) if scheme.format.is_two_level else None
+            layers[module] = replace(layers[module], scale_rule=encoded.layer.scale_rule, fused_group=group)
     return layers
 
 

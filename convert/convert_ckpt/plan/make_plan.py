@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert_ckpt.options import Options
-from convert_ckpt.plan.calibration import Calibration, calibration_faults, read_calibration
+from convert_ckpt.plan.calibration import Calibration, calibration_faults, dropped_scales_note, read_calibration
 from convert_ckpt.plan.context import PlanContext, find_dialect
 from convert_ckpt.plan.decisions import choose_rules, decide_formats, make_layers
 from convert_ckpt.plan.effect import idle_notes
@@ -73,7 +73,8 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
     manifest = replace(manifest, targets={name: verdict.reason for name, verdict in verdicts.items()})
     files = make_files(source, tensors, manifest, options.max_shard_nbytes)
     idle = idle_notes(options, layers, context.preset, source.class_name)
-    warnings = (*source.notes, *idle, *found.notes, *target_notes(context, verdicts))
+    dropped = dropped_scales_note(calibration, source)
+    warnings = (*source.notes, *dropped, *idle, *found.notes, *target_notes(context, verdicts))
     statistics, unused = calibration.statistics, _unused(source)
     return Plan(tensors, files, manifest, scales, warnings, context.preset_from, statistics, unused)
 

@@ -13,7 +13,7 @@ from convert_ckpt.source.quantized import EncodedWeight
 from run_ckpt.contract.formats import E2M1_VALUES, E4M3_NAN_MAGNITUDE, E8M0_BIAS, E8M0_LARGEST, E8M0_NAN, Scheme
 from run_ckpt.contract.layouts import TileLayout
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
-from run_ckpt.storage.decoders import DECODERS
+from run_ckpt.storage.decoders import DECODERS, as_stored
 
 # Reads bytes of a shard: name, offset, count.
 Read = Callable[[str, int, int], np.ndarray]
@@ -58,7 +58,7 @@ def read_rows(weight: EncodedWeight, row: int, offset: int, raw: np.ndarray, rea
     shard, stored = weight.parts[WEIGHT_SCALE]
     row_nbytes = stored.spec.nbytes // layer.scale_shape[0]
     data = read(shard, stored.offset + rows.start * row_nbytes, (rows.stop - rows.start) * row_nbytes)
-    scales = _unshuffle(scheme.layout.scale, _as_stored(data, stored.spec.dtype).reshape(rows.stop - rows.start, -1))
+    scales = _unshuffle(scheme.layout.scale, as_stored(data, stored.spec.dtype).reshape(rows.stop - rows.start, -1))
     return EncodedRows(scheme, row, codes, scales[:n_rows, :n_cols], _second(weight, read))
 
 
@@ -128,22 +128,13 @@ def _second(weight: EncodedWeight, read: Read) -> tuple[str, np.ndarray] | None:
     for role in (TENSOR_SCALE, INVERSE_TENSOR_SCALE):
         if role in weight.parts:
             shard, stored = weight.parts[role]
-            return role, _as_stored(read(shard, stored.offset, stored.spec.nbytes), stored.spec.dtype).reshape(1)
+            return role, as_stored(read(shard, stored.offset, stored.spec.nbytes), stored.spec.dtype).reshape(1)
     return None
 
 
 def _respell(value: np.ndarray, role: str, wanted: str) -> np.ndarray:
     """Return the scale of a tensor as another role has it: the inverse, rounded, where that is another one."""
     return value if role == wanted else np.float32(1) / value
-
-
-def _as_stored(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Return scales as bytes where they are codes, else as float32."""
-    if dtype == "BF16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F16":
-        return data.view(np.float16).astype(np.float32)
-    return data.view(np.float32) if dtype == "F32" else data
 
 
 def _shuffle(layout: TileLayout, logical: np.ndarray) -> np.ndarray:

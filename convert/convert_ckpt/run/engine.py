@@ -212,10 +212,7 @@ class Engine:
             self._nonfinite.add(slab, decode(rows).view(np.int32))
         if self._nonfinite.is_refused:
             return
-        for write in store_rows(rows, layer):
-            self._outputs.write(layer.tensors[write.role], write.offset, write.data)
-        with self._signal.notify():
-            self._errors[layer.module].append(ErrorSums(0.0, 0.0, 0.0))
+        self._write(slab, layer, store_rows(rows, layer), ErrorSums(0.0, 0.0, 0.0))
 
     def _scan(self, slab: Slab, raw: np.ndarray) -> None:
         largest = self._look(slab, self._bits(slab, raw))
@@ -258,6 +255,9 @@ class Engine:
                 f"{slab.tensor.shard}: {slab.tensor.spec.name}: its largest magnitude rounds to a value beyond float32."
                 " Repair the source, or keep this layer with --ignore."
             )
+        self._write(slab, layer, writes, errors)
+
+    def _write(self, slab: Slab, layer: Layer, writes: list[TensorWrite], errors: ErrorSums) -> None:
         if slab.row == 0 and INPUT_SCALE in layer.tensors:
             writes.append(TensorWrite(INPUT_SCALE, 0, self._plan.input_scales[layer.module].reshape(1)))
         for write in writes:

@@ -20,7 +20,7 @@ from run_ckpt.contract.manifest import (
     WEIGHT_SCALE,
     Layer,
 )
-from run_ckpt.contract.source_formats import FP8_E5M2
+from run_ckpt.contract.source_formats import FP8_E5M2, UNKNOWN_RULE
 from run_ckpt.contract.tensors import TensorSpec
 
 # A quant_method is the name of the dialect.
@@ -264,7 +264,7 @@ def _record(
         K=shape[1],
         source_tensor=f"{module}.weight",
         source_dtype="BF16",
-        scale_rule="unknown",
+        scale_rule=UNKNOWN_RULE,
         tensors=tensors,
         scale_shape=scales,
     )

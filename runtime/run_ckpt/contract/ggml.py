@@ -12,7 +12,7 @@ from run_ckpt.contract.foreign import ForeignTensors
 from run_ckpt.contract.formats import Scheme
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import WEIGHT, Layer
-from run_ckpt.contract.source_formats import BY_ROW, opaque_format
+from run_ckpt.contract.source_formats import BY_ROW, UNKNOWN_RULE, opaque_format
 from run_ckpt.contract.tensors import TensorSpec
 
 
@@ -96,7 +96,7 @@ def read_ggml(
             continue
         scheme = Scheme(_FORMAT_OF[ggml_type], PLAIN, BY_ROW)
         layers[module] = Layer(
-            module, scheme, shape[0], math.prod(shape[1:]), name, source_dtype, "unknown", {WEIGHT: name}, (1,)
+            module, scheme, shape[0], math.prod(shape[1:]), name, source_dtype, UNKNOWN_RULE, {WEIGHT: name}, (1,)
         )
         plain_shapes[module] = shape
     if faults:

@@ -6,6 +6,8 @@ from run_ckpt.contract.formats import F32, FP8, ElementFormat, QuantFormat
 from run_ckpt.contract.layouts import PLAIN
 
 BY_ROW = "row"
+# The scale rule of a layer whose scales another tool chose.
+UNKNOWN_RULE = "unknown"
 
 
 def opaque_format(name: str, label: str, row_multiple: int = 1) -> QuantFormat:
@@ -23,7 +25,7 @@ def _read_only(
         scale=F32,
         blocks=blocks,
         layouts=(PLAIN,),
-        scale_rules=("unknown",),
+        scale_rules=(UNKNOWN_RULE,),
         K_granule=1,
         min_N=1,
         N_multiple=1,

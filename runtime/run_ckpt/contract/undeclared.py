@@ -12,7 +12,7 @@ from run_ckpt.contract.foreign import BEYOND, SCALE_SUFFIXES, ForeignTensors, re
 from run_ckpt.contract.formats import E4M3, TENSOR_FP8
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
-from run_ckpt.contract.source_formats import E5M2, FP8_E5M2
+from run_ckpt.contract.source_formats import E5M2, FP8_E5M2, UNKNOWN_RULE
 from run_ckpt.contract.tensors import TensorSpec
 
 COMFYUI, CAST = "ComfyUI", "a cast to FP8"
@@ -105,7 +105,7 @@ def _read_cast(name: str, module: str, spec: TensorSpec) -> Layer:
         K=spec.nbytes // N,
         source_tensor=name,
         source_dtype="BF16",
-        scale_rule="unknown",
+        scale_rule=UNKNOWN_RULE,
         tensors={WEIGHT: name},
         scale_shape=(1,),
     )

@@ -15,6 +15,15 @@ ReadPart = Callable[[str, int, int], np.ndarray]
 Decoder = Callable[[Layer, int, np.ndarray, ReadPart], np.ndarray]
 
 
+def as_stored(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Return scales, uint8 as they lie in a file, as bytes where they are codes, else as float32."""
+    if dtype == "BF16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return data.view(np.float16).astype(np.float32)
+    return data.view(np.float32) if dtype == "F32" else data
+
+
 @naming_extras("reading GGUF")
 def _decode_ggml(name: str, layer: Layer, row: int, codes: np.ndarray, read: ReadPart) -> np.ndarray:
     from gguf import GGMLQuantizationType

@@ -21,6 +21,7 @@ from run_ckpt.contract.manifest import (
     Manifest,
     sqnr_db,
 )
+from run_ckpt.contract.source_formats import UNKNOWN_RULE
 from run_ckpt.contract.tensors import DTYPE_BITS, TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.reader import TensorReader, cut_bytes
@@ -62,11 +63,13 @@ def scale_faults(reader: TensorReader, layer: Layer) -> list[str]:
     """Return a sentence for every kind of value in a layer's scales that no consumer may meet."""
     if layer.format.scale == E8M0:
         return _e8m0_faults(reader, layer)
+    # The blocks of another tool may be zero by their scale.
+    takes_zero = {WEIGHT_SCALE} if layer.scale_rule == UNKNOWN_RULE else set()
     faults = []
     for role in sorted(layer.tensors.keys() - {WEIGHT}):
         spec = layer.specs()[role]
         scale = reader.read_all(spec.name).view(STORED_DTYPES[spec.dtype]).reshape(spec.shape).float()
-        bad = ~(torch.isfinite(scale) & (scale > 0))
+        bad = ~(torch.isfinite(scale) & ((scale >= 0) if role in takes_zero else (scale > 0)))
         if bad.any():
             where = [int(i) for i in bad.nonzero()[0]]
             value = scale[tuple(where)].item()
