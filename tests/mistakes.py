@@ -119,7 +119,7 @@ THINGS: dict[str, Callable[[Path], object]] = {
     "config-quantized": _spoiled(
         lambda folder: (folder / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     ),
-    "fp8-weights": _one_tensor(_O, random_weight(256, 256).to(torch.float8_e4m3fn)),
+    "fp8-weights": _one_tensor(_O, random_weight(256, 256).to(torch.float8_e4m3fnuz)),
     "int4-weights": _one_tensor(_O.replace("weight", "qweight"), torch.ones(8, 8, dtype=torch.int32)),
     "nan": _with_value(float("nan")),
     "inf": _with_value(float("inf")),

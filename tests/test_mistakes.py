@@ -174,7 +174,9 @@ SOURCE = [
         "convert-ckpt web-page OUT --format fp8", 1, "This is no safetensors file, or a damaged one; fetch it again."
     ),
     Mistake("convert-ckpt config-broken OUT --format fp8", 1, "config.json: not readable"),
-    Mistake("convert-ckpt config-quantized OUT --format fp8", 1, "config.json: already quantized (quant_method awq)."),
+    Mistake(
+        "convert-ckpt config-quantized OUT --format fp8", 1, "It has integers with zero points, packed in the order of"
+    ),
     Mistake("convert-ckpt fp8-weights OUT --format fp8", 1, "already quantized. Convert the original checkpoint."),
     Mistake("convert-ckpt int4-weights OUT --format fp8", 1, "o_proj.qweight: already quantized. Convert the original"),
     Mistake(

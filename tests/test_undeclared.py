@@ -20,6 +20,7 @@ from run_ckpt.tools.summary import inspect_component
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all, save_checkpoint
+from tests.foreign import Encoded, modelopt_nvfp4, mxfp8
 from tests.models import MODELS
 from tests.test_originals import PREFIX, map_of, to_original
 
@@ -62,12 +63,48 @@ def newer_comfy(original: dict[str, Tensor]) -> Quantized:
     return stored | marks, values
 
 
+def blocked(scales: Tensor) -> Tensor:
+    """Scales [N, K] as cuBLAS wants them: row 32 i + j of a tile of [128, 4] at [j, i], tiles one after the other."""
+    padded = torch.zeros(-(-scales.shape[0] // 128) * 128, -(-scales.shape[1] // 4) * 4, dtype=torch.uint8)
+    padded[: scales.shape[0], : scales.shape[1]] = scales.view(torch.uint8)
+    stored = torch.empty_like(padded).flatten()
+    for n in range(padded.shape[0]):
+        first = (n // 128) * 128 * padded.shape[1] + (n % 32) * 16 + n % 128 // 32 * 4
+        for k in range(0, padded.shape[1], 4):
+            stored[first + k // 4 * 512 :][:4] = padded[n, k : k + 4]
+    return stored.reshape(padded.shape)
+
+
+def comfy_blocks(original: dict[str, Tensor], encode: Callable[[int, int, int], Encoded]) -> Quantized:
+    """ComfyUI's NVFP4 or MXFP8: codes of another tool, the even k above and the scales in tiles."""
+    stored, values = dict(original), {name: tensor.float() for name, tensor in original.items()}
+    for seed, name in enumerate(key for key in original if key.endswith("blocks.0.linear1.weight")):
+        tensors, values[name] = encode(*original[name].shape, seed)
+        codes, module = tensors["weight"], name.removesuffix(".weight")
+        stored[name] = codes << 4 | codes >> 4 if codes.dtype == torch.uint8 else codes
+        stored[f"{module}.weight_scale"] = blocked(tensors["weight_scale"]).view(tensors["weight_scale"].dtype)
+        if "weight_scale_2" in tensors:
+            stored[f"{module}.weight_scale_2"] = tensors["weight_scale_2"]
+        stored[f"{module}.comfy_quant"] = torch.zeros(3, dtype=torch.uint8)
+    return stored, values
+
+
 FILES: dict[str, tuple[str, Callable[[dict[str, Tensor]], Quantized]]] = {
     "cast": (CAST, cast),
     "cast-e5m2": (CAST, lambda original: cast(original, E5M2)),
     "older-comfy": (COMFYUI, older_comfy),
     "newer-comfy": (COMFYUI, newer_comfy),
+    "comfy-nvfp4": (COMFYUI, lambda original: comfy_blocks(original, modelopt_nvfp4)),
+    "comfy-mxfp8": (COMFYUI, lambda original: comfy_blocks(original, mxfp8)),
     "comfy-e5m2": (COMFYUI, lambda original: scaled(original, ("scale_weight", "scale_input"), E5M2)),
+}
+
+
+STORED = {
+    "cast-e5m2": "fp8_e5m2",
+    "comfy-e5m2": "fp8_e5m2",
+    "comfy-nvfp4": "nvfp4_blocked",
+    "comfy-mxfp8": "mxfp8_blocked",
 }
 
 
@@ -102,14 +139,14 @@ def test_a_result_has_diffusers_names_and_the_values_of_the_file(
     kept = load_all(tmp_path / "out")
     for key in manifest.kept:
         assert_bits_equal(kept[key], expected[key].bfloat16())
-    is_passed_through = options["format"] == "fp8" and "e5m2" not in name
+    stored = STORED.get(name, "fp8")
+    is_passed_through = (options["format"], stored) == ("fp8", "fp8")
     if is_passed_through:
         with open_checkpoint(tmp_path / "out") as checkpoint:
             for layer in manifest.layers.values():
                 assert_bits_equal(decode_rows(checkpoint.reader, layer, 0, layer.N), expected[layer.source_tensor])
     counts = manifest.source["quantized"]["weights"]
-    stored = "fp8_e5m2" if "e5m2" in name else "fp8"
-    assert counts[f"{stored} {'passed through' if is_passed_through else 'requantized'}"] == len(manifest.layers) > 0
+    assert counts[f"{stored} {'passed through' if is_passed_through else 'requantized'}"] > 0
     assert manifest.source["quantized"]["by"] == FILES[name][0]
     (report,) = verify_output(tmp_path / "out", file, Silent())
     assert report.faults == ()
@@ -147,6 +184,18 @@ REFUSED = {
     "smoothed inputs": (
         {f"{Q}.weight": CODES, f"{Q}.weight_scale": torch.ones(1), f"{Q}.pre_quant_scale": torch.ones(256)},
         "its inputs are scaled by channel",
+    ),
+    "unmarked blocks": (
+        {f"{Q}.weight": CODES, f"{Q}.weight_scale": torch.ones(256, 8, dtype=torch.uint8)},
+        "nothing says in which order the scales",
+    ),
+    "INT8, rotated or not": (
+        {
+            f"{Q}.weight": torch.ones(256, 256, dtype=torch.int8),
+            f"{Q}.weight_scale": torch.ones(256, 1),
+            f"{Q}.comfy_quant": torch.zeros(3, dtype=torch.uint8),
+        },
+        "neither NVFP4 nor MXFP8 as ComfyUI stores it",
     ),
     "nothing": ({f"{Q}.weight": torch.empty(0, 256).to(E4M3)}, "holds nothing"),
     "a name twice": ({Q: CODES.clone(), f"{Q}.weight": CODES}, "a weight, and a tensor of the name"),

@@ -10,9 +10,10 @@ import numpy as np
 
 from convert_ckpt.run.slab import TensorWrite
 from convert_ckpt.source.quantized import EncodedWeight
-from run_ckpt.contract.formats import E2M1_VALUES, E4M3_NAN_MAGNITUDE, E8M0_BIAS, E8M0_LARGEST, E8M0_NAN, Scheme
+from run_ckpt.contract.formats import Scheme
 from run_ckpt.contract.layouts import TileLayout
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.storage.code_values import E2M1_PAIRS, E4M3_VALUES, E5M2_VALUES, E8M0_VALUES
 from run_ckpt.storage.decoders import DECODERS, as_stored
 
 # Reads bytes of a shard: name, offset, count.
@@ -43,9 +44,12 @@ def read_rows(weight: EncodedWeight, row: int, offset: int, raw: np.ndarray, rea
     layer, scheme, first = weight.layer, weight.layer.scheme, weight.stored_row(offset)
     if decoder := DECODERS.get(layer.format.name):
 
-        def read_part(role: str, start: int, nbytes: int) -> np.ndarray:
+        def read_part(role: str, start: int, count: int) -> np.ndarray:
             shard, stored = weight.parts[role]
-            return read(shard, stored.offset + start, nbytes)
+            n_rows = stored.spec.shape[0] if stored.spec.shape else 1
+            row_nbytes = stored.spec.nbytes // n_rows
+            data = read(shard, stored.offset + start * row_nbytes, count * row_nbytes)
+            return as_stored(data, stored.spec.dtype).reshape(count, -1)
 
         codes = raw.reshape(weight.n_rows(len(raw)), -1)
         return EncodedRows(scheme, row, codes, codes, None, decoder(layer, first, codes, read_part))
@@ -147,34 +151,11 @@ def _unshuffle(layout: TileLayout, stored: np.ndarray) -> np.ndarray:
     return stored.reshape([axes[axis] for axis in layout.order]).transpose(layout.inverse).reshape(stored.shape)
 
 
-def _e4m3_values() -> np.ndarray:
-    """float32 [256]: sign, exponent field (bias 7), 3 bits of mantissa. Source: OFP8, E4M3."""
-    codes = np.arange(0x80)
-    mantissas = np.where(codes < 8, codes, 8 + codes % 8).astype(np.float32)
-    magnitudes = np.ldexp(mantissas, np.maximum(codes >> 3, 1) - 10)
-    magnitudes[E4M3_NAN_MAGNITUDE] = np.nan
-    return np.concatenate([magnitudes, -magnitudes])
-
-
-def _e2m1_pairs() -> np.ndarray:
-    """float32 [256, 2] as uint64 [256]: the values of both nibbles of a byte, that of the low one first."""
-    values = np.array([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], np.float32)
-    codes = np.arange(256)
-    return np.stack([values[codes & 15], values[codes >> 4]], axis=1).view(np.uint64)[:, 0]
-
-
-_E4M3_VALUES = _e4m3_values()
-_E8M0_VALUES = np.ldexp(np.float32(1), np.minimum(np.arange(256), E8M0_LARGEST) - E8M0_BIAS)
-_E8M0_VALUES[E8M0_NAN] = np.nan
 # What a byte of codes stands for; of a pair, both.
-_VALUES = {
-    "e2m1": _e2m1_pairs(),
-    "e4m3fn": _E4M3_VALUES,
-    "e5m2": (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32),
-}
+_VALUES = {"e2m1": E2M1_PAIRS, "e4m3fn": E4M3_VALUES, "e5m2": E5M2_VALUES}
 _SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "e8m0": lambda codes: _E8M0_VALUES[codes],
-    "e4m3fn": lambda codes: _E4M3_VALUES[codes],
+    "e8m0": lambda codes: E8M0_VALUES[codes],
+    "e4m3fn": lambda codes: E4M3_VALUES[codes],
     "f32": lambda scales: scales,
 }
 _DTYPES = {"U8": np.uint8, "F8_E4M3": np.uint8, "F32": np.float32}

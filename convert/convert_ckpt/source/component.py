@@ -17,7 +17,7 @@ from run_ckpt.contract.display import shown
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.storage.files import leads_outside
-from run_ckpt.storage.foreign import ABOUT_QUANTIZATION
+from run_ckpt.storage.foreign import is_about_quantization
 from run_ckpt.storage.json_files import read_json_object
 from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.side_files import WEIGHT_SUFFIXES, is_side_file
@@ -101,7 +101,7 @@ def open_component(path: Path) -> Component:
         raise FaultsError(f"{path.name}: can't be converted", faults)
     if quantization:
         plain = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY} if config else None
-        carried = tuple(file for file in side_files if file.name not in ABOUT_QUANTIZATION)
+        carried = tuple(file for file in side_files if not is_about_quantization(file.name))
         component = replace(component, config=plain, side_files=carried, quantization=quantization)
     translation = translate(path.name, component.views, component.class_name)
     if component.naming == "transformers":

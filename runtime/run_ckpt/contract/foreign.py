@@ -53,6 +53,18 @@ BEYOND = {
     "weight_g_idx": "its columns are permuted",
     "weight_quantizer.zero_point": "it has zero points",
 }
+# What of other methods codes and scales don't say, or the way.
+_PACKED = "integers with zero points, packed in the order of its kernels"
+_UNREAD = {
+    "awq": _PACKED,
+    "gptq": _PACKED,
+    "auto-round": _PACKED,
+    "hqq": "integers with zero points between them",
+    "eetq": "integers in the order of its kernels",
+    "aqlm": "codebooks",
+    "bitsandbytes": "codebooks or rows of outliers; transformers writes it as numbers:"
+    " AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(OUT)",
+}
 # MXFP4 experts of gpt-oss: codes [experts, N, K / 32, 16] and scales [experts, N, K / 32] of a tensor [experts, K, N].
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
@@ -186,7 +198,8 @@ def dialect_name(config: Mapping[str, Any]) -> str:
 def _check(config: Mapping[str, Any]) -> None:
     method = dialect_name(config)
     if method not in READABLE_METHODS:
-        raise CheckpointError(f"quant_method {method!r} is none that is read here: {', '.join(READABLE_METHODS)}.")
+        why = f" It has {_UNREAD[method]}." if method in _UNREAD else ""
+        raise CheckpointError(f"quant_method {method!r} is none that is read here: {', '.join(READABLE_METHODS)}.{why}")
     version = config[PRIVATE_KEY].get("schema_version") if is_ours(config) else SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise CheckpointError(

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.foreign import BEYOND, SCALE_SUFFIXES, ForeignTensors, read_layer
-from run_ckpt.contract.formats import E4M3, TENSOR_FP8
+from run_ckpt.contract.formats import E4M3, F32, TENSOR_FP8
 from run_ckpt.contract.layouts import PLAIN
-from run_ckpt.contract.manifest import INPUT_SCALE, WEIGHT, WEIGHT_SCALE, Layer
-from run_ckpt.contract.source_formats import E5M2, FP8_E5M2, UNKNOWN_RULE
+from run_ckpt.contract.manifest import INPUT_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
+from run_ckpt.contract.source_formats import E5M2, FP8_E5M2, UNKNOWN_RULE, blocked_layer
 from run_ckpt.contract.tensors import TensorSpec
 
 COMFYUI, CAST = "ComfyUI", "a cast to FP8"
@@ -35,20 +35,23 @@ def is_undeclared(specs: Mapping[str, TensorSpec]) -> bool:
 def read_undeclared(specs: Mapping[str, TensorSpec], source_dtype: str) -> tuple[str, ForeignTensors]:
     """Return what quantized a checkpoint, and what its tensors are, told by names, dtypes and shapes.
 
-    A weight in F8_E4M3 or F8_E5M2 has a scale beside it, or stands for its codes' own values, as other tensors do.
+    A weight in F8_E4M3 or F8_E5M2 has a scale beside it, or stands for its codes' own values, as other tensors do. One
+    that ComfyUI marked may be NVFP4 or MXFP8 in its order.
     source_dtype: of the weights that they stand for. Raises FaultsError with a sentence for each that can't be read.
     """
     leaves = defaultdict(set)
     for name in specs:
         module, _, leaf = name.rpartition(".")
         leaves[module].add(leaf)
+    marked = {module for module, found in leaves.items() if _MARK in found}
     layers: dict[str, Layer] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     faults, claimed = [], set()
     for name, spec in specs.items():
-        if spec.dtype not in _CASTS or _is_mark(name) or name.endswith(_SCALES):
-            continue
         module = name.removesuffix(".weight")
+        is_packed = name != module and module in marked and spec.dtype in ("U8", "I8")
+        if not (spec.dtype in _CASTS or is_packed) or _is_mark(name) or name.endswith(_SCALES):
+            continue
         scales = [module + end for end in _SCALES if name != module and module + end in specs]
         claimed |= {name, *scales}
         odd = sorted(leaves[module] - _PLAIN_LEAVES - {scale.rpartition(".")[2] for scale in scales})
@@ -60,7 +63,7 @@ def read_undeclared(specs: Mapping[str, TensorSpec], source_dtype: str) -> tuple
             faults.append(f"{name}: a weight, and a tensor of the name {module}. Rename one.")
         elif scales:
             try:
-                layers[module] = _read_scaled(name, module, scales[0], specs)
+                layers[module] = _read_scaled(name, module, scales[0], specs, is_marked=module in marked)
             except ValueError as error:
                 faults.append(f"{name}: {error}.")
         elif name != module and odd:
@@ -88,12 +91,20 @@ def _is_mark(name: str) -> bool:
     return name.rpartition(".")[2] in (_FILE_MARK, _MARK)
 
 
-def _read_scaled(name: str, module: str, scale: str, specs: Mapping[str, TensorSpec]) -> Layer:
-    """Raises ValueError where the weight and its scale don't fit."""
+def _read_scaled(name: str, module: str, scale: str, specs: Mapping[str, TensorSpec], *, is_marked: bool) -> Layer:
+    """Raises ValueError where the weight and its scales don't fit.
+
+    ComfyUI marks weights whose scales lie in cuBLAS' order; nothing tells the order where there is no mark.
+    """
     tensors = {WEIGHT: name, WEIGHT_SCALE: scale}
     if input_scales := [module + end for end in _INPUT_SCALES if module + end in specs]:
         tensors[INPUT_SCALE] = input_scales[0]
-    return read_layer(module, tensors, specs, PLAIN)
+    if specs[scale].dtype in F32.readable and specs[name].dtype in _CASTS:
+        return read_layer(module, tensors, specs, PLAIN)
+    if not is_marked:
+        raise ValueError(f"nothing says in which order the scales in {scale} lie")
+    second = f"{module}.{TENSOR_SCALE}"
+    return blocked_layer(tensors | ({TENSOR_SCALE: second} if second in specs else {}), specs)
 
 
 def _read_cast(name: str, module: str, spec: TensorSpec) -> Layer:

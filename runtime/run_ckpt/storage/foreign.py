@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, GGUF_SUFFIX
 from run_ckpt.contract.foreign import ForeignTensors, dialect_name, read_tensors
 from run_ckpt.contract.ggml import read_ggml
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
+from run_ckpt.contract.modelslim import MODELSLIM, read_modelslim
 from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.contract.torchao import TORCHAO, is_torchao, read_torchao
 from run_ckpt.contract.undeclared import is_undeclared, read_undeclared
 from run_ckpt.extras import require_packages
 from run_ckpt.storage.checks import header_faults
@@ -25,9 +28,14 @@ from run_ckpt.storage.shards import TensorFolder, read_folder
 
 # What ModelOpt writes beside config.json, and older versions of it instead of config.json's key.
 HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
-# Files beside config.json that say how weights are quantized, and say nothing of weights that are not.
-ABOUT_QUANTIZATION = (HF_QUANT_CONFIG_NAME, MANIFEST_NAME)
+# msModelSlim's, with the kind of its quantization in the name.
+_DESCRIPTIONS = "quant_model_description*.json"
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def is_about_quantization(name: str) -> bool:
+    """True for files beside config.json that say how weights are quantized, and nothing of weights that are not."""
+    return name in (HF_QUANT_CONFIG_NAME, MANIFEST_NAME) or fnmatchcase(name, _DESCRIPTIONS)
 
 
 @contextmanager
@@ -86,6 +94,11 @@ def find_quantized(path: Path, config: dict[str, Any], folder: TensorFolder) -> 
     try:
         if any(shard.path.suffix == GGUF_SUFFIX for shard in folder.shards):
             return _read_gguf(folder, specs, dtype)
+        metadata = {key: value for shard in folder.shards for key, value in shard.header.metadata.items()}
+        if is_torchao(metadata):
+            return TORCHAO, read_torchao(metadata, specs, dtype)
+        if (description := _find_description(path)) is not None:
+            return MODELSLIM, read_modelslim(description, specs, dtype)
         if declared is not None:
             return dialect_name(declared), read_tensors(declared, specs, dtype)
         return read_undeclared(specs, dtype) if is_undeclared(specs) else None
@@ -93,6 +106,19 @@ def find_quantized(path: Path, config: dict[str, Any], folder: TensorFolder) -> 
         raise FaultsError(f"{path}: the quantized weights can't be read", error.faults) from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _find_description(path: Path) -> dict[str, Any] | None:
+    """Return what msModelSlim says of the tensors in a folder, None where it says nothing. Raises CheckpointError."""
+    names = sorted(entry.name for entry in path.glob(_DESCRIPTIONS)) if path.is_dir() else []
+    if len(names) > 1:
+        raise CheckpointError(f"{', '.join(names)}: several describe the weights. Leave the one that belongs to them.")
+    if not names:
+        return None
+    description, faults = read_json_object(path / names[0])
+    if description is None:
+        raise FaultsError(f"{path}: the quantized weights can't be read", faults)
+    return description
 
 
 def _read_gguf(folder: TensorFolder, specs: dict[str, TensorSpec], dtype: str) -> tuple[str, ForeignTensors]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from run_ckpt.contract.codec import dequantize, tensor_scale
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS
-from run_ckpt.storage.decoders import DECODERS
+from run_ckpt.storage.decoders import DECODERS, as_stored
 from run_ckpt.storage.reader import TensorReader
 
 # A slab of a weight is 1 MiB in float32: it stays in cache, and torch's cost per call is small beside it
@@ -76,12 +76,15 @@ def decode_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Te
     """Return rows start..stop of a quantized weight as float32 [n, K]."""
     if decoder := DECODERS.get(layer.format.name):
 
-        def read(role: str, first: int, nbytes: int) -> np.ndarray:
-            return reader.read(layer.tensors[role], first, nbytes).numpy()
+        def read(role: str, first: int, count: int) -> np.ndarray:
+            spec = reader.stored_spec(layer.tensors[role])
+            row_nbytes = spec.nbytes // (spec.shape[0] if spec.shape else 1)
+            data = reader.read(spec.name, first * row_nbytes, count * row_nbytes).numpy()
+            return as_stored(data, spec.dtype).reshape(count, -1)
 
         row_nbytes = reader.stored_spec(layer.tensors[WEIGHT]).nbytes // layer.N
-        codes = read(WEIGHT, start * row_nbytes, (stop - start) * row_nbytes).reshape(stop - start, -1)
-        return torch.from_numpy(decoder(layer, start, codes, read))
+        codes = reader.read(layer.tensors[WEIGHT], start * row_nbytes, (stop - start) * row_nbytes).numpy()
+        return torch.from_numpy(decoder(layer, start, codes.reshape(stop - start, -1), read))
     scales = read_scales(reader, layer, start, stop)
     second = read_tensor_scale(reader, layer)
     return dequantize(read_codes(reader, layer, start, stop), scales, layer.scheme, second)

@@ -17,7 +17,7 @@ from run_ckpt.storage.checks import check_structure
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
 from run_ckpt.storage.files import leads_outside, read_small
 from run_ckpt.storage.folders import Folder
-from run_ckpt.storage.foreign import ABOUT_QUANTIZATION
+from run_ckpt.storage.foreign import is_about_quantization
 from run_ckpt.storage.hashing import describe_bytes
 from run_ckpt.storage.header import Header, build_header
 from run_ckpt.storage.json_files import config_text, index_text, make_index
@@ -112,7 +112,8 @@ def _side_files(checkpoint: Checkpoint) -> Iterable[str]:
     if checkpoint.path.is_file():
         return ()
     entries = [entry for entry in checkpoint.path.iterdir() if entry.is_file() and is_side_file(entry)]
-    return {entry.name for entry in entries if not leads_outside(entry)} - {CARD_NAME, *ABOUT_QUANTIZATION}
+    names = {entry.name for entry in entries if not leads_outside(entry)} - {CARD_NAME}
+    return {name for name in names if not is_about_quantization(name)}
 
 
 def _new_header(shard: Shard, steps: Rewrite) -> Header:

@@ -23,11 +23,10 @@ from run_ckpt.storage.shards import TensorFolder, read_folder
 from run_ckpt.storage.threads import map_threads
 from run_ckpt.storage.views import all_rows, recorded_views, whole_views
 from run_ckpt.tools.verify.files import file_faults, other_bytes, other_model, source_faults
+from run_ckpt.tools.verify.original import Decoded, Original
 from run_ckpt.tools.verify.outputs import output_faults
 from run_ckpt.tools.verify.tensors import (
-    Decoded,
     Measured,
-    Original,
     code_faults,
     copy_fault,
     decoded_fault,

@@ -11,7 +11,8 @@ from run_ckpt.contract.manifest import INPUT_SCALE, Layer, sqnr_db
 from run_ckpt.storage.layer_statistics import InputStatistics, block_ranges
 from run_ckpt.storage.reader import TensorReader
 from run_ckpt.storage.rows import cut_rows, decode_rows, read_scalar
-from run_ckpt.tools.verify.tensors import Original, agree_db
+from run_ckpt.tools.verify.original import Original
+from run_ckpt.tools.verify.tensors import agree_db
 
 _REMEDY = "Give the statistics it was converted with, or convert again."
 

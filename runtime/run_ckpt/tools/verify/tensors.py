@@ -9,7 +9,6 @@ from torch import Tensor
 
 from run_ckpt.contract.codec import fp8_scale, nvfp4_tensor_scale, quantize
 from run_ckpt.contract.folds import TensorFold
-from run_ckpt.contract.foreign import is_stored_alike
 from run_ckpt.contract.formats import E8M0, E8M0_NAN, F32_TINY, NVFP4_LARGEST
 from run_ckpt.contract.manifest import (
     INVERSE_TENSOR_SCALE,
@@ -34,11 +33,10 @@ from run_ckpt.storage.rows import (
     read_padded_scales,
     read_scalar,
     read_scales,
-    read_source_rows,
     read_tensor_scale,
 )
-from run_ckpt.storage.views import Rows
-from run_ckpt.tools.verify.folded import fold_rows, fold_stored
+from run_ckpt.tools.verify.folded import fold_stored
+from run_ckpt.tools.verify.original import Decoded, Original
 
 # The manifest rounds to 0.01 dB; the order of the sums may turn the last digit.
 _SQNR_TOLERANCE_DB = 0.011
@@ -115,48 +113,6 @@ def fused_scale_fault(reader: TensorReader, manifest: Manifest, fused: FusedScal
         return None
     name = f"{reader.shard_name(fused.spec.name)}: {fused.spec.name}"
     return f"{name}: does not repeat the {fused.role} of {', '.join(fused.members)}. Convert again."
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A weight of the source that is stored as codes: ``parts`` are the rows of ``stored`` that it is made of."""
-
-    codes: TensorReader
-    stored: Layer
-    parts: tuple[Rows, ...]
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows start..stop of the weight, float32."""
-        decoded, first = [], 0
-        for part in self.parts:
-            begin, end = max(start - first, 0), min(stop - first, part.stop - part.start)
-            if begin < end:
-                decoded.append(decode_rows(self.codes, self.stored, part.start + begin, part.start + end))
-            first += part.stop - part.start
-        return torch.cat(decoded)
-
-
-@dataclass(frozen=True)
-class Original:
-    """A weight of the source: ``decoded`` is it where that is stored as codes, ``fold`` what changes its values."""
-
-    source: TensorReader
-    decoded: Decoded | None = None
-    fold: TensorFold | None = None
-
-    def rows(self, layer: Layer, start: int, stop: int) -> Tensor:
-        """Return rows of the weight that ``layer`` was made from, float32."""
-        if self.decoded:
-            return self.decoded.rows(start, stop)
-        return fold_rows(read_source_rows(self.source, layer, start, stop).float(), self.fold, start)
-
-    def row_multiple(self, layer: Layer) -> int:
-        """Return what both can be cut at."""
-        return math.lcm(layer.scheme.row_multiple, self.decoded.stored.scheme.row_multiple if self.decoded else 1)
-
-    def gives_scales(self, layer: Layer) -> bool:
-        """True where the layer's scales follow from the weight; those of codes that are passed through need not."""
-        return self.decoded is None or not is_stored_alike(self.decoded.stored, layer)
 
 
 def measure(reader: TensorReader, original: Original, layer: Layer, progress: Progress) -> Measured:
