@@ -62,6 +62,7 @@ _UNREAD = {
     "hqq": "integers with zero points between them",
     "eetq": "integers in the order of its kernels",
     "aqlm": "codebooks",
+    "nunchaku_lite": "codes in the order of Nunchaku's GPU kernels",
     "bitsandbytes": "codebooks or rows of outliers; transformers writes it as numbers:"
     " AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(OUT)",
 }

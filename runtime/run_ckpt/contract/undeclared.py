@@ -23,13 +23,20 @@ _FILE_MARK, _MARK = "scaled_fp8", "comfy_quant"
 _CASTS = {E4M3.dtype: TENSOR_FP8, E5M2.dtype: FP8_E5M2.scheme()}
 _SCALES = (*SCALE_SUFFIXES, _SCALE_WEIGHT)
 _INPUT_SCALES = (f".{INPUT_SCALE}", _SCALE_INPUT)
+# How names of tensors end -> what other tools' codes are that names, dtypes and shapes don't say all of.
+_UNREAD = {
+    ".wscales": "Nunchaku's SVDQuant, in the order of its GPU kernels and with modulations packed in another one",
+    ".qzeros": "integers with zero points, packed in the order of their kernels (AWQ, GPTQ)",
+    ".absmax": "codebooks (bitsandbytes)",
+}
 # What may lie beside a weight that has no scale.
 _PLAIN_LEAVES = {"weight", "bias", _MARK, _FILE_MARK, INPUT_SCALE, "scale_input"}
 
 
 def is_undeclared(specs: Mapping[str, TensorSpec]) -> bool:
-    """Return whether tensors are FP8, or marked as ComfyUI marks what it quantized."""
-    return any(spec.dtype in _CASTS or name.endswith(f".{_MARK}") for name, spec in specs.items())
+    """Return whether tensors are FP8, or named as ComfyUI and other tools name what they quantized."""
+    ends = (f".{_MARK}", *_UNREAD)
+    return any(spec.dtype in _CASTS or name.endswith(ends) for name, spec in specs.items())
 
 
 def read_undeclared(specs: Mapping[str, TensorSpec], source_dtype: str) -> tuple[str, ForeignTensors]:
@@ -39,6 +46,9 @@ def read_undeclared(specs: Mapping[str, TensorSpec], source_dtype: str) -> tuple
     that ComfyUI marked may be NVFP4 or MXFP8 in its order.
     source_dtype: of the weights that they stand for. Raises FaultsError with a sentence for each that can't be read.
     """
+    for end, why in _UNREAD.items():
+        if found := [name for name in specs if name.endswith(end)]:
+            raise FaultsError("the quantized weights can't be read", [f"{min(found)}: its weights are {why}."])
     leaves = defaultdict(set)
     for name in specs:
         module, _, leaf = name.rpartition(".")
