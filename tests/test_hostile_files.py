@@ -299,3 +299,12 @@ def test_sensitivities_that_are_no_small_file_are_refused(tmp_path: Path, plant:
     plant(tmp_path / "measured.json")
     with pytest.raises(UsageError, match="not a readable JSON file"):
         read_sensitivities(tmp_path / "measured.json", [])
+
+
+@pytest.mark.parametrize("shape", [(0, 256), (256, 0), (0, 0)])
+def test_quantized_weights_of_no_elements_are_refused(tmp_path: Path, shape: tuple[int, int]) -> None:
+    tensors = {"a.weight": torch.zeros(shape, dtype=torch.float8_e4m3fn), "a.weight_scale": torch.ones(1)}
+    source = save_checkpoint(tmp_path / "in", [tensors], {**CLASS, "quantization_config": {"quant_method": "fp8"}})
+    assert "is empty" in faults_of(source)
+    with pytest.raises(FaultsError, match="is empty"):
+        dequantize(source, tmp_path / "out", dtype="bfloat16", progress=Silent())

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,22 @@ def pickle_code(path: Path) -> None:
     torch.save({"model_state_dict": {f"{LINEAR}{AMAX}": torch.ones(())}, "modelopt_state": _Code()}, path)
 
 
+def _state(amax: object, weight: object = None) -> dict[str, object]:
+    return {
+        "model_state_dict": {f"{LINEAR}{AMAX}": amax, **({f"{LINEAR}.weight": weight} if weight is not None else {})}
+    }
+
+
+def write_compressed(path: Path) -> None:
+    """A few MB that unfold to gigabytes are made in the same way."""
+    write_backbone(path, {LINEAR: 1.0})
+    with zipfile.ZipFile(path) as stored:
+        contents = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name, data in contents.items():
+            compressed.writestr(name, data)
+
+
 Write = Callable[[Path], object]
 FAULTS: dict[str, tuple[Write, type[Exception], str]] = {
     "code": (pickle_code, UsageError, "a pickle with code in it"),
@@ -140,6 +157,15 @@ FAULTS: dict[str, tuple[Write, type[Exception], str]] = {
         r"has K = 512, model.layers.0.mlp.down_proj has 256",
     ),
     "by channel": (lambda path: write_backbone(path, {LINEAR: [1.0, 2.0]}), UsageError, "FP8_DEFAULT_CFG"),
+    "a number, no tensor": (lambda path: torch.save(_state(1.0), path), UsageError, "is no number"),
+    "complex": (lambda path: torch.save(_state(torch.tensor(1j)), path), UsageError, "is no number"),
+    "weight of no dimension": (
+        lambda path: torch.save(_state(torch.ones(()), torch.ones(())), path),
+        UsageError,
+        "weight no matrix",
+    ),
+    "compressed": (write_compressed, UsageError, "damaged"),
+    "pipe": (os.mkfifo, UsageError, "is a pipe"),
     "zero": (lambda path: write_backbone(path, {LINEAR: 0.0}), FaultsError, "not a positive number"),
     "NaN": (lambda path: write_backbone(path, {LINEAR: float("nan")}), FaultsError, "not a positive number"),
 }

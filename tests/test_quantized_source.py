@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from run_ckpt.contract.errors import FaultsError, NonFiniteError, UsageError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, NonFiniteError, UsageError
 from run_ckpt.contract.formats import AITER_MXFP4
 from run_ckpt.contract.layouts import AITER_SCALE, AITER_WEIGHT
 from run_ckpt.progress import Silent
@@ -186,6 +186,7 @@ def edit_source(source: Path, edit: dict[str, Tensor]) -> None:
 
 
 Q = "model.layers.0.self_attn.q_proj"
+NO_SECOND_SCALES = [("modelopt-nvfp4", "weight_scale_2", value) for value in (0.0, -1.0, float("inf"))]
 
 
 def test_a_block_of_another_tool_may_be_zero_by_its_scale(tmp_path: Path) -> None:
@@ -198,6 +199,15 @@ def test_a_block_of_another_tool_may_be_zero_by_its_scale(tmp_path: Path) -> Non
     values = decoded(tmp_path / "out")[f"{Q}.weight"]
     assert not values[3, 80:96].any()
     assert torch.equal(values[4], weights[f"{Q}.weight"][4])
+
+
+@pytest.mark.parametrize(("name", "role", "value"), [("modelopt-fp8", "weight_scale", -1.0), *NO_SECOND_SCALES])
+def test_scales_that_verify_rejects_are_not_passed_through(tmp_path: Path, name: str, role: str, value: float) -> None:
+    source, _ = write_foreign(tmp_path / "source", name)
+    edit_source(source, {f"{module}.{role}": torch.tensor(value) for module in MODULES if "self_attn" in module})
+    with pytest.raises(CheckpointError, match="a scale of its codes is not above 0"):
+        convert(source, tmp_path / "out", format=name.partition("-")[2])
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_a_consumer_multiplies_by_one_scale_need_one(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from convert_ckpt.run.slab import TensorWrite
 from convert_ckpt.source.quantized import EncodedWeight
+from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.formats import Scheme
 from run_ckpt.contract.layouts import TileLayout
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
@@ -95,7 +96,14 @@ def has_nan(rows: EncodedRows) -> bool:
 
 
 def store_rows(rows: EncodedRows, layer: Layer) -> list[TensorWrite]:
-    """Return the same codes and scales as ``layer`` stores them."""
+    """Return the same codes and scales as ``layer`` stores them.
+
+    Raises CheckpointError for scales that run-ckpt verify rejects: negative ones, and one of a tensor that is 0, too.
+    """
+    second = rows.second[1] if rows.second else np.ones(1, np.float32)
+    is_sound = (_SCALES[rows.scheme.format.scale.name](rows.scales) >= 0).all() and (0 < second[0] < np.inf)
+    if not is_sound:
+        raise CheckpointError(f"{layer.module}: a scale of its codes is not above 0. Keep it: --ignore {layer.module}")
     layout = layer.scheme.layout
     codes = _shuffle(layout.weight, rows.codes)
     dtype = _DTYPES[layer.specs()[WEIGHT_SCALE].dtype]

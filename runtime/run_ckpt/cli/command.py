@@ -27,6 +27,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "Choose shorter names.",
     errno.ELOOP: "Remove the links that lead to each other.",
 }
+_NO_MEMORY = "out of memory. Raise the limit (ulimit -v), or use a larger machine."
 
 
 def run_command(
@@ -51,8 +52,10 @@ def run_command(
             remedy = _REMEDIES.get(error.errno or 0)
             _fail(f"{error}. {remedy}" if remedy else error)
         except MemoryError:
-            _fail("out of memory. Raise the limit (ulimit -v), or use a larger machine.")
+            _fail(_NO_MEMORY)
         except RuntimeError as error:
+            if "allocate memory" in str(error):  # torch's, which is no MemoryError
+                _fail(_NO_MEMORY)
             if "new thread" not in str(error):
                 raise
             _fail(f"{error}. Raise the limits (ulimit -u, -v), or use fewer --workers.")

@@ -150,6 +150,9 @@ def read_tensors(
             continue
         module, beside = found
         claimed |= {name, *beside}
+        if 0 in spec.shape:
+            faults.append(f"{name}: {list(spec.shape)} is empty. Fetch the checkpoint again.")
+            continue
         faults += [f"{name}: {why}. It can't be read." for end, why in BEYOND.items() if f"{module}.{end}" in specs]
         if len(beside) != 1:
             faults.append(f"{name}: {len(beside)} weight scales beside it, one is needed. Fetch the checkpoint again.")

@@ -1,6 +1,7 @@
 """ModelOpt's backbone.pt: the largest input of each layer, as its calibration saw it."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.extras import naming_extras
+from run_ckpt.storage.files import MAX_TEXT_NBYTES, open_to_read
 
 MODELOPT_SUFFIXES = (".pt", ".pth")
 AMAX = ".input_quantizer._amax"
@@ -51,21 +53,35 @@ def _load(path: Path) -> Any:
     # What a damaged pickle makes the reader trip over.
     faults = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError)
     try:
+        _check_sizes(path)
         # ModelOpt's state may name slice, which does nothing by itself.
         with torch.serialization.safe_globals([slice]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except faults as error:
+    except (*faults, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{path.name}: not a file of tensors: damaged, or a pickle with code in it, which is never run"
             f" ({type(error).__name__}). Save it again with ModelOpt's mto.save()."
         ) from error
 
 
+def _check_sizes(path: Path) -> None:
+    """Raise ValueError for a file whose pickle would unfold to something much larger, OSError for no file at all."""
+    with open(open_to_read(path), "rb") as file, zipfile.ZipFile(file) as saved:
+        for entry in saved.infolist():
+            is_large = entry.filename.endswith(".pkl") and entry.file_size > MAX_TEXT_NBYTES
+            if entry.compress_type != zipfile.ZIP_STORED or is_large:
+                raise ValueError(f"{entry.filename}: compressed, or over {MAX_TEXT_NBYTES:,} bytes")
+
+
 def _read_range(path: Path, name: str, state: Mapping[str, Any]) -> ModelOptRange:
     amax, weight = state[name], state.get(name.removesuffix(AMAX) + _WEIGHT)
-    if amax.numel() != 1:
-        raise CheckpointError(
-            f"{path.name}: {name} is {list(amax.shape)}: only one scale for all of an input can be stored."
-            " Calibrate with ModelOpt's FP8_DEFAULT_CFG."
-        )
-    return ModelOptRange(float(amax), None if weight is None else weight.shape[-1])
+    try:
+        if amax.numel() == 1:
+            return ModelOptRange(float(amax), None if weight is None else weight.shape[-1])
+        what = str(list(amax.shape))
+    except (AttributeError, LookupError, RuntimeError):  # of tensors that are none, or not here
+        what = f"no number, or its {_WEIGHT[1:]} no matrix"
+    raise CheckpointError(
+        f"{path.name}: {name} is {what}: only one scale for all of an input can be stored."
+        " Calibrate with ModelOpt's FP8_DEFAULT_CFG."
+    )
