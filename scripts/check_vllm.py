@@ -3,12 +3,14 @@
     scripts/setup_vllm_omni.sh DIR
     .venv/bin/python scripts/check_vllm.py DIR/bin/python [--models llama qwen3 qwen3-moe] [--variants fp8-block]
 
-Converts the small Llama and Qwen3 of tests/models.py, and a small mixture of experts, in every way that is meant for
-vLLM, and loads each by the LLM class of its build for CPUs. A linear is read by multiplying the identity with it, by
-vLLM's own kernel, whatever that made of the weight, and is compared with the source's and with the converted file's
-weights (run-ckpt dequantize). What it has for GPUs alone, MXFP4 and the requantizing of FP8, is replaced as said in
-vllm_stand_ins.py. A layer of experts is compared by what it makes of a prompt, with torch and the source's
-weights. Ten tokens are generated. Prints a line for each; exit 1 on a defect, or where the manifest says otherwise.
+Converts the small Llama and Qwen3 of tests/models.py, and the small mixtures of experts of tests/experts.py, in every
+way that is meant for vLLM, and loads each by the LLM class of its build for CPUs. A linear is read by multiplying the
+identity with it, by vLLM's own kernel, whatever that made of the weight, and is compared with the source's and with the
+converted file's weights (run-ckpt dequantize). What it has for GPUs alone, MXFP4 and the requantizing of FP8, is
+replaced as said in vllm_stand_ins.py. Experts are compared byte for byte: codes and scales as vLLM's loader put them,
+with the file's, before its kernels change their order; and Qwen3's by what they make of a prompt too, with torch and
+the source's weights. Ten tokens are generated. Prints a line for each; exit 1 on a defect, or where the manifest says
+otherwise.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +36,10 @@ MAX_ERRORS = {"mxfp4": 0.13, "nvfp4": 0.13, "mxfp8": 0.032, "fp8": 0.032}
 MAX_BF16_ROUNDING = 2**-8
 # Of what experts put out: three weights and the activations before each are quantized.
 MAX_EXPERTS_ERROR = 0.1
-# vLLM's words where all is loaded, and this build has no kernel for experts in FP8.
-NO_EXPERTS_HERE = "Unsupported FP8 MoE backend: NONE"
+# vLLM's words where all is loaded, and this build has no kernel for the experts.
+NO_EXPERTS_HERE = ("Unsupported FP8 MoE backend: NONE",)
+# What its loader put into the parameters of experts, before anything was made of that.
+EXPERTS_NAME = "experts.safetensors"
 PROMPT = list(range(1, 13))
 N_TOKENS = 10
 
@@ -82,33 +87,21 @@ def save_qwen3(folder: Path) -> None:
     _save("qwen3", folder)
 
 
-def save_qwen3_moe(folder: Path) -> None:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        moe_intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-    )
-    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(folder)
-
-
 def _save(name: str, folder: Path) -> None:
     from tests.models import MODELS, save
 
     save(MODELS[name], MODELS[name].build(), str(folder))
 
 
-BUILDERS = {"llama": save_llama, "qwen3": save_qwen3, "qwen3-moe": save_qwen3_moe}
+def _builders() -> dict[str, Callable[[Path], object]]:
+    from tests.experts import BUILDERS as EXPERTS
+    from tests.experts import save_experts
+
+    return {"llama": save_llama, "qwen3": save_qwen3, **{name: partial(save_experts, name) for name in EXPERTS}}
+
+
+# vLLM's Python, which runs --load, has no tests.
+BUILDERS = {} if sys.argv[1:2] == ["--load"] else _builders()
 
 
 def check(python: Path, name: str, source: Path, variant: str) -> int:
@@ -125,7 +118,7 @@ def check(python: Path, name: str, source: Path, variant: str) -> int:
     try:
         convert_checkpoint(source, output, options, n_workers=2, restart=True, progress=Silent())
     except CheckpointError as error:
-        print(f"{name:10} {variant}: not written: {error}", flush=True)
+        print(f"{name:12} {variant}: not written: {error}", flush=True)
         return 0
     manifest = read_manifest(output)
     dequantize(output, plain, dtype="bfloat16", progress=Silent())
@@ -133,19 +126,25 @@ def check(python: Path, name: str, source: Path, variant: str) -> int:
     try:
         held = load(python, output)
     except RuntimeError as error:
-        if NO_EXPERTS_HERE in str(error) and not said:
-            print(f"{name:10} {variant}: LOADED, not run: {error}", flush=True)
-            return 0
+        experts = output.parent / EXPERTS_NAME
+        if any(words in str(error) for words in NO_EXPERTS_HERE) and not said and experts.exists():
+            defects = compare_experts(load_file(experts), read_tensors(output))
+            for defect in defects:
+                print(f"DEFECT {defect}")
+            print(f"{name:12} {variant}: {'WRONG' if defects else 'LOADED right'}, not run: {error}", flush=True)
+            return 1 if defects else 0
         known = "as the manifest says" if said else "which is new"
-        print(f"{name:10} {variant}: REFUSED, {known}: {error}", flush=True)
+        print(f"{name:12} {variant}: REFUSED, {known}: {error}", flush=True)
         return 0 if said else 1
     defects, worst = compare(held, fuse(read_tensors(source)), fuse(read_tensors(plain)), MAX_ERRORS[options.format])
+    experts = output.parent / EXPERTS_NAME
+    defects += compare_experts(load_file(experts), read_tensors(output)) if experts.exists() else []
     if said and not defects:
         defects.append(f"it is right, but the manifest says: {said}")
     kind = f"{manifest.dialect}, {next(iter(manifest.layers.values())).scheme}"
     for defect in defects:
         print(f"DEFECT {defect}")
-    print(f"{name:10} {variant}: {'WRONG' if defects else 'RIGHT'} ({kind}), worst error {worst:.4f}", flush=True)
+    print(f"{name:12} {variant}: {'WRONG' if defects else 'RIGHT'} ({kind}), worst error {worst:.4f}", flush=True)
     return 1 if defects else 0
 
 
@@ -194,6 +193,56 @@ def fuse(tensors: Tensors) -> Tensors:
     return weights
 
 
+def compare_experts(held: Tensors, stored: Tensors) -> list[str]:
+    """Return what of experts is not, byte for byte, what the file holds. held: [experts, ...] as vLLM names them."""
+    defects, n_compared = [], 0
+    for name, tensor in held.items():
+        prefix, _, leaf = name.rpartition(".")
+        prefix = prefix.removesuffix(".routed_experts")
+        which, _, role = leaf.partition("_")
+        ends = _ROLES.get(role)
+        if ends is None:
+            continue
+        for number, found in enumerate(tensor):
+            wanted = _expert(stored, f"{prefix}.{number}", which, ends)
+            n_compared += 1
+            if wanted is None or wanted.numel() != found.numel() or not torch.equal(_bytes(found), _bytes(wanted)):
+                defects.append(f"{prefix}.{number}: {leaf} is not what the file holds")
+    return defects if n_compared else ["no experts to compare"]
+
+
+# What a parameter of experts ends in -> what its parts may end in, in a file.
+_ROLES = {
+    "weight": ("weight", "weight_packed"),
+    "weight_packed": ("weight_packed",),
+    "weight_scale": ("weight_scale", "weight_scale_inv"),
+    "weight_scale_inv": ("weight_scale_inv",),
+    "weight_global_scale": ("weight_global_scale",),
+}
+
+
+def _expert(stored: Tensors, expert: str, which: str, ends: tuple[str, ...]) -> torch.Tensor | None:
+    for names in (("gate_proj", "up_proj"), ("w1", "w3")) if which == "w13" else (("down_proj",), ("w2",)):
+        for end in ends:
+            parts = [f"{expert}.{name}.{end}" for name in names]
+            parts = [_as_in_vllm(stored, part) for part in parts]
+            if all(part in stored for part in parts):
+                return torch.cat([stored[part].reshape(-1) for part in parts])
+    return None
+
+
+def _as_in_vllm(stored: Tensors, name: str) -> str:
+    """Return the name in the file of what vLLM's model calls ``name``."""
+    for theirs, ours in (("language_model.model.", "model.language_model."), (".mlp.", ".block_sparse_moe.")):
+        if name not in stored and name.replace(theirs, ours) in stored:
+            return name.replace(theirs, ours)
+    return name
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
 def run_experts(weights: Tensors, module: str, x: torch.Tensor) -> torch.Tensor:
     """Return the output [tokens, K] of Qwen3's mixture of experts, in float32: the two best, weights not normalized."""
     shares = (x @ weights[f"{module}.gate"].float().t()).softmax(-1)
@@ -222,6 +271,7 @@ def load(python: Path, folder: Path) -> Tensors:
     """
     result, start = folder.parent / "held.safetensors", folder.parent / "start"
     result.unlink(missing_ok=True)
+    (folder.parent / EXPERTS_NAME).unlink(missing_ok=True)
     # Python runs this in each of vLLM's processes, before anything is imported.
     start.mkdir(exist_ok=True)
     (start / "sitecustomize.py").write_text(_AT_START)
@@ -250,6 +300,7 @@ def load_here(folder: str, result: str) -> None:
     stand_in_for_fp8_rounding()
     stand_in_for_block_kernel()
     stand_in_for_mxfp4()
+    keep_experts(Path(result).with_name(EXPERTS_NAME))
     llm = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=64, max_num_seqs=2)
 
     seen: Tensors = {}
@@ -277,6 +328,25 @@ def load_here(folder: str, result: str) -> None:
     (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling)
     assert len(answer.outputs[0].token_ids) == N_TOKENS, answer
     save_file({**weights, **seen}, result)
+
+
+def keep_experts(path: Path) -> None:
+    """In vLLM's Python: write the parameters of experts as its loader filled them."""
+    from vllm.model_executor.model_loader import base_loader
+
+    process = base_loader.process_weights_after_loading
+
+    def keep_then_process(model: torch.nn.Module, *arguments: object) -> None:
+        found = {
+            name: parameter.data.contiguous()
+            for name, parameter in model.named_parameters()
+            if name.rpartition(".")[2].startswith(("w13_", "w2_"))
+        }
+        if found:
+            save_file(found, path)
+        process(model, *arguments)
+
+    base_loader.process_weights_after_loading = keep_then_process
 
 
 if __name__ == "__main__":

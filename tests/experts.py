@@ -64,6 +64,11 @@ def _qwen3_vl_moe() -> Any:
     return transformers.Qwen3VLMoeForConditionalGeneration(config)
 
 
+def _gpt_oss() -> Any:
+    config = transformers.GptOssConfig(**_SIZES, head_dim=64, num_local_experts=4, sliding_window=32)
+    return transformers.GptOssForCausalLM(config)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "qwen3-moe": _qwen3_moe,
     "mixtral": _mixtral,
@@ -71,9 +76,12 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "glm4-moe": _glm4_moe,
     "llama4": _llama4,
     "qwen3-vl-moe": _qwen3_vl_moe,
+    "gpt-oss": _gpt_oss,
 }
 # Whose checkpoints hold the experts of a block in 3-D tensors, transposed as transformers writes them.
 FUSED = ("llama4", "qwen3-vl-moe")
+# Whose experts servers read in 3-D tensors of codes too.
+STACKED = ("gpt-oss",)
 
 
 def save_experts(name: str, folder: Path) -> Path:

@@ -238,12 +238,3 @@ def test_a_budget_wants_numbers(tmp_path: Path) -> None:
     source, _ = write_foreign(tmp_path / "source", "modelopt-fp8")
     with pytest.raises(UsageError, match="quantized already"):
         convert(source, tmp_path / "out", format="mxfp4", min_sqnr=20.0)
-
-
-def test_stacked_experts_are_sent_to_dequantize(tmp_path: Path) -> None:
-    tensors = {"model.layers.0.mlp.experts.down_proj_blocks": torch.zeros(2, 64, 2, 16, dtype=torch.uint8)}
-    tensors["model.layers.0.mlp.experts.down_proj_scales"] = torch.full((2, 64, 2), 127, dtype=torch.uint8)
-    config = {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}}
-    source = save_checkpoint(tmp_path / "source", [tensors], config)
-    with pytest.raises(FaultsError, match=r"down_proj: its experts are stacked\. run-ckpt dequantize"):
-        convert(source, tmp_path / "out", format="fp8")

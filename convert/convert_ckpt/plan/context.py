@@ -64,6 +64,7 @@ def make_context(
 
     Raises UsageError where a target was asked for that reads nothing of the kind.
     """
+    options = _as_read(options, preset)
     context = PlanContext(source, options, preset, preset_from, linears)
     if options.target:
         scheme = next((scheme for _, scheme in _ways(context)), None)
@@ -76,6 +77,20 @@ def make_context(
     layout = options.layout or (scheme.layout if len(scheme.format.layouts) > 1 else AITER).name
     granularity = options.granularity or (scheme.granularity if len(scheme.format.blocks) > 1 else GRANULARITIES[0])
     return replace(context, options=replace(options, layout=layout, granularity=granularity))
+
+
+def _as_read(options: Options, preset: Preset) -> Options:
+    """Return the options with the only dialect that is read of a class, where there is one. Raises UsageError."""
+    if preset.dialect is None:
+        return options
+    (wanted,) = DIALECTS[preset.dialect].schemes
+    asked = (options.format, options.dialect or preset.dialect, options.layout or wanted.layout.name)
+    if asked != (wanted.format.name, preset.dialect, wanted.layout.name):
+        raise UsageError(
+            f"{preset.name}: servers read {wanted} of this class (dialect {preset.dialect}) and nothing else. Use"
+            f" --format {wanted.format.name} without --layout and --dialect."
+        )
+    return replace(options, dialect=preset.dialect, layout=wanted.layout.name)
 
 
 def find_dialect(context: PlanContext, formats: Collection[str]) -> Dialect:

@@ -99,6 +99,7 @@ def make_layers(
             scale_shape=dialect.scale_shape(N, K, scheme),
             fused_group=group_of.get(module),
             decided_by=decision.decided_by,
+            n_stacked=context.source.n_stacked.get(spec.name),
         )
         encoded = context.source.encoded.get(spec.name)
         if encoded and is_stored_alike(encoded.layer, layers[module]):
@@ -136,6 +137,9 @@ def _guarded(context: PlanContext, module: str, decision: Decision) -> Decision:
         return Decision(KEEP, reason, DecidedBy(UNKNOWN_CLASS))
     if module in context.swapped:
         return Decision(KEEP, "its halves change places, which only a copy can do", DecidedBy(SHAPE))
+    if context.preset.dialect and context.linears[module].name not in context.source.n_stacked:
+        reason = f"the {context.preset.dialect} dialect is that of experts alone"
+        return Decision(KEEP, reason, DecidedBy(SHAPE))
     unfit = reason_to_keep(
         context.linears[module],
         context.options.scheme(decision.format),

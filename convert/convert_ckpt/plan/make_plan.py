@@ -14,7 +14,7 @@ from convert_ckpt.plan.files import make_files
 from convert_ckpt.plan.folds import find_folds, fold_faults
 from convert_ckpt.plan.plan import Plan, TensorPlan
 from convert_ckpt.plan.recipe import KEEP, Decision, FusedGroup, Rule
-from convert_ckpt.plan.shape_rules import linear_module, reason_not_linear
+from convert_ckpt.plan.shape_rules import WEIGHT_SUFFIX, linear_module, reason_not_linear
 from convert_ckpt.plan.target_checks import judge_targets, target_faults, target_notes
 from convert_ckpt.source.component import Component
 from convert_ckpt.source.quantized import EncodedWeight
@@ -64,6 +64,11 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
         manifest = replace(manifest, fused_scales=repeated)
     verdicts = judge_targets(context, manifest, has_fused_scales=bool(repeated))
     faults = [*target_faults(context, verdicts), *faults] if layers else [*faults, _nothing_to_convert(decisions)]
+    faults += [
+        f"{module}: is kept ({decisions[module].reason}), but all experts of such a model must be in MXFP4 to be read."
+        for module in (name.removesuffix(WEIGHT_SUFFIX) for name in source.n_stacked)
+        if module not in layers
+    ]
     faults += [
         f"{name}: a tensor of the source has the name that a scale would get. Rename it, or keep its layer by --ignore."
         for name in repeated_names(manifest)

@@ -82,7 +82,7 @@ class Preset:
 
     ``keep`` maps a pattern on module names to the reason why these are sensitive; ``embeddings`` are patterns of
     tables that look like linear weights but are none; ``runtimes`` maps a target to what it makes of the linears.
-    ``folds`` are those that are exact in the class's graph.
+    ``folds`` are those that are exact in the class's graph. ``dialect`` is the only one that is read of the class.
     """
 
     name: str
@@ -93,6 +93,7 @@ class Preset:
     fused: tuple[FusedPattern, ...]
     folds: tuple[FoldPattern, ...]
     runtimes: dict[str, Runtime]
+    dialect: str | None = None
 
     def runtime(self, target: str) -> Runtime:
         """Return what a target makes of the linears; nothing is known against one without an entry."""
@@ -131,6 +132,7 @@ def load_preset(name: str) -> Preset:
             target: Runtime(**{**entry, "keep": _reasons(entry.get("keep", {}))})
             for target, entry in table.get("runtimes", {}).items()
         },
+        dialect=table.get("dialect"),
     )
 
 
@@ -146,8 +148,10 @@ def _fold_pattern(
 
 def find_preset(class_name: str | None) -> Preset:
     """Return the preset whose classes match ``class_name``, or the generic one."""
-    for name in preset_names():
-        preset = load_preset(name)
+    presets = [load_preset(name) for name in preset_names()]
+    # One that names the class before one whose pattern it matches.
+    presets.sort(key=lambda preset: class_name not in preset.classes)
+    for preset in presets:
         if class_name and any(fnmatchcase(class_name, pattern) for pattern in preset.classes):
             return preset
     return load_preset(GENERIC)

@@ -176,7 +176,7 @@ def _matrix_ranges(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
     """Yield (offset, nbytes) of all bytes of the matrix whose columns a weight is; once for all weights of a matrix."""
     columns, spec = tensor.view.columns, tensor.spec
     if columns and columns.first == 0:
-        nbytes = spec.nbytes // spec.shape[0] * columns.width
+        nbytes = spec.nbytes // spec.shape[0] * columns.width * columns.n_matrices
         for start, count in cut_bytes(nbytes):
             yield columns.offset + start, count
 

@@ -65,6 +65,13 @@ class Component:
         weights = self.quantization.weights
         return {name: weights[tensor] for name, tensor in holder.items() if tensor in weights}
 
+    @cached_property
+    def n_stacked(self) -> dict[str, int]:
+        """Name of a view whose rows are those of several matrices, one below the other -> how many."""
+        coded = {name: weight.layer.n_stacked for name, weight in self.encoded.items()}
+        found = {view.spec.name: len(view.rows) for view in self.views if view.columns and len(view.rows) > 1}
+        return found | {name: count for name, count in coded.items() if count}
+
     @property
     def class_name(self) -> str | None:
         """The diffusers class, or transformers' first architecture."""

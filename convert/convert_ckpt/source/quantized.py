@@ -73,9 +73,6 @@ def read_quantization(path: Path, config: dict[str, Any], folder: TensorFolder) 
             raise FaultsError(f"{path.name}: can't be converted", faults)
         return None
     by, tensors = found
-    if tensors.stacked:
-        stacked = f"{min(tensors.stacked)}: its experts are stacked. run-ckpt dequantize writes them as numbers."
-        raise FaultsError(f"{path.name}: can't be converted", [stacked])
     return _locate(by, tensors, folder)
 
 

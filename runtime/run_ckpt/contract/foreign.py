@@ -75,14 +75,12 @@ class ForeignTensors:
     """What the tensors of a quantized checkpoint are, whoever wrote it.
 
     ``layers``: module -> layer; one stands for the tensor ``source_tensor``. ``unused``: tensors of quantization that
-    no weight needs. ``shapes``: module -> shape of that tensor where it isn't [N, K]. ``stacked``: module -> how many
-    matrices lie one below the other in it, where the tensor that it stands for holds each of them transposed.
+    no weight needs. ``shapes``: module -> shape of that tensor where it isn't [N, K].
     """
 
     layers: dict[str, Layer]
     unused: frozenset[str] = frozenset()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    stacked: Mapping[str, int] = field(default_factory=dict)
 
     def plain_specs(self, stored: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Return what the tensors stand for: name of a tensor of codes, or of one that is plain -> plain tensor."""
@@ -143,7 +141,7 @@ def read_tensors(
     none of these, has no partner, or is not all there is to its weight.
     """
     _check(config)
-    layers, stacked, faults, claimed = {}, {}, [], set()
+    layers, faults, claimed = {}, [], set()
     for name, spec in specs.items():
         found = _partners(name, specs) if spec.dtype in _CODE_DTYPES else None
         if found is None:
@@ -161,7 +159,7 @@ def read_tensors(
         tensors |= {role: f"{module}.{role}" for role in _MORE_SCALES if f"{module}.{role}" in specs}
         try:
             if name.endswith(_BLOCKS):
-                layers[module], stacked[module] = _read_experts(module, tensors, specs)
+                layers[module] = _read_experts(module, tensors, specs)
             else:
                 layers[module] = read_layer(module, tensors, specs, declared_layout(config))
         except ValueError as error:
@@ -176,7 +174,7 @@ def read_tensors(
     layers = {module: replace(layer, source_dtype=source_dtype) for module, layer in layers.items()}
     coded = {name for layer in layers.values() for name in layer.tensors.values()}
     unused = frozenset(name for name in specs if name not in coded and _OF_ACTIVATIONS.fullmatch(name))
-    return ForeignTensors(layers, unused, stacked=stacked)
+    return ForeignTensors(layers, unused)
 
 
 def _partners(name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, list[str]] | None:
@@ -251,8 +249,8 @@ def read_layer(module: str, tensors: dict[str, str], specs: Mapping[str, TensorS
     )
 
 
-def _read_experts(module: str, tensors: dict[str, str], specs: Mapping[str, TensorSpec]) -> tuple[Layer, int]:
-    """Return the layer of all experts, one below the other, and their number. Raises ValueError."""
+def _read_experts(module: str, tensors: dict[str, str], specs: Mapping[str, TensorSpec]) -> Layer:
+    """Return the layer of all experts, one below the other. Raises ValueError."""
     weight, scale = specs[tensors[WEIGHT]].shape, specs[tensors[WEIGHT_SCALE]].shape
     if len(weight) != 4 or weight[3] != MX_BLOCK_SIZE // 2 or scale != weight[:3]:
         raise ValueError(f"{list(weight)} with scales {list(scale)} are no experts in MXFP4")
@@ -260,7 +258,7 @@ def _read_experts(module: str, tensors: dict[str, str], specs: Mapping[str, Tens
     layer = _record(
         module, PLAIN_MXFP4, (n_experts * rows, n_blocks * MX_BLOCK_SIZE), tensors, (n_experts * rows, n_blocks)
     )
-    return replace(layer, source_tensor=module), n_experts
+    return replace(layer, n_stacked=n_experts)
 
 
 def _stored_scale_shape(N: int, K: int, scheme: Scheme, stored: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -30,7 +30,7 @@ INVERSE_TENSOR_SCALE = "weight_global_scale"
 # How codes are chosen: rounding to nearest, or by convert_ckpt.methods.gptq.
 RTN, GPTQ = METHODS = ("rtn", "gptq")
 # What the manifest leaves out of a layer that has none.
-_OPTIONAL = ("method", "output_sqnr_db")
+_OPTIONAL = ("method", "output_sqnr_db", "n_stacked")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Layer:
     ``scale_shape`` is the weight scale's shape on disk, which consumers spell differently.
     ``decided_by`` says why it has this format. ``sqnr_db`` is that of the decoded weight, see sqnr_db().
     ``method`` says how its codes were chosen where statistics of its input were given, ``output_sqnr_db`` maps each
-    method to the SQNR of the layer's output on held out samples.
+    method to the SQNR of the layer's output on held out samples. ``n_stacked``: its rows are those of so many matrices
+    one below the other (the experts of gpt-oss), which its tensors on disk have as their first axis.
     """
 
     module: str
@@ -59,6 +60,7 @@ class Layer:
     max_abs_error: float | None = None
     method: str | None = None
     output_sqnr_db: dict[str, float | None] | None = None
+    n_stacked: int | None = None
 
     @property
     def format(self) -> QuantFormat:
@@ -67,9 +69,15 @@ class Layer:
     def specs(self) -> dict[str, TensorSpec]:
         """Return role -> spec of the tensors on disk."""
         element, scale = self.format.element, self.format.scale
+        weight_shape: tuple[int, ...] = (self.N, self.K // element.per_byte)
+        scale_shape = self.scale_shape
+        if self.n_stacked:
+            block = self.scheme.block[1] or self.K or 1
+            scale_shape = (self.n_stacked, self.N // self.n_stacked, self.K // block)
+            weight_shape = (*scale_shape, block // element.per_byte)
         by_role: dict[str, tuple[str, tuple[int, ...]]] = {
-            WEIGHT: (element.dtype, (self.N, self.K // element.per_byte)),
-            WEIGHT_SCALE: (scale.dtype, self.scale_shape),
+            WEIGHT: (element.dtype, weight_shape),
+            WEIGHT_SCALE: (scale.dtype, scale_shape),
             **dict.fromkeys((TENSOR_SCALE, INVERSE_TENSOR_SCALE, INPUT_SCALE), ("F32", (1,))),
         }
         return {role: TensorSpec(name, *by_role[role]) for role, name in self.tensors.items()}

@@ -70,6 +70,7 @@ _LAYER: dict[str, Check] = {
     "scale_shape": _list_of(_count),
     "fused_group": _optional(_text),
     "method": _optional(_text),
+    "n_stacked": _optional(lambda value: _count(value) and value > 0),
     "decided_by": _map_of(_optional(_text)),
     "output_sqnr_db": _optional(_map_of(_optional(_number))),
 }

@@ -89,6 +89,8 @@ _ROWWISE = ("flux1", "flux2", "qwen-image")
 _OMNI_MODELOPT = ("flux1", "flux2", "ltx2", "qwen-image", "z-image")
 _OMNI_FP8 = ("flux1", "ltx2", "qwen-image", "wan", "z-image")
 _OMNI = ("flux1", "flux2", "ltx2", "qwen-image", "wan", "z-image")
+# Whose experts lie in tensors that no layer of ours takes.
+_GPT_OSS = ("gpt-oss",)
 # Whose quantization_config may hold our key, by which our loader and plug-ins know what is quantized.
 _OWN = ("fp8", "mxfp4", "modelopt", "quark", "compressed-tensors")
 _FP8_SCHEMES = (TENSOR_FP8, CHANNEL_FP8, BLOCK_FP8)
@@ -148,6 +150,7 @@ _TARGETS = (
             ),
             Reading("sglang-plugin", "diffusers", ("mxfp4", "quark", "compressed-tensors")),
             Reading("sglang-weights", "diffusers", ("rowwise",), presets=_ROWWISE, keeps_names=True),
+            Reading("sglang-llm", "transformers", ("gpt-oss",), presets=_GPT_OSS),
             Reading("sglang-llm", "transformers", ("quark",)),
             Reading("sglang-llm", "transformers", ("compressed-tensors",), (TENSOR_FP8, CHANNEL_FP8)),
             Reading("sglang-llm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
@@ -195,6 +198,7 @@ _TARGETS = (
         "vllm",
         "vLLM",
         (
+            Reading("vllm", "transformers", ("gpt-oss",), presets=_GPT_OSS),
             Reading("vllm", "transformers", ("quark",), (PLAIN_MXFP4,)),
             Reading("vllm", "transformers", ("compressed-tensors",), (TENSOR_FP8,), no_experts=_NO_EXPERTS),
             Reading("vllm", "transformers", ("compressed-tensors",), (PLAIN_MXFP4, CHANNEL_FP8)),
@@ -216,6 +220,7 @@ _TARGETS = (
         "transformers",
         "transformers",
         (
+            Reading("transformers", "transformers", ("gpt-oss",), presets=_GPT_OSS),
             Reading("transformers", "transformers", ("compressed-tensors",), not_for=_FUSED, is_loud=False),
             Reading(
                 "transformers-fp8",

@@ -27,19 +27,28 @@ def open_to_load(path: Path) -> Iterator[Checkpoint]:
             faults = _changed_files(checkpoint)
             if faults:
                 raise FaultsError(f"{path}: changed since its manifest was written", faults)
+            _refuse_stacked(checkpoint)
             yield checkpoint
         return
     with open_foreign(path) as checkpoint:
+        _refuse_stacked(checkpoint)
         if why := _reason_not_to_load(checkpoint):
             raise CheckpointError(f"{path}: {why} run-ckpt dequantize writes them as numbers.")
         yield checkpoint
 
 
+def _refuse_stacked(checkpoint: Checkpoint) -> None:
+    stacked = min((layer.module for layer in checkpoint.manifest.layers.values() if layer.n_stacked), default=None)
+    if stacked:
+        raise CheckpointError(
+            f"{checkpoint.path}: its experts are stacked ({stacked}), which no layer here takes. vLLM, SGLang and"
+            " transformers read them by themselves; run-ckpt dequantize writes them as numbers."
+        )
+
+
 def _reason_not_to_load(checkpoint: Checkpoint) -> str | None:
     """Return why no layer here takes the weights of another tool's checkpoint, None where they are taken."""
     assert checkpoint.foreign
-    if checkpoint.foreign.stacked:
-        return f"its experts are stacked ({min(checkpoint.foreign.stacked)}), which no layer here takes."
     unfit = [
         layer
         for layer in checkpoint.manifest.layers.values()

@@ -1,7 +1,7 @@
 """Tensors made of parts of stored ones: a checkpoint under other names than its file's."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,26 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Of a matrix of ``width`` columns at byte ``offset`` of a shard: the columns first, first + step, ..."""
+    """Columns first, first + step, ... of ``n_matrices`` matrices of ``width`` columns, from byte ``offset`` on.
+
+    Those of one matrix come after those of the one before.
+    """
 
     offset: int
     width: int
     first: int
     step: int
+    n_matrices: int = 1
+
+    def read(self, matrix: int, start: int, rows: np.ndarray, read_at: ReadAt) -> None:
+        """Fill ``rows`` [n, K] with columns number ``start``.. of those that are taken of a matrix."""
+        n, K = rows.shape
+        # [K, elements from the first to the last column]
+        span = np.empty((K, (n - 1) * self.step + 1), rows.dtype)
+        at = self.offset + (matrix * K * self.width + self.first + start * self.step) * rows.itemsize
+        for k, part in enumerate(span):
+            read_at(at + k * self.width * rows.itemsize, part.data.cast("B"))
+        rows[:] = span[:, :: self.step].T
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +106,14 @@ class View:
 
     def _read_columns(self, columns: Columns, start: int, out: np.ndarray, read_at: ReadAt) -> None:
         n_rows, K = self.spec.shape
-        row_nbytes = self.nbytes // n_rows
-        itemsize = row_nbytes // K
+        row_nbytes, n_of_each = self.nbytes // n_rows, n_rows // columns.n_matrices
         first, last = start // row_nbytes, -(-(start + len(out)) // row_nbytes)
-        # [K, elements from the first to the last column]
-        span = np.empty((K, (last - first - 1) * columns.step + 1), f"u{itemsize}")
-        at = columns.offset + (columns.first + first * columns.step) * itemsize
-        for k, part in enumerate(span):
-            read_at(at + k * columns.width * itemsize, part.data.cast("B"))
-        rows = np.ascontiguousarray(span[:, :: columns.step].T).view(np.uint8).reshape(-1)
+        rows = np.empty((last - first, K), f"u{row_nbytes // K}")
+        for at in range(first // n_of_each * n_of_each, last, n_of_each):
+            begin, end = max(first, at), min(last, at + n_of_each)
+            columns.read(at // n_of_each, begin - at, rows[begin - first : end - first], read_at)
         skipped = start - first * row_nbytes
-        out[:] = rows[skipped : skipped + len(out)]
+        out[:] = rows.view(np.uint8).reshape(-1)[skipped : skipped + len(out)]
 
 
 def whole_views(folder: TensorFolder) -> tuple[View, ...]:
@@ -123,7 +134,7 @@ def recorded_views(views: Iterable[View], recorded: Mapping[str, Sequence[Sequen
     made = []
     for name, parts in recorded.items():
         rows = [Rows(*part) for part in parts]
-        if all(part.tensor in whole and _fits(part, whole[part.tensor].spec.shape) for part in rows):
+        if _is_makeable(rows, whole):
             made.append(make_view(name, rows, whole))
     return tuple(made)
 
@@ -137,7 +148,7 @@ def make_view(name: str, rows: Sequence[Rows], whole: Mapping[str, View]) -> Vie
     """Return the tensor ``name`` that ``rows`` of whole tensors, all in one shard, make one below the other."""
     first = whole[rows[0].tensor]
     if rows[0].matrix is not None:
-        return _matrix_view(name, rows[0], first)
+        return _matrix_view(name, rows, first)
     row_nbytes = first.nbytes // max(1, first.n_rows)
     ranges = tuple(
         (whole[part.tensor].offset + part.start * row_nbytes, (part.stop - part.start) * row_nbytes) for part in rows
@@ -146,18 +157,29 @@ def make_view(name: str, rows: Sequence[Rows], whole: Mapping[str, View]) -> Vie
     return View(TensorSpec(name, first.spec.dtype, shape), first.shard, ranges, tuple(rows))
 
 
-def _matrix_view(name: str, part: Rows, whole: View) -> View:
-    """Return what a part of one of the matrices of a tensor makes."""
+def _matrix_view(name: str, rows: Sequence[Rows], whole: View) -> View:
+    """Return what a part of one of the matrices of a tensor makes, or the same part of several in a row."""
     n_matrices, n_rows, width = whole.spec.shape
+    part = rows[0]
     assert part.matrix is not None
     offset = whole.offset + part.matrix * (whole.nbytes // n_matrices)
-    count = len(range(part.start, part.stop, part.step or 1))
+    count = len(range(part.start, part.stop, part.step or 1)) * len(rows)
     spec = TensorSpec(name, whole.spec.dtype, (count, n_rows if part.step else width))
     if part.step:
-        columns = Columns(offset, width, part.start, part.step)
-        return View(spec, whole.shard, ((offset, spec.nbytes),), (part,), columns)
+        columns = Columns(offset, width, part.start, part.step, len(rows))
+        return View(spec, whole.shard, ((offset, spec.nbytes),), tuple(rows), columns)
     start = offset + part.start * (whole.nbytes // (n_matrices * n_rows))
-    return View(spec, whole.shard, ((start, spec.nbytes),), (part,))
+    return View(spec, whole.shard, ((start, spec.nbytes),), tuple(rows))
+
+
+def _is_makeable(rows: Sequence[Rows], whole: Mapping[str, View]) -> bool:
+    """True where make_view makes a tensor of parts that a file names: rows, or like columns of matrices in a row."""
+    if not all(part.tensor in whole and _fits(part, whole[part.tensor].spec.shape) for part in rows):
+        return False
+    first = rows[0].matrix
+    if first is None or len(rows) == 1:
+        return all(part.matrix == first for part in rows)
+    return all(part.step and part == replace(rows[0], matrix=first + i) for i, part in enumerate(rows))
 
 
 def _fits(part: Rows, shape: tuple[int, ...]) -> bool:

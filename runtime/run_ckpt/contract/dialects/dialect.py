@@ -33,8 +33,8 @@ class Dialect:
 
     ``schemes`` are those it can say, each with the namings for which this is the usual dialect.
     ``config`` returns config.json's quantization_config, without our private key; None where there is none.
-    ``suffixes`` returns role -> tensor name after the module's, ``scale_shape`` the weight scale's shape on disk
-    for (N, K, scheme), ``granularity`` what a quantization_config says of the formats that leave a choice.
+    ``suffixes`` returns role -> tensor name after the module's and a ``joint``, ``scale_shape`` the scale's shape on
+    disk for (N, K, scheme), ``granularity`` what a quantization_config says of the formats that leave a choice.
     ``metadata`` returns the ``__metadata__`` of every shard.
     ``static``: the schemes whose activations are quantized by an input_scale.
     ``is_mixed``: layers may differ in format.
@@ -53,10 +53,11 @@ class Dialect:
     is_mixed: bool = False
     file_name: str | None = None
     is_open: bool = True
+    joint: str = "."
 
     def tensor_names(self, module: str, scheme: Scheme, naming: str) -> dict[str, str]:
         """Return role -> tensor name of one layer (weight and weight scales)."""
-        return {role: f"{module}.{suffix}" for role, suffix in self.suffixes(scheme, naming).items()}
+        return {role: f"{module}{self.joint}{suffix}" for role, suffix in self.suffixes(scheme, naming).items()}
 
 
 def common_scheme(manifest: Manifest) -> Scheme:

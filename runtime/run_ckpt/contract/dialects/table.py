@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from run_ckpt.contract.dialects import compressed_tensors, fp8, modelopt, mxfp4, quark, rowwise, vllm_omni
+from run_ckpt.contract.dialects import compressed_tensors, fp8, gpt_oss, modelopt, mxfp4, quark, rowwise, vllm_omni
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import TENSOR_FP8, Scheme
@@ -13,7 +13,7 @@ PRIVATE_KEY = "convert_ckpt"
 
 DIALECTS: dict[str, Dialect] = {
     module.DIALECT.name: module.DIALECT
-    for module in (mxfp4, fp8, modelopt, quark, compressed_tensors, rowwise, vllm_omni)
+    for module in (mxfp4, fp8, modelopt, quark, compressed_tensors, rowwise, vllm_omni, gpt_oss)
 }
 
 

@@ -45,21 +45,21 @@ def _plan(checkpoint: Checkpoint, *, dtype: str | None) -> Rewrite:
 
 def _plain_spec(checkpoint: Checkpoint, layer: Layer, dtype: str | None) -> TensorSpec:
     shape: tuple[int, ...] = (layer.N, layer.K)
+    name = layer.source_tensor
     if checkpoint.foreign:
         shape = checkpoint.foreign.shapes.get(layer.module, shape)
-        if n_stacked := checkpoint.foreign.stacked.get(layer.module):
-            shape = (n_stacked, layer.K, layer.N // n_stacked)
-    return TensorSpec(layer.source_tensor, dtype or layer.source_dtype, shape)
+    if layer.n_stacked:  # gpt-oss has each matrix transposed where it is numbers
+        name, shape = layer.module, (layer.n_stacked, layer.K, layer.N // layer.n_stacked)
+    return TensorSpec(name, dtype or layer.source_dtype, shape)
 
 
 def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, *, dtype: str | None) -> None:
     spec = _plain_spec(checkpoint, layer, dtype)
     target = TORCH_DTYPES[spec.dtype]
     largest = torch.finfo(target).max
-    is_stacked = bool(checkpoint.foreign and layer.module in checkpoint.foreign.stacked)
-    for start, stop in _cut_matrices(layer, spec) if is_stacked else cut_rows(layer):
+    for start, stop in _cut_matrices(layer, spec) if layer.n_stacked else cut_rows(layer):
         decoded = decode_rows(checkpoint.reader, layer, start, stop)
-        decoded = decoded.T if is_stacked else decoded
+        decoded = decoded.T if layer.n_stacked else decoded
         # A scale rule may round the largest weights up, in F16 past the largest number.
         values = decoded.clamp_(-largest, largest).to(target).contiguous().view(torch.uint8).numpy()
         writer.write(spec.name, start * layer.K * DTYPE_BITS[spec.dtype] // 8, values.data)
