@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert_ckpt.source.component import open_component
 from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.ggml import GGML_FORMATS, GGML_TYPES
 from run_ckpt.progress import Silent
@@ -109,6 +110,17 @@ def test_a_result_is_that_of_a_file_with_the_same_values(tmp_path: Path, quantiz
     assert report.faults == ()
     summary = inspect_component("", file, every_layer=True).summary
     assert (summary.format, summary.output_nbytes) == (f"gguf_{quantized.lower()}", file.stat().st_size)
+
+
+def test_a_folder_may_hold_one_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    file, _ = write(tmp_path / "folder" / "flux-Q8_0.gguf", quantized="Q8_0")
+    component = open_component(tmp_path / "folder")
+    assert component.class_name == "FluxTransformer2DModel"
+    assert not any("left out" in note for note in component.notes)
+    file.with_name("flux-Q4_0.gguf").write_bytes(file.read_bytes())
+    with pytest.raises(FaultsError, match=r"flux-Q4_0\.gguf, flux-Q8_0\.gguf: give one of these files"):
+        open_component(tmp_path / "folder")
 
 
 def test_a_language_model_is_refused_with_the_way(tmp_path: Path) -> None:

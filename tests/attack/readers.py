@@ -83,8 +83,18 @@ def read_some_statistics(data: bytes) -> None:
     read_statistics(folder)
 
 
+def read_a_gguf(data: bytes) -> None:
+    (_FOLDER / "model.gguf").write_bytes(data)
+    for read in (read_foreign_manifest, open_component):
+        with contextlib.suppress(CheckpointError):
+            read(_FOLDER / "model.gguf")
+
+
 def read_foreign_tensors(data: bytes) -> None:
-    """Read {"config": config.json, "hf_quant_config": ..., "tensors": {name: [dtype, shape]}} as a quantized source."""
+    """Read {"config": config.json, "hf_quant_config": ..., "tensors": {name: [dtype, shape]}} as a quantized source.
+
+    It may have "quant_model_description" too, and the "metadata" of its file.
+    """
     document = _json_object(data)
     try:
         specs = [
@@ -95,11 +105,16 @@ def read_foreign_tensors(data: bytes) -> None:
     except (KeyError, TypeError, ValueError, AttributeError):
         return
     folder = _fresh("foreign")
-    header = build_header([spec for spec in specs if spec.nbytes < 2**50])
+    metadata = document.get("metadata")
+    is_text = isinstance(metadata, dict) and all(
+        isinstance(text, str) and _is_utf8(key + text) for key, text in metadata.items()
+    )
+    header = build_header([spec for spec in specs if spec.nbytes < 2**50], metadata if is_text else None)
     (folder / "model.safetensors").write_bytes(header.data)
     os.truncate(folder / "model.safetensors", min(header.file_nbytes, 2**43))
-    for name in ("config", "hf_quant_config"):
-        (folder / f"{name}.json").write_text(json.dumps(document.get(name)))
+    for name in ("config", "hf_quant_config", "quant_model_description"):
+        if name in document:
+            (folder / f"{name}.json").write_text(json.dumps(document[name]))
     for read in (read_foreign_manifest, open_component):
         with contextlib.suppress(CheckpointError):
             read(folder)
@@ -144,6 +159,7 @@ READERS: dict[str, Callable[[bytes], None]] = {
     "card": read_a_card,
     "statistics": read_some_statistics,
     "foreign": read_foreign_tensors,
+    "gguf": read_a_gguf,
     "records": read_records,
     "sensitivities": read_measured,
 }

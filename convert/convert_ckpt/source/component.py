@@ -92,7 +92,7 @@ def open_component(path: Path) -> Component:
     config, side_files, notes = None, [], list(folder.notes)
     if path.is_dir():
         config, faults = read_json_object(path / CONFIG_NAME)
-        side_files = _find_side_files(path, notes)
+        side_files = _find_side_files(path, folder, notes)
         faults += _link_faults([path / CONFIG_NAME, path / CARD_NAME, *side_files])
     faults += _name_faults(folder, config, side_files)
     name, revision = _identify(path)
@@ -141,8 +141,9 @@ def _class_name(config: dict[str, Any]) -> Any:
     return next((name for name in names if name), None)
 
 
-def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
+def _find_side_files(path: Path, folder: TensorFolder, notes: list[str]) -> list[Path]:
     files = []
+    shards = {shard.name for shard in folder.shards}
     for entry in sorted(path.iterdir()):
         if not entry.is_file() or entry.name.startswith(".") or entry.name == CONFIG_NAME:
             continue
@@ -152,7 +153,7 @@ def _find_side_files(path: Path, notes: list[str]) -> list[Path]:
             files.append(entry)
         elif not entry.name.endswith(WEIGHT_SUFFIXES):
             notes.append(f"{entry.name}: left out, over 64 MiB")
-        elif not entry.name.endswith((SUFFIX, INDEX_SUFFIX)):
+        elif entry.name not in shards and not entry.name.endswith((SUFFIX, INDEX_SUFFIX)):
             notes.append(f"{entry.name}: left out, weights in another container")
     return files
 
