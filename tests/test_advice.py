@@ -66,19 +66,6 @@ def test_the_report_says_what_is_kept_and_what_to_do(output: Path) -> None:
     assert result["advice"][0]["recipe"].count("[[rules]]") == 3
 
 
-def test_each_cell_of_a_grid_is_the_row_of_its_layer(output: Path) -> None:
-    data = report_data({"it": read_result(output)})
-    found = [
-        (data["rows"][number][2:5], [grid["title"], block, projection])
-        for grid in data["grids"][0]
-        for projection, line in zip(grid["projections"], grid["cells"], strict=True)
-        for block, number in zip(grid["blocks"], line, strict=True)
-        if number is not None
-    ]
-    assert len(found) > 20
-    assert all(row == place for row, place in found)
-
-
 def test_two_results_are_shown_as_a_difference(output: Path, tmp_path: Path) -> None:
     other = convert(FLUX_DIGITS, tmp_path / "fp8", format="fp8")
     data = report_data({"a": read_result(output), "b": read_result(other)})

@@ -212,7 +212,7 @@ def _is_usable(fingerprint: Any) -> bool:
         shards = [source[component]["shards"] for component in files]
         names = [*files, *(name for names in files.values() for name in names)]
         return all(isinstance(entry, dict) for entry in shards) and all(
-            isinstance(text, str) for text in (*names, remote["reference"], remote["revision"])
+            isinstance(text, str) for text in (*names, remote["reference"], remote["revision"] or "")
         )
     except (LookupError, TypeError, AttributeError):
         return False
