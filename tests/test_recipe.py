@@ -71,7 +71,7 @@ def formats(decisions: dict[str, Decision]) -> dict[str, str]:
     ],
 )
 def test_pattern_matches_the_whole_name_with_star_for_any_characters(pattern: str, module: str, matches: bool) -> None:
-    assert Rule(pattern, KEEP, "why").matches(module) == matches
+    assert Rule(pattern, KEEP, "why").matching([module]) == [module] * matches
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ class PlanContext:
         """The linear modules whose rows are not in the order in which the source stores them."""
         return {module for view in self.source.views if len(view.ranges) > 1 and (module := linear_module(view.spec))}
 
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """How a layer of each format is stored."""
+        return {name: self.options.scheme(name) for name in FORMATS}
+
     @property
     def naming(self) -> str:
         """ "diffusers" or "transformers"."""

@@ -85,7 +85,7 @@ def make_layers(
         if decision.format == KEEP:
             continue
         spec = context.linears[module]
-        scheme = context.options.scheme(decision.format)
+        scheme = context.schemes[decision.format]
         N, K = spec.shape
         layers[module] = Layer(
             module=module,
@@ -142,7 +142,7 @@ def _guarded(context: PlanContext, module: str, decision: Decision) -> Decision:
         return Decision(KEEP, reason, DecidedBy(SHAPE))
     unfit = reason_to_keep(
         context.linears[module],
-        context.options.scheme(decision.format),
+        context.schemes[decision.format],
         context.naming,
         allow_unaligned_k=context.options.allow_unaligned_k,
     )

@@ -1,6 +1,6 @@
 """Which module gets which format, and why: first matching rule wins, fused groups stay whole."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +10,7 @@ from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.decided_by import BY_FORMAT, EDGE, FUSED, IGNORE, PRESET, RECIPE, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS
-from run_ckpt.contract.module_names import fill_pattern, matches_pattern, pattern_regex, split_name
+from run_ckpt.contract.module_names import fill_pattern, matching_names, pattern_regex, split_name
 from run_ckpt.contract.tensors import TensorSpec
 
 KEEP = "keep"
@@ -37,10 +37,14 @@ class Rule:
     def by_user(self) -> bool:
         return self.by != PRESET
 
-    def matches(self, module: str) -> bool:
-        stack, _, projection = split_name(module)
-        is_inside = self.in_block and stack.endswith(_STACKS)
-        return matches_pattern(self.pattern, f".{projection}" if is_inside else module)
+    def matching(self, modules: Collection[str]) -> list[str]:
+        return matching_names(self.pattern, modules, _in_block if self.in_block else None)
+
+
+def _in_block(module: str) -> str:
+    """Return what follows the number of a layer's block, with its dot; all of the name outside of blocks."""
+    stack, _, projection = split_name(module)
+    return f".{projection}" if stack.endswith(_STACKS) else module
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,13 @@ def edge_rules(modules: Iterable[str], n_first: int, n_last: int) -> list[Rule]:
 
     Raises UsageError where no module lies in a numbered block.
     """
+    if not (n_first or n_last):
+        return []
     stacks: dict[str, set[int]] = {}
     for stack, block, _ in map(split_name, modules):
         if block is not None:
             stacks.setdefault(stack, set()).add(block)
-    if (n_first or n_last) and not stacks:
+    if not stacks:
         raise UsageError("--keep-first, --keep-last: no linear layer lies in a numbered block. Use --ignore.")
     rules = []
     for stack, blocks in stacks.items():
@@ -130,18 +136,20 @@ def decide(
 ) -> dict[str, Decision]:
     """Return module -> decision: by the first rule that matches, else what a budget chose, else the default format."""
     default = Decision(default_format, "linear layer")
-    decisions = {}
-    for module in modules:
-        rule = next((rule for rule in rules if rule.matches(module)), None)
-        by_rule = rule and Decision(rule.format, rule.reason, DecidedBy(rule.by, rule.pattern))
-        decisions[module] = by_rule or chosen.get(module, default)
+    decisions = {module: chosen.get(module, default) for module in modules}
+    left = dict.fromkeys(decisions)
+    for rule in rules:
+        decision = Decision(rule.format, rule.reason, DecidedBy(rule.by, rule.pattern))
+        for module in rule.matching(left):
+            decisions[module] = decision
+            del left[module]
     return decisions
 
 
 def unmatched_rules(modules: Iterable[str], rules: list[Rule]) -> list[str]:
     """Return the patterns given by the user that match no module."""
-    names = list(modules)
-    return [rule.pattern for rule in rules if rule.by_user and not any(rule.matches(name) for name in names)]
+    names = dict.fromkeys(modules)
+    return [rule.pattern for rule in rules if rule.by_user and not rule.matching(names)]
 
 
 def find_fused_groups(linears: Mapping[str, TensorSpec], preset: Preset) -> list[FusedGroup]:

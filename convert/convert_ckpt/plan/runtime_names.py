@@ -1,8 +1,8 @@
 """What a target's runtime calls each linear, and which entries of an ignore list reach which name there."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Set, Sized
 
-from convert_ckpt.plan.preset import Runtime
+from convert_ckpt.plan.preset import PLAIN_RUNTIME, Runtime
 from run_ckpt.contract.module_names import fill_pattern, pattern_regex
 from run_ckpt.contract.targets import PART, TEXT
 
@@ -12,6 +12,8 @@ def runtime_names(modules: Iterable[str], runtime: Runtime, linears: Collection[
 
     linears: all linear modules of the checkpoint, which tell variants apart and number the blocks.
     """
+    if runtime == PLAIN_RUNTIME:
+        return {module: module for module in modules}
     names = dict(runtime.names)
     for condition, others in runtime.names_if.items():
         if any(pattern_regex(condition).fullmatch(linear) for linear in linears):
@@ -28,29 +30,34 @@ def overmatched(
     Both map module -> name in the runtime, and both spellings count. Where such a layer is dequantized at load its
     numbers are right and nothing is saved; otherwise they are wrong.
     """
-    targets = [(name, module) for module, runtime in quantized.items() for name in (module, runtime) if name]
-    sentences = []
-    for entry in ignore_entries(ignored):
-        hit = sorted({module for name, module in targets if matches(entry, name, matching)})
-        if hit:
-            sentences.append(f"{title} will also load {hit[0]}{and_more(hit)} in BF16: its ignore list says {entry}")
-    return sentences
+    entries = ignore_entries(ignored)
+    hit: dict[str, set[str]] = {}
+    for module, runtime in quantized.items():
+        for name in {module, runtime} - {None}:
+            for entry in find_entries(entries, name, matching):
+                hit.setdefault(entry, set()).add(module)
+    return [
+        f"{title} will also load {min(modules)}{and_more(modules)} in BF16: its ignore list says {entry}"
+        for entry, modules in sorted(hit.items())
+    ]
 
 
-def ignore_entries(ignored: Mapping[str, str | None]) -> list[str]:
+def ignore_entries(ignored: Mapping[str, str | None]) -> set[str]:
     """Return both spellings of the linears that the runtime would quantize: module -> its name there, "" for none."""
-    return sorted({name for pair in ignored.items() if pair[1] for name in pair if name})
+    return {name for pair in ignored.items() if pair[1] for name in pair if name}
 
 
-def matches(entry: str, name: str, matching: str) -> bool:
-    """Return whether an ignore entry reaches a name, as SGLang's or vLLM's own code compares them.
+def find_entries(entries: Set[str], name: str, matching: str) -> set[str]:
+    """Return which entries of an ignore list reach a name, as SGLang's or vLLM's own code compares them.
 
     PART: any run of dotted parts, as SGLang's ``fp8`` (srt/layers/quantization/utils.py:49-125). TEXT: any part of the
     text, as vLLM's ``modelopt``. NAME: all of it.
     """
-    if matching == PART:
-        return f".{entry}." in f".{name}."
-    return entry in name if matching == TEXT else entry == name
+    if matching == TEXT:
+        return {entry for entry in entries if entry in name}
+    parts = name.split(".") if matching == PART else [name]
+    runs = {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
+    return runs & entries
 
 
 def _name(module: str, names: Mapping[str, str], offsets: Mapping[str, int]) -> str | None:
@@ -70,6 +77,6 @@ def _count_blocks(container: str, linears: Collection[str]) -> int:
     return len({part[1] for part in parts if part[0] == container and len(part) > 1})
 
 
-def and_more(names: Sequence[str]) -> str:
+def and_more(names: Sized) -> str:
     """Return what follows the first of these names in a sentence."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -3,10 +3,11 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from convert_ckpt.plan.context import PlanContext, has_experts
 from convert_ckpt.plan.preset import GENERIC
-from convert_ckpt.plan.runtime_names import ignore_entries, matches, overmatched
+from convert_ckpt.plan.runtime_names import find_entries, ignore_entries, overmatched
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, Scheme
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.targets import TARGETS, Reading, Target
@@ -79,13 +80,17 @@ class _Judge:
     manifest: Manifest
     has_fused_scales: bool
 
+    @cached_property
+    def schemes(self) -> set[Scheme]:
+        return {layer.scheme for layer in self.manifest.layers.values()}
+
     def verdict(self, target: Target) -> Verdict:
         context, manifest = self.context, self.manifest
         class_name, preset = context.source.class_name or "model of unknown class", context.preset.name
         runtime = context.preset.runtime(target.name)
         if runtime.refuses:
             return Verdict(refusal=f"{target.title} {runtime.refuses}")
-        schemes = {layer.scheme for layer in manifest.layers.values()}
+        schemes = self.schemes
         reading = target.find_reading(context.naming, preset, class_name, manifest.dialect, schemes)
         if isinstance(reading, str):
             return Verdict(refusal=reading)
@@ -137,7 +142,7 @@ class _Judge:
         kept, context = self.manifest.unquantized_linears, self.context
         entries, runtime = ignore_entries(kept), context.preset.runtime(target.name)
         for module, name in context.names(kept, target).items():
-            if name is None or (runtime.ignores and any(matches(entry, name, matching) for entry in entries)):
+            if name is None or (runtime.ignores and find_entries(entries, name, matching)):
                 continue
             gives = f"its ignore list lacks {name}" if runtime.ignores else "gives the linears of its class no names"
             tensor = self.manifest.kept[context.linears[module].name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from run_ckpt.contract.layouts import AITER, LAYOUTS, PLAIN, Layout
@@ -107,6 +108,9 @@ class QuantFormat:
     def __repr__(self) -> str:
         return self.name
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def facts(self) -> dict[str, Any]:
         """What the manifest says of each layer in this format."""
@@ -167,13 +171,13 @@ class Scheme:
         """True where a scale is known only once the whole weight was seen."""
         return self.is_per_tensor or self.format.is_two_level
 
-    @property
+    @cached_property
     def alignment(self) -> tuple[int, int]:
         """What N and K have to be multiples of to be stored at all."""
         rows = max(self.layout.weight.tile[0], self.layout.scale.tile[0])
         return rows, math.lcm(self.format.K_granule, self.format.element.per_byte * self.layout.weight.tile[1])
 
-    @property
+    @cached_property
     def row_multiple(self) -> int:
         """Rows that a slab is cut at: those that share scales or a tile. Layouts agree, as error sums depend on it."""
         return max(self.block[0] or 1, *(layout.scale.tile[0] for layout in self.format.layouts))

@@ -103,6 +103,9 @@ class Layout:
     def __repr__(self) -> str:
         return self.name
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def facts(self) -> dict[str, str]:
         """What manifests and quantization_configs say of the storage orders."""

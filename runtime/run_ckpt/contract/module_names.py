@@ -1,6 +1,7 @@
 """Names of modules and tensors: their numbered block (``transformer_blocks.3.attn.to_q``), and patterns on them."""
 
 import re
+from collections.abc import Callable, Collection
 from functools import cache, lru_cache
 
 _IN_BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<block>\d+)\.(?P<projection>.+)")
@@ -25,6 +26,17 @@ def block_pattern(name: str) -> str:
 def pattern_regex(pattern: str) -> re.Pattern[str]:
     """Return the regex of a pattern in which ``*`` captures any run of characters."""
     return re.compile("(.*)".join(re.escape(part) for part in pattern.split("*")))
+
+
+def matching_names(pattern: str, names: Collection[str], end_of: Callable[[str], str] | None = None) -> list[str]:
+    """Return those of many names that match a pattern. end_of: returns the end of a name that is compared, if not all."""
+    first, inner, last = _pattern_parts(pattern)
+    if last is None and end_of is None:
+        return [pattern] if pattern in names else []
+    # Every name that matches holds it, and most do not.
+    text = max((first, *inner, last or ""), key=len)
+    found = [name for name in names if text in name]
+    return [name for name in found if matches_pattern(pattern, end_of(name) if end_of else name)]
 
 
 def matches_pattern(pattern: str, name: str) -> bool:
@@ -52,5 +64,5 @@ def _pattern_parts(pattern: str) -> tuple[str, tuple[str, ...], str | None]:
 
 def fill_pattern(pattern: str, captured: tuple[str, ...]) -> str:
     """Return ``pattern`` with its ``*`` replaced by the captured texts, in order."""
-    texts = iter(captured)
-    return re.sub(r"\*", lambda _: next(texts), pattern)
+    first, *rest = pattern.split("*")
+    return first + "".join(text + part for text, part in zip(captured, rest, strict=False))
