@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from run_ckpt.contract.manifest import MANIFEST_NAME, seal_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.manifest_text import seal_manifest
 from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.shards import read_folder
 from tests import checkpoints
@@ -70,7 +71,7 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Non
     path = folder / MANIFEST_NAME
     document = json.loads(path.read_text())
     edit(document)
-    path.write_text(seal_manifest(document))
+    path.write_bytes(b"".join(seal_manifest(document)))
 
 
 def reseal(folder: Path) -> None:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from convert_ckpt.api import convert as convert_by_api
 from run_ckpt.contract.display import shown
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
-from run_ckpt.contract.manifest import MANIFEST_NAME, seal_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.manifest_text import seal_manifest
 from run_ckpt.contract.module_names import matches_pattern, pattern_regex
 from run_ckpt.storage.reference import parse_reference
 from run_ckpt.tools.publish.card import make_card
@@ -105,7 +106,7 @@ def test_names_in_a_card_stay_names(output: Path) -> None:
     document["kept"][f"{HOSTILE}.weight"] = spec
     document["unquantized_linears"][HOSTILE] = None
     document["files"][f"{HOSTILE.replace('/', '')}.safetensors"] = {"nbytes": 1, "blake3": HOSTILE}
-    (output / MANIFEST_NAME).write_text(seal_manifest(document))
+    (output / MANIFEST_NAME).write_bytes(b"".join(seal_manifest(document)))
     card = make_card(read_result(output), "me/model")
     text = re.sub(r"```\w+\n.*?\n```", "", card.partition("\n---\n")[2], flags=re.DOTALL)
     outside = re.sub(r"`[^`]*`", "", text)
@@ -122,7 +123,7 @@ def test_names_in_a_card_stay_names(output: Path) -> None:
 def test_a_class_that_is_no_name_is_refused_in_a_manifest(output: Path, class_name: str) -> None:
     document = json.loads((output / MANIFEST_NAME).read_text())
     document["recipe"]["class_name"] = class_name
-    (output / MANIFEST_NAME).write_text(seal_manifest(document))
+    (output / MANIFEST_NAME).write_bytes(b"".join(seal_manifest(document)))
     with pytest.raises(CheckpointError, match="recipe: class_name"):
         read_result(output)
 

@@ -16,7 +16,8 @@ from convert_ckpt.plan.candidates import Group
 from convert_ckpt.plan.sensitivities import read_sensitivities
 from convert_ckpt.source.component import open_component
 from run_ckpt.contract.errors import CheckpointError, FaultsError, HeaderError, ManifestError, UsageError
-from run_ckpt.contract.manifest import MANIFEST_NAME, seal_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.contract.manifest_text import seal_manifest
 from run_ckpt.progress import Silent
 from run_ckpt.storage.atomic import write_durably
 from run_ckpt.storage.header import parse_header
@@ -196,7 +197,7 @@ def test_a_class_that_is_no_name_is_refused(source: Path, config: dict[str, Any]
 def reseal(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     document = json.loads((folder / MANIFEST_NAME).read_text())
     edit(document)
-    (folder / MANIFEST_NAME).write_text(seal_manifest(document))
+    (folder / MANIFEST_NAME).write_bytes(b"".join(seal_manifest(document)))
 
 
 def set_source(name: str) -> Callable[[dict[str, Any]], None]:
@@ -237,10 +238,10 @@ def test_a_field_of_a_manifest_of_whatever_type_is_read_or_refused(source: Path,
         else:
             inner[path[-1]] = wrong
         try:
-            sealed = seal_manifest(document)
+            sealed = b"".join(seal_manifest(document))
         except ValueError:
             continue  # no JSON
-        (tmp_path / "out" / MANIFEST_NAME).write_text(sealed)
+        (tmp_path / "out" / MANIFEST_NAME).write_bytes(sealed)
         try:
             result = read_result(tmp_path / "out")
         except CheckpointError:

@@ -41,7 +41,6 @@ from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults
-from run_ckpt.storage.checks import check_structure
 from run_ckpt.storage.reference import Reference
 
 if TYPE_CHECKING:
@@ -180,8 +179,6 @@ def convert_checkpoint(
             manifests = conversion.complete()
             if listener:
                 listener.stop()
-            for planned in plans:
-                check_structure(staging.result / planned.name)
             staging.publish()
     return summarize(plans, n_files_resumed=n_resumed, manifests=manifests)
 

@@ -16,8 +16,9 @@ from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.source.component import open_component
 from convert_ckpt.source.source_card import card_facts
 from run_ckpt.contract.errors import CheckpointError
-from run_ckpt.contract.manifest import MANIFEST_NAME, parse_manifest, seal_manifest
+from run_ckpt.contract.manifest import MANIFEST_NAME, parse_manifest
 from run_ckpt.contract.manifest_checks import manifest_faults
+from run_ckpt.contract.manifest_text import seal_manifest
 from run_ckpt.contract.tensors import DTYPE_BITS, TensorSpec
 from run_ckpt.storage.checks import config_faults
 from run_ckpt.storage.foreign import read_foreign_manifest
@@ -57,7 +58,7 @@ def read_a_manifest(data: bytes) -> None:
     """Read the bytes as a manifest; what is JSON is sealed first, or nothing behind the seal would be reached."""
     try:
         document = json.loads(data)
-        data = seal_manifest(document).encode()
+        data = b"".join(seal_manifest(document))
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
     folder = _fresh("manifest")

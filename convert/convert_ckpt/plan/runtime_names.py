@@ -33,7 +33,7 @@ def overmatched(
     entries = ignore_entries(ignored)
     hit: dict[str, set[str]] = {}
     for module, runtime in quantized.items():
-        for name in {module, runtime} - {None}:
+        for name in {module, runtime or module}:
             for entry in find_entries(entries, name, matching):
                 hit.setdefault(entry, set()).add(module)
     return [

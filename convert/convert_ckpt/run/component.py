@@ -1,10 +1,12 @@
 """The components of a run: what an earlier one finished is taken over, the rest made, then the small files written."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from blake3 import blake3
 
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.run.assignment import Assignment, Maker
@@ -18,8 +20,9 @@ from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
+from run_ckpt.storage.checks import check_written
 from run_ckpt.storage.folders import Folder
-from run_ckpt.storage.hashing import describe_entry
+from run_ckpt.storage.hashing import Digest, describe_entry
 from run_ckpt.storage.units import format_nbytes
 
 # A disk or a network file system answers several readers faster than one.
@@ -68,13 +71,19 @@ class Conversion:
         ]
 
     def complete(self) -> dict[str, Manifest]:
-        """Write the small files of the components, whose shards are all finished; return the manifests."""
+        """Write the small files of the components, whose shards are all finished; return the manifests.
+
+        Raises CheckpointError for a result that run-ckpt verify would refuse without reading a tensor.
+        """
         manifests = {}
         for planned in self.plans:
             with self.staging.open_result(planned.name) as folder:
                 side_files = write_side_files(folder, planned.source, planned.plan)
                 manifest = _complete_manifest(self.opened, planned, self._records(planned), side_files)
-                folder.write(MANIFEST_NAME, manifest.to_json().encode())
+                digest = blake3()
+                folder.write_parts(MANIFEST_NAME, _add_to(digest, manifest.to_json()))
+                headers = {file.name: file.header for file in planned.plan.files}
+                check_written(folder.path, manifest, digest.hexdigest(), headers)
             manifests[planned.name] = manifest
         return manifests
 
@@ -138,6 +147,12 @@ def _check(records: dict[str, FileRecord], folder: Folder, progress: Progress) -
 
     with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
         return {name for name, intact in zip(records, pool.map(is_intact, records), strict=True) if intact}
+
+
+def _add_to(digest: Digest, parts: Iterable[bytes]) -> Iterator[bytes]:
+    for part in parts:
+        digest.update(part)
+        yield part
 
 
 def _complete_manifest(

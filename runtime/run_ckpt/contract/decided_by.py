@@ -27,7 +27,7 @@ DECIDERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DecidedBy:
     """``by`` is one of DECIDERS, ``rule`` the pattern or the layer that it names there, else None."""
 
@@ -37,6 +37,9 @@ class DecidedBy:
     def __post_init__(self) -> None:
         if self.by not in DECIDERS:
             raise ValueError(f"decided_by {self.by!r} is unknown")
+
+    def to_json(self) -> dict[str, str | None]:
+        return {"by": self.by, "rule": self.rule}
 
 
 BY_FORMAT = DecidedBy(FORMAT)

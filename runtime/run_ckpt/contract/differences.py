@@ -31,7 +31,7 @@ def manifest_differences(finished: Manifest, planned: Manifest) -> list[str]:
 
 
 def _planned_part(manifest: Manifest) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(manifest.to_json())
+    document: dict[str, Any] = json.loads(b"".join(manifest.to_json()))
     for layer in document["layers"].values():
         for name in _MEASURED:
             layer.pop(name, None)

@@ -156,6 +156,12 @@ class Scheme:
         """What was chosen where the format leaves a choice: its layout or its granularity."""
         return self.layout.name if len(self.format.layouts) > 1 else self.granularity
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of each layer that is stored so."""
+        names = {"format": self.format.name, "layout": self.layout.name, "granularity": self.granularity}
+        return {**names, **self.format.facts, **self.layout.facts, "target_arch": self.layout.target_arch}
+
     @property
     def block(self) -> tuple[int | None, int | None]:
         """Rows and columns that share a scale, None for all there are."""

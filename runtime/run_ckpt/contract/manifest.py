@@ -2,23 +2,21 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 from run_ckpt.contract.decided_by import BY_FORMAT, BY_KIND, DecidedBy
 from run_ckpt.contract.errors import ManifestError
 from run_ckpt.contract.folds import Fold, FoldedRows
 from run_ckpt.contract.formats import QuantFormat, Scheme, read_scheme
+from run_ckpt.contract.manifest_text import is_sealed, seal_manifest
 from run_ckpt.contract.manifest_types import type_faults
 from run_ckpt.contract.tensors import TensorSpec
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "quantization_manifest.json"
-_SEAL = "blake3_of_the_rest"
-_END = "\n}"
 
 WEIGHT = "weight"
 WEIGHT_SCALE = "weight_scale"
@@ -33,7 +31,7 @@ RTN, GPTQ = METHODS = ("rtn", "gptq")
 _OPTIONAL = ("method", "output_sqnr_db", "n_stacked")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One quantized linear layer, stored as ``scheme`` says. Its weight is [N, K], K the reduction axis.
 
@@ -83,13 +81,16 @@ class Layer:
         return {role: TensorSpec(name, *by_role[role]) for role, name in self.tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
-        absent = {name for name in _OPTIONAL if getattr(self, name) is None}
-        fields = {name: value for name, value in vars(self).items() if name not in {"scheme", *absent}}
-        layout = self.scheme.layout
-        stored = {"format": self.format.name, "layout": layout.name, "granularity": self.scheme.granularity}
-        facts = {**self.format.facts, **layout.facts, "target_arch": layout.target_arch}
-        derived = {"scale_shape": list(self.scale_shape), "decided_by": vars(self.decided_by)}
-        return {**fields, **derived, **stored, **facts}
+        fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        fields |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
+        derived = {"scale_shape": list(self.scale_shape), "decided_by": self.decided_by.to_json()}
+        return {**fields, **derived, **self.scheme.facts}
+
+
+# What is the same in the manifest.
+_PLAIN_FIELDS = tuple(
+    name for name in Layer.__dataclass_fields__ if name not in {"scheme", "scale_shape", "decided_by", *_OPTIONAL}
+)
 
 
 def sqnr_db(squared_signal: float, squared_error: float) -> float | None:
@@ -104,13 +105,16 @@ def sqnr_db(squared_signal: float, squared_error: float) -> float | None:
     return round(10 * math.log10(squared_signal / squared_error), 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FusedScale:
     """A tensor that repeats the scales of ``members`` one after the other, for a consumer that fuses."""
 
     spec: TensorSpec
     role: str
     members: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return _spec_json(self.spec, role=self.role, members=self.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,9 @@ class KeptTensor:
     spec: TensorSpec
     reason: str
     decided_by: DecidedBy = BY_KIND
+
+    def to_json(self) -> dict[str, Any]:
+        return _spec_json(self.spec, reason=self.reason, decided_by=self.decided_by.to_json())
 
 
 @dataclass(frozen=True)
@@ -171,45 +178,25 @@ class Manifest:
             specs.update({spec.name: spec for spec in layer.specs().values()})
         return specs
 
-    def to_json(self) -> str:
-        """Return the file's text: equal manifests are equal bytes."""
-        document = {
+    def to_json(self) -> Iterator[bytes]:
+        """Yield the parts of the file's text: equal manifests are equal bytes."""
+        return seal_manifest(self.document())
+
+    def document(self) -> dict[str, Any]:
+        """Return the file's content; entries of layers, kept tensors and fused scales as records with to_json()."""
+        return {
             "schema_version": SCHEMA_VERSION,
             "tool": self.tool,
             "source": self.source,
             "recipe": self.recipe,
-            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
-            "kept": {
-                name: _spec_json(kept.spec, reason=kept.reason, decided_by=vars(kept.decided_by))
-                for name, kept in self.kept.items()
-            },
-            "fused_scales": {
-                name: _spec_json(fused.spec, role=fused.role, members=fused.members)
-                for name, fused in self.fused_scales.items()
-            },
+            "layers": self.layers,
+            "kept": self.kept,
+            "fused_scales": self.fused_scales,
             "unquantized_linears": self.unquantized_linears,
             "targets": self.targets,
             "files": self.files,
             **({"folds": [_fold_to_json(fold) for fold in self.folds]} if self.folds else {}),
         }
-        return seal_manifest(document)
-
-
-def seal_manifest(document: dict[str, Any]) -> str:
-    """Return the file's text for a manifest as JSON: sorted, and last of all the BLAKE3 of the text without it."""
-    unsealed = {key: value for key, value in document.items() if key != _SEAL}
-    text = json.dumps(unsealed, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text.removesuffix(_END) + _seal(text)
-
-
-def _seal(text: str) -> str:
-    digest = blake3(text.encode()).hexdigest()
-    return f',\n "{_SEAL}": "{digest}"{_END}\n'
-
-
-def _is_sealed(text: str) -> bool:
-    body = text.rpartition(f',\n "{_SEAL}"')[0]
-    return text == body + _seal(body + _END)
 
 
 def parse_manifest(path: Path, data: bytes) -> Manifest:
@@ -219,15 +206,14 @@ def parse_manifest(path: Path, data: bytes) -> Manifest:
     or where a derived fact (tie rule, layout name, ...) is not the one this version knows.
     """
     try:
-        text = data.decode()
-        document = json.loads(text)
+        document = json.loads(data.decode())
         version = document["schema_version"]
         if version != SCHEMA_VERSION:
             raise ManifestError(
                 f"{path}: schema version {version!r}; this version reads {SCHEMA_VERSION}."
                 " Convert the source again with this version, or use the version of the tool that the manifest names."
             )
-        if not _is_sealed(text):
+        if not is_sealed(data):
             raise ManifestError(f"{path}: was changed after it was written. Fetch it again, or convert again.")
         if wrong := next(type_faults(document), None):
             raise ValueError(f"{wrong}: is of the wrong type")

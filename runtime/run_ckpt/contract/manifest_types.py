@@ -100,7 +100,8 @@ _TABLES: dict[str, dict[str, Check]] = {
 def type_faults(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield where a manifest, as JSON, holds a value of another type than its field has.
 
-    A field that may be missing may be null. Raises KeyError for a table that is missing.
+    A field that may be missing may be null. Entries of a table may be records with to_json().
+    Raises KeyError for a table that is missing.
     """
     yield from _fields("tool", document["tool"], {"name": _text, "version": _text})
     yield from _fields("source", document["source"], _SOURCE)
@@ -116,7 +117,7 @@ def type_faults(document: Mapping[str, Any]) -> Iterator[str]:
         if not all(map(_text, entries)):
             yield f"a name in {table}"
         for name, entry in entries.items():
-            yield from _fields(f"{table}: {name}", entry, checks)
+            yield from _fields(f"{table}: {name}", entry.to_json() if hasattr(entry, "to_json") else entry, checks)
 
 
 def _fields(where: str, entry: Any, checks: Mapping[str, Check]) -> Iterator[str]:

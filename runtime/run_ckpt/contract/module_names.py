@@ -29,7 +29,10 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 
 
 def matching_names(pattern: str, names: Collection[str], end_of: Callable[[str], str] | None = None) -> list[str]:
-    """Return those of many names that match a pattern. end_of: returns the end of a name that is compared, if not all."""
+    """Return those of many names that match a pattern.
+
+    end_of: returns the end of a name that is compared; default: all of it.
+    """
     first, inner, last = _pattern_parts(pattern)
     if last is None and end_of is None:
         return [pattern] if pattern in names else []

@@ -5,14 +5,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from run_ckpt.contract.dialects.table import header_metadata, quantization_config
-from run_ckpt.contract.errors import FaultsError
+from run_ckpt.contract.errors import FaultsError, ManifestError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX, MAP_NAME
 from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Manifest
 from run_ckpt.contract.manifest_checks import spec_faults
+from run_ckpt.contract.manifest_types import type_faults
 from run_ckpt.storage.files import MAX_INDEX_NBYTES
-from run_ckpt.storage.header import build_header
+from run_ckpt.storage.header import Header, build_header, confirm_header
 from run_ckpt.storage.json_files import make_index, read_json_object
-from run_ckpt.storage.manifest_file import read_checked_manifest
+from run_ckpt.storage.manifest_file import check_manifest, confirm_manifest, read_checked_manifest
 from run_ckpt.storage.shards import TensorFolder, read_folder
 
 _REFETCH = "Fetch it again, or convert again."
@@ -24,28 +25,52 @@ def check_structure(path: Path) -> None:
     This is what run-ckpt verify finds without reading a tensor or hashing a file.
     """
     manifest, folder = read_checked_manifest(path), read_folder(path)
-    faults = [*unlisted_faults(path, manifest), *config_faults(path, manifest)]
+    _check(path, manifest, folder, text_faults(folder))
+
+
+def check_written(path: Path, manifest: Manifest, digest: str, headers: Mapping[str, Header]) -> None:
+    """Check as check_structure what was just written to ``path``, and raise as it.
+
+    What is known need not be parsed again, only compared with the bytes on the disk: ``headers`` of the shards, as
+    build_header made them, and ``manifest``, whose text has the BLAKE3 ``digest``.
+    """
+    confirm_manifest(path, digest)
+    if wrong := next(type_faults(manifest.document()), None):
+        raise ManifestError(f"{path / MANIFEST_NAME}: {wrong}: is of the wrong type. Report this with the command.")
+    check_manifest(path, manifest)
+    _check(path, manifest, read_folder(path, lambda shard: confirm_header(shard, headers[shard.name])), [])
+
+
+def _check(path: Path, manifest: Manifest, folder: TensorFolder, found: list[str]) -> None:
+    faults = [*unlisted_faults(path, manifest), *config_faults(path, manifest), *found]
     faults += [*header_faults(manifest, folder), *index_faults(manifest, folder)]
     if faults:
         raise FaultsError(f"{path}: not the checkpoint that its manifest describes", faults)
 
 
 def header_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
-    """Return a sentence for every tensor or header that is not exactly what the manifest implies."""
+    """Return a sentence for every tensor and ``__metadata__`` that is not exactly what the manifest implies."""
     stored = {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()}
     shard_of = {tensor.spec.name: shard.name for shard, tensor in folder.tensors()}
     faults = spec_faults(manifest.specs(), stored, shard_of, "the manifest")
     metadata = header_metadata(manifest)
     for shard in folder.shards:
-        expected = build_header((tensor.spec for tensor in shard.header.tensors), metadata)
         if shard.header.metadata != metadata:
             faults.append(
                 f"{shard.name}: __metadata__ is {_short(dict(shard.header.metadata))}, the {manifest.dialect} dialect"
                 f" says {_short(dict(metadata))}. Convert again."
             )
-        elif shard.header.data != expected.data:
-            faults.append(f"{shard.name}: the header's text or order is not the one safetensors writes. Convert again.")
     return faults + list(_separated(manifest, shard_of))
+
+
+def text_faults(folder: TensorFolder) -> list[str]:
+    """Return a sentence for every header that is another text than safetensors would write for its tensors."""
+    return [
+        f"{shard.name}: the header's text or order is not the one safetensors writes. Convert again."
+        for shard in folder.shards
+        if build_header((tensor.spec for tensor in shard.header.tensors), shard.header.metadata).data
+        != shard.header.data
+    ]
 
 
 def _separated(manifest: Manifest, shard_of: Mapping[str, str]) -> Iterator[str]:

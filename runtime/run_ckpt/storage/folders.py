@@ -5,7 +5,7 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from re import fullmatch
@@ -106,8 +106,15 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file, which is whole or absent after a crash."""
+        self.write_parts(name, [data])
+
+    def write_parts(self, name: str, parts: Iterable[bytes]) -> None:
+        """Write a file of bytes that follow each other, which is whole or absent after a crash."""
+        offset = 0
         with self.replace(name) as fd:
-            write_all(fd, memoryview(data), 0)
+            for part in parts:
+                write_all(fd, memoryview(part), offset)
+                offset += len(part)
 
     def link(self, name: str, target: Path) -> None:
         """Make a symbolic link ``name`` to ``target``."""

@@ -73,13 +73,17 @@ def read_header(path: Path) -> Header:
     Raises HeaderError that lists every fault found: absurd length, bad JSON, repeated names,
     unknown dtypes, sizes that contradict shapes, holes, overlaps, a truncated or overlong file.
     """
-    with open(open_to_read(path), "rb") as file:
-        file_nbytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(LENGTH_NBYTES)
-        length = int.from_bytes(prefix, "little")
-        _check_length(path, len(prefix), length, file_nbytes)
-        text = file.read(length)
-    return parse_header(path.name, prefix + text, file_nbytes)
+    return parse_header(path.name, *_read_bytes(path))
+
+
+def confirm_header(path: Path, written: Header) -> Header:
+    """Return the header of a safetensors file: ``written``, which build_header made, if that is what the file holds.
+
+    Raises HeaderError as read_header.
+    """
+    data, file_nbytes = _read_bytes(path)
+    is_same = data == written.data and file_nbytes == written.file_nbytes
+    return written if is_same else parse_header(path.name, data, file_nbytes)
 
 
 def parse_header(file_name: str, data: bytes, file_nbytes: int) -> Header:
@@ -103,6 +107,16 @@ def parse_header(file_name: str, data: bytes, file_nbytes: int) -> Header:
     if faults:
         raise HeaderError(f"{file_name}: " + "; ".join(faults) + ". Fetch or write this file again.")
     return Header(data, tuple(placed), metadata)
+
+
+def _read_bytes(path: Path) -> tuple[bytes, int]:
+    """Return the bytes of a header, length prefix included, and the size of its file."""
+    with open(open_to_read(path), "rb") as file:
+        file_nbytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(LENGTH_NBYTES)
+        length = int.from_bytes(prefix, "little")
+        _check_length(path, len(prefix), length, file_nbytes)
+        return prefix + file.read(length), file_nbytes
 
 
 def _place(ordered: list[TensorSpec], start: int) -> tuple[StoredTensor, ...]:

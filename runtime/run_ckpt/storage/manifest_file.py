@@ -27,10 +27,26 @@ def read_manifest(folder: Path) -> Manifest:
 def read_checked_manifest(folder: Path) -> Manifest:
     """Return the manifest in ``folder``. Raises ManifestError, or FaultsError where it contradicts itself."""
     manifest = read_manifest(folder)
-    faults = manifest_faults(manifest)
-    if faults:
-        raise FaultsError(f"{folder / MANIFEST_NAME}: contradicts itself", faults)
+    check_manifest(folder, manifest)
     return manifest
+
+
+def check_manifest(folder: Path, manifest: Manifest) -> None:
+    """Raise FaultsError where the manifest in ``folder`` contradicts itself."""
+    if faults := manifest_faults(manifest):
+        raise FaultsError(f"{folder / MANIFEST_NAME}: contradicts itself", faults)
+
+
+def confirm_manifest(folder: Path, digest: str) -> None:
+    """Raise ManifestError unless the manifest in ``folder`` has the BLAKE3 ``digest`` and is one that can be read."""
+    path = folder / MANIFEST_NAME
+    if path.stat().st_size > MAX_MANIFEST_NBYTES:
+        raise ManifestError(
+            f"{path}: takes more than {MAX_MANIFEST_NBYTES:,} bytes, which nothing of ours reads again. Report"
+            " this with the number of tensors."
+        )
+    if hash_path(path) != digest:
+        raise ManifestError(f"{path}: is not what was written a moment ago. Look at the disk, then convert again.")
 
 
 def result_hash(components: Mapping[str, Path]) -> str:

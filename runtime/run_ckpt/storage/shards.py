@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,15 @@ class TensorFolder:
                 yield shard, tensor
 
 
-def read_folder(path: Path) -> TensorFolder:
+def read_shard(path: Path) -> Header:
+    """Return the checked header of a .safetensors or .gguf file. Raises HeaderError."""
+    return read_gguf_header(path) if path.suffix == GGUF_SUFFIX else read_header(path)
+
+
+def read_folder(path: Path, read: Callable[[Path], Header] = read_shard) -> TensorFolder:
     """Return the checkpoint at ``path``, a folder, or one .safetensors or .gguf file, every header checked.
 
+    read: returns the checked header of a shard, raises as read_header.
     Raises FaultsError with all faults: missing, truncated or duplicated shards, an index that
     disagrees with them or names a file outside the folder, and every fault of read_header.
     """
@@ -66,7 +72,7 @@ def read_folder(path: Path) -> TensorFolder:
         else:
             weight_map = None
             names = _find_files(path, faults, notes)
-    shards = _read_shards(root, names, faults)
+    shards = _read_shards(root, names, read, faults)
     faults += _duplicate_faults(shards)
     if weight_map is not None:
         faults += _index_faults(weight_map, shards, {shard.name for shard in shards})
@@ -132,12 +138,12 @@ def _unlisted_notes(folder: Path, listed: list[str], index_name: str) -> list[st
     return [f"{name}: left out, {index_name} does not list it" for name in present if name not in listed]
 
 
-def _read_shards(root: Path, names: list[str], faults: list[str]) -> list[Shard]:
+def _read_shards(root: Path, names: list[str], read: Callable[[Path], Header], faults: list[str]) -> list[Shard]:
     shards = []
     for name in names:
         path = root / name
         try:
-            shards.append(Shard(path, read_gguf_header(path) if path.suffix == GGUF_SUFFIX else read_header(path)))
+            shards.append(Shard(path, read(path)))
         except HeaderError as error:
             faults.append(str(error))
         except FileNotFoundError:

@@ -1,6 +1,6 @@
 """A converted checkpoint written anew, shard by shard: the frame that dequantize and relayout share."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Rewrite:
     ``replaced`` maps a stored tensor to the specs that take its place, none to drop it; all other
     tensors are copied. ``write_layer`` writes the tensors of one layer, called where its weight is
     in ``replaced``. ``rename`` gives a shard its new name. ``config`` is the new config.json, None
-    for no such file; ``manifest`` gives the manifest's text for the table of files, None for none.
+    for no such file; ``manifest`` gives the parts of the manifest for the table of files, None for none.
     """
 
     replaced: Mapping[str, tuple[TensorSpec, ...]]
@@ -47,7 +47,7 @@ class Rewrite:
     metadata: dict[str, str]
     config: dict[str, Any] | None
     rename: Callable[[str], str] = str
-    manifest: Callable[[dict[str, dict[str, Any]]], str] | None = None
+    manifest: Callable[[dict[str, dict[str, Any]]], Iterator[bytes]] | None = None
 
 
 def rewrite(
@@ -99,7 +99,7 @@ def _write_component(checkpoint: Checkpoint, folder: Folder, steps: Rewrite, pro
         folder.write(name, data)
         files[name] = describe_bytes(data)
     if steps.manifest:
-        folder.write(MANIFEST_NAME, steps.manifest(files).encode())
+        folder.write_parts(MANIFEST_NAME, steps.manifest(files))
         check_structure(folder.path)
     else:
         read_folder(folder.path)

@@ -11,7 +11,7 @@ from run_ckpt.contract.foreign import ForeignTensors
 from run_ckpt.contract.manifest import Layer
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
-from run_ckpt.storage.checks import config_faults, header_faults, index_faults, unlisted_faults
+from run_ckpt.storage.checks import config_faults, header_faults, index_faults, text_faults, unlisted_faults
 from run_ckpt.storage.components import Checkpoint, find_components
 from run_ckpt.storage.files import similar_path
 from run_ckpt.storage.foreign import find_quantized
@@ -143,6 +143,7 @@ def verify_component(
     folder = _collect(faults, lambda: read_folder(path))
     if folder is not None:
         faults += header_faults(manifest, folder)
+        faults += text_faults(folder)
         faults += index_faults(manifest, folder)
         with TensorReader(folder) as reader:
             checkpoint = Checkpoint(path, manifest, folder, reader)
