@@ -93,6 +93,15 @@ class Plan:
         """Return output tensor -> name of its file."""
         return {stored.spec.name: file.name for file in self.files for stored in file.header.tensors}
 
+    def quantized_by_file(self) -> dict[str, list[TensorPlan]]:
+        """Return name of each file -> the tensors that are quantized into it."""
+        file_of = self.file_of_tensors()
+        quantized: dict[str, list[TensorPlan]] = {file.name: [] for file in self.files}
+        for tensor in self.tensors:
+            if tensor.layer and (file := file_of.get(tensor.layer.tensors[WEIGHT])):
+                quantized[file].append(tensor)
+        return quantized
+
     @property
     def source_nbytes(self) -> int:
         return sum(tensor.view.nbytes for tensor in (*self.tensors, *self.unused))

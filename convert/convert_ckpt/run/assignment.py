@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from convert_ckpt.plan.plan import Plan
-from convert_ckpt.run.engine import Engine, FileRecord
+from convert_ckpt.run.engine import Engine
 from convert_ckpt.run.layers import MadeLayers, with_layers
 from convert_ckpt.run.memory import n_workers_within
-from convert_ckpt.run.schedule import work_nbytes
+from convert_ckpt.run.output_files import FileRecord
+from convert_ckpt.run.schedule import Slab, list_slabs
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.progress import Progress
 from run_ckpt.storage.folders import Folder
@@ -32,9 +34,14 @@ class Assignment:
     shards: tuple[Shard, ...]
     group_amax: dict[str, int]
 
+    @cached_property
+    def slabs(self) -> list[Slab]:
+        """The work as slabs, in order."""
+        return list_slabs(self.plan, self.group_amax.keys())
+
     def nbytes(self) -> int:
         """Return the sum of what a progress will be told."""
-        return work_nbytes(self.plan, self.group_amax.keys())
+        return sum(slab.work_nbytes for slab in self.slabs)
 
     def carry_out(
         self,
@@ -56,7 +63,9 @@ class Assignment:
             on_file(name, with_layers(record, made))
 
         provider = self.opened.provide_shards(self.component, self.shards, fetched, progress)
-        engine = Engine(self.plan, self.shards, folder, self.group_amax, on_made, progress, provider, tensors)
+        engine = Engine(
+            self.plan, self.slabs, self.shards, folder, self.group_amax, on_made, progress, provider, tensors
+        )
         return engine.run(n_workers)
 
 

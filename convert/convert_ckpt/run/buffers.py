@@ -1,8 +1,11 @@
 """Byte buffers that one worker reuses."""
 
 import mmap
+from itertools import accumulate
 
 import numpy as np
+
+_LINE_NBYTES = 64
 
 
 class Buffers:
@@ -17,3 +20,9 @@ class Buffers:
             space = np.empty(nbytes + mmap.PAGESIZE, np.uint8)
             self._buffers[name] = space[-space.ctypes.data % mmap.PAGESIZE :]
         return self._buffers[name][:nbytes]
+
+    def get_parts(self, name: str, sizes: list[int]) -> list[np.ndarray]:
+        """Return a part for each of ``sizes`` of one such buffer; each begins a cache line."""
+        ends = list(accumulate(-(-nbytes // _LINE_NBYTES) * _LINE_NBYTES for nbytes in sizes))
+        buffer = self.get(name, ends[-1])
+        return [buffer[start : start + nbytes] for start, nbytes in zip([0, *ends], sizes, strict=False)]

@@ -10,8 +10,8 @@ from blake3 import blake3
 
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.run.assignment import Assignment, Maker
-from convert_ckpt.run.engine import FileRecord
 from convert_ckpt.run.fingerprint import check_unchanged, shard_identities
+from convert_ckpt.run.output_files import FileRecord
 from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.schedule import narrow
 from convert_ckpt.run.share import Share, files_of_share

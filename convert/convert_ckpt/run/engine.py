@@ -2,7 +2,7 @@
 
     slabs in one order: shard by shard, each shard byte by byte, the second reading of a scale group after its first
       |
-      |  taken one at a time
+      |  taken one at a time, small ones together
       v
     worker x N     read -------> hash -------------> quantize or copy ---> write
                    waits until   waits until the     an encode waits       waits until nobody
@@ -24,7 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,9 +35,9 @@ from convert_ckpt.run.decode import EncodedRows, decode, has_nan, read_rows, sto
 from convert_ckpt.run.folded import fold_bits
 from convert_ckpt.run.identity import identity_fault
 from convert_ckpt.run.nonfinite import NonFiniteElements
-from convert_ckpt.run.output_files import OutputFiles
+from convert_ckpt.run.output_files import FileRecord, OutputFiles
 from convert_ckpt.run.readers import ShardReaders
-from convert_ckpt.run.schedule import Slab, list_slabs, scale_group
+from convert_ckpt.run.schedule import Slab, list_turns, scale_group
 from convert_ckpt.run.slab import (
     ErrorSums,
     TensorWrite,
@@ -63,16 +63,6 @@ if TYPE_CHECKING:  # see _make_calibrated
 _IN_FLIGHT_NBYTES = 384 * 2**20
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """What is known of a finished output file: what the manifest needs, and the amax of its groups."""
-
-    file: dict[str, Any]
-    layers: dict[str, dict[str, Any]]
-    sources: dict[str, dict[str, Any]]
-    group_amax: dict[str, int]
-
-
 class Engine:
     """The making of a plan's files in ``folder``: of a whole component, or of a share of one (schedule.narrow).
 
@@ -84,6 +74,7 @@ class Engine:
     def __init__(
         self,
         plan: Plan,
+        slabs: list[Slab],
         shards: Iterable[Shard],
         folder: Folder,
         group_amax: Mapping[str, int],
@@ -96,23 +87,25 @@ class Engine:
         self._on_file = on_file
         self._progress = progress
         self._amax = dict(group_amax)
-        self._slabs = list_slabs(plan, self._amax.keys())
+        self._turns = list_turns(slabs)
         self._n_taken = 0
-        self._unscanned = Counter(scale_group(slab.tensor) for slab in self._slabs if slab.action == "scan")
+        self._unscanned = Counter(scale_group(slab.tensor) for slab in slabs if slab.action == "scan")
+        self._quantized = plan.quantized_by_file()
         self._errors: defaultdict[str, list[ErrorSums]] = defaultdict(list)
         self._measured: dict[str, dict[str, Any]] = {}
-        self._calibrated = self._make_calibrated()
+        self._calibrated = _make_calibrated(slabs)
         self._nonfinite = NonFiniteElements()
         self._signal = Signal()
-        self._readers = ShardReaders(shards, provider, self._slabs, self._signal)
-        self._outputs = OutputFiles(plan, folder, self._slabs, self._signal, self._record, made)
+        self._readers = ShardReaders(shards, provider, slabs, self._signal)
+        self._outputs = OutputFiles(plan, folder, slabs, self._signal, self._record, made)
 
     def run(self, n_workers: int) -> dict[str, int]:
         """Make all files; return the amax of all scale groups known now. Raises the first error of any thread.
 
         Weights that hold NaN or infinity are an error when all have been looked at: nothing is written any more then.
         """
-        largest = max((slab.nbytes for slab in self._slabs if not slab.tensor.statistics), default=1)
+        slabs = chain.from_iterable(self._turns)
+        largest = max((slab.nbytes for slab in slabs if not slab.tensor.statistics), default=1)
         n_workers = max(1, min(n_workers, _IN_FLIGHT_NBYTES // max(largest, 1)))
         workers = ThreadPoolExecutor(n_workers, thread_name_prefix="worker")
         try:
@@ -140,26 +133,34 @@ class Engine:
     def _work(self) -> None:
         buffers = Buffers()
         try:
-            while slab := self._take():
-                self._process(slab, buffers)
+            while turn := self._take():
+                self._process(turn, buffers)
         except BaseException as error:
             self._fail(error)
 
-    def _take(self) -> Slab | None:
+    def _take(self) -> list[Slab] | None:
         with self._signal.notify():
-            if self._signal.failure or self._n_taken == len(self._slabs):
+            if self._signal.failure or self._n_taken == len(self._turns):
                 return None
             self._n_taken += 1
-            return self._slabs[self._n_taken - 1]
+            return self._turns[self._n_taken - 1]
 
     def _fail(self, error: BaseException) -> None:
         self._signal.fail(error)
         self._readers.stop()
 
-    def _process(self, slab: Slab, buffers: Buffers) -> None:
-        raw = buffers.get("source", slab.nbytes)
-        self._readers.read(slab, raw)
-        self._readers.hash(slab, raw)
+    def _process(self, turn: list[Slab], buffers: Buffers) -> None:
+        raws = buffers.get_parts("source", [slab.nbytes for slab in turn])
+        self._readers.read(turn, raws)
+        self._readers.hash(turn, raws)
+        for slab, raw in zip(turn, raws, strict=True):
+            self._convert(slab, raw, buffers)
+        self._progress.advance(sum(slab.work_nbytes for slab in turn))
+        self._readers.count(turn)
+        if not self._nonfinite.is_refused:
+            self._outputs.count(turn)
+
+    def _convert(self, slab: Slab, raw: np.ndarray, buffers: Buffers) -> None:
         match slab.action:
             case "copy":
                 self._copy(slab, raw)
@@ -171,10 +172,6 @@ class Engine:
                 self._scan(slab, raw)
             case "quantize" | "encode":
                 self._quantize(slab, raw, buffers)
-        self._progress.advance(slab.work_nbytes)
-        self._readers.count(slab)
-        if not self._nonfinite.is_refused:
-            self._outputs.count(slab)
 
     def _copy(self, slab: Slab, raw: np.ndarray) -> None:
         self._nonfinite.look_at_copy(slab, raw)
@@ -265,13 +262,6 @@ class Engine:
         with self._signal.notify():
             self._errors[layer.module].append(errors)
 
-    def _make_calibrated(self) -> "CalibratedQuantizer | None":
-        if not any(slab.tensor.statistics for slab in self._slabs):
-            return None
-        from convert_ckpt.run.calibrated import CalibratedQuantizer  # its kernels are nothing that a plan needs
-
-        return CalibratedQuantizer()
-
     def _tensor_scale(self, slab: Slab, layer: Layer) -> np.ndarray:
         group = scale_group(slab.tensor)
         assert group is not None
@@ -280,7 +270,7 @@ class Engine:
 
     def _record(self, file: FilePlan, entry: dict[str, Any]) -> None:
         """Report a finished file; ``entry`` is what the manifest says of it."""
-        tensors = [t for t in self._plan.tensors if t.layer and file.holds(t.layer)]
+        tensors = self._quantized[file.name]
         record = FileRecord(
             file=entry,
             layers={t.layer.module: self._measure(t.layer.module) for t in tensors if t.layer},
@@ -296,3 +286,11 @@ class Engine:
         error = math.fsum(part.squared_error for part in errors)
         measured = {"sqnr_db": sqnr_db(signal, error), "max_abs_error": max(part.largest for part in errors)}
         return {**measured, **self._measured.get(module, {})}
+
+
+def _make_calibrated(slabs: list[Slab]) -> "CalibratedQuantizer | None":
+    if not any(slab.tensor.statistics for slab in slabs):
+        return None
+    from convert_ckpt.run.calibrated import CalibratedQuantizer  # its kernels are nothing that a plan needs
+
+    return CalibratedQuantizer()

@@ -16,10 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from convert_ckpt.run.assignment import Assignment, OnFile
 from convert_ckpt.run.cluster import Cluster
-from convert_ckpt.run.engine import FileRecord
 from convert_ckpt.run.fleet_progress import LOOK_SECONDS, Report, Shown, Tally
 from convert_ckpt.run.layers import MadeLayers
 from convert_ckpt.run.memory import largest_layer, n_workers_within
+from convert_ckpt.run.output_files import FileRecord
 from convert_ckpt.run.tasks import Task, file_tasks, scan_tasks
 from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.progress import Progress

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from convert_ckpt.plan.plan import FilePlan, Plan, TensorPlan
-from convert_ckpt.run.engine import FileRecord
+from convert_ckpt.run.output_files import FileRecord
 from run_ckpt.storage.header import build_header
 
 

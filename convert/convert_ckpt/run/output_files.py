@@ -3,18 +3,29 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from convert_ckpt.plan.plan import FilePlan, Plan
-from convert_ckpt.run.schedule import Slab, list_places
+from convert_ckpt.run.schedule import Places, Slab
 from convert_ckpt.run.wait import Signal
 from run_ckpt.storage.folders import Folder
 from run_ckpt.storage.writer import ShardWriter
 
 # One hashes a finished file while the other waits for the disk.
 _N_THREADS = 2
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What is known of a finished output file: what the manifest needs, and the amax of its groups."""
+
+    file: dict[str, Any]
+    layers: dict[str, dict[str, Any]]
+    sources: dict[str, dict[str, Any]]
+    group_amax: dict[str, int]
 
 
 class OutputFiles:
@@ -34,7 +45,7 @@ class OutputFiles:
         made: Mapping[str, np.ndarray],
     ):
         self._files = {file.name: file for file in plan.files}
-        self._places = list_places(plan)
+        self._places = Places(plan)
         self._folder = folder
         self._signal = signal
         self._on_finished = on_finished
@@ -50,14 +61,15 @@ class OutputFiles:
 
     def write(self, tensor: str, offset: int, data: np.ndarray) -> None:
         """Write to byte ``offset`` of an output tensor, wherever a file of the plan has it."""
-        for place in self._places.get(tensor, ()):
+        for place in self._places.find(tensor):
             self._writer(place.file).write(place.tensor, place.offset + offset, data.data)
 
-    def count(self, slab: Slab) -> None:
-        """Note that a slab is written; after its last one a file is finished in the background."""
+    def count(self, slabs: list[Slab]) -> None:
+        """Note that slabs are written; after its last one a file is finished in the background."""
+        written = Counter(name for slab in slabs for name in slab.outputs)
         with self._signal.notify():
-            self._unwritten.subtract(slab.outputs)
-            complete = [name for name in slab.outputs if self._unwritten[name] == 0]
+            self._unwritten.subtract(written)
+            complete = [name for name in written if self._unwritten[name] == 0]
         for name in complete:
             self._background.submit(self._finish, name)
 

@@ -18,6 +18,8 @@ from run_ckpt.storage.reader import cut_bytes
 SLAB_NBYTES = 2 * 2**20
 # A weight that is stored transposed is read in more at once: a column for each row of it, so the longer the better.
 _SLABS_OF_COLUMNS = 4
+# What one preadv fills: Linux takes 1024 buffers. A hundred already hide the cost of a turn.
+_SLABS_AT_ONCE = 128
 # Two encodes per scan, so the backlog shrinks.
 _ENCODES_PER_SCAN = 2
 
@@ -71,17 +73,29 @@ class Place:
     offset: int = 0
 
 
-def list_places(plan: Plan) -> dict[str, list[Place]]:
-    """Return output tensor -> its places in the files of ``plan``: its own, and one that repeats it."""
-    file_of = plan.file_of_tensors()
-    places = {name: [Place(file, name)] for name, file in file_of.items()}
-    for fused in plan.manifest.fused_scales.values():
-        offset = 0
-        for member in fused.members:
-            spec = plan.manifest.layers[member].specs()[fused.role]
-            places.setdefault(spec.name, []).append(Place(file_of[fused.spec.name], fused.spec.name, offset))
-            offset += spec.nbytes
-    return places
+class Places:
+    """Where the output tensors are in the files of ``plan``: each in its own place, some in one that repeats it too."""
+
+    def __init__(self, plan: Plan):
+        self._file_of = plan.file_of_tensors()
+        self._repeated: dict[str, list[Place]] = {}
+        for fused in plan.manifest.fused_scales.values():
+            offset = 0
+            for member in fused.members:
+                spec = plan.manifest.layers[member].specs()[fused.role]
+                place = Place(self._file_of[fused.spec.name], fused.spec.name, offset)
+                self._repeated.setdefault(spec.name, []).append(place)
+                offset += spec.nbytes
+
+    def file_of(self, tensor: str) -> str | None:
+        """Return the file that has an output tensor's own place, None where that is no file of the plan."""
+        return self._file_of.get(tensor)
+
+    def find(self, tensor: str) -> Iterator[Place]:
+        """Yield the places of an output tensor."""
+        if file := self._file_of.get(tensor):
+            yield Place(file, tensor)
+        yield from self._repeated.get(tensor, ())
 
 
 def narrow(plan: Plan, names: Collection[str], known_groups: Collection[str]) -> Plan:
@@ -120,11 +134,6 @@ def scale_group(tensor: TensorPlan) -> str | None:
     return layer.fused_group or layer.module
 
 
-def work_nbytes(plan: Plan, known_groups: Collection[str]) -> int:
-    """Return the sum of what the slabs of a plan count for in the progress."""
-    return sum(slab.work_nbytes for slab in list_slabs(plan, known_groups))
-
-
 def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     """Return the slabs of all files of a plan, shard by shard.
 
@@ -132,7 +141,7 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     follows the scan of its last member, so that a worker that waits for a scan waits for a slab that was taken before.
     known_groups: groups whose amax is known, so that nothing is scanned.
     """
-    places = list_places(plan)
+    places = Places(plan)
     hashed: dict[str, list[str]] = {}
     for file in plan.files:
         for shard in file.source_shards:
@@ -143,7 +152,7 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     n_hashed: Counter[str] = Counter()
     for tensor in sorted([*plan.tensors, *plan.unused], key=lambda tensor: (tensor.shard, tensor.view.offset)):
         names = tensor.layer.tensors.values() if tensor.layer else [tensor.spec.name]
-        files = tuple(dict.fromkeys(place.file for name in names for place in places.get(name, ())))
+        files = tuple(dict.fromkeys(place.file for name in names for place in places.find(name)))
         is_unused = tensor.spec.name in unused
         group, whole = None if is_unused else scale_group(tensor), bool(tensor.statistics)
         action: Action = "encode" if group else _action(tensor)
@@ -179,6 +188,19 @@ def _matrix_ranges(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
         nbytes = spec.nbytes // spec.shape[0] * columns.width * columns.n_matrices
         for start, count in cut_bytes(nbytes):
             yield columns.offset + start, count
+
+
+def list_turns(slabs: list[Slab]) -> list[list[Slab]]:
+    """Return the slabs in the same order, cut into what a worker takes at once: small ones together."""
+    turns: list[list[Slab]] = []
+    nbytes = SLAB_NBYTES
+    for slab in slabs:
+        if nbytes + slab.nbytes > SLAB_NBYTES or len(turns[-1]) == _SLABS_AT_ONCE:
+            turns.append([])
+            nbytes = 0
+        turns[-1].append(slab)
+        nbytes += max(slab.nbytes, 1)
+    return turns
 
 
 def _action(tensor: TensorPlan) -> Action:

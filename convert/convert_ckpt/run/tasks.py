@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 
 from convert_ckpt.plan.plan import Plan, TensorPlan
 from convert_ckpt.run.assignment import Assignment
-from convert_ckpt.run.engine import FileRecord
 from convert_ckpt.run.layers import MadeLayers, read_made, set_apart
+from convert_ckpt.run.output_files import FileRecord
 from convert_ckpt.run.schedule import list_scans, list_slabs, narrow
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.progress import Progress

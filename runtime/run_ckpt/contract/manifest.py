@@ -114,7 +114,7 @@ class FusedScale:
     members: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return _spec_json(self.spec, role=self.role, members=self.members)
+        return _spec_json(self.spec, role=self.role, members=list(self.members))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,19 @@ COPY_NBYTES = 8 * 2**20
 
 def read_fully(fd: int, view: memoryview, offset: int, name: str) -> None:
     """Fill ``view`` (bytes) from byte ``offset`` of the open file ``name``. Raises CheckpointError if the file ends."""
-    while view:
-        n_read = os.preadv(fd, [view], offset)
+    read_parts(fd, [view], offset, name)
+
+
+def read_parts(fd: int, views: list[memoryview], offset: int, name: str) -> None:
+    """Fill ``views``, one after the other, as read_fully."""
+    while views := [view for view in views if view]:
+        n_read = os.preadv(fd, views, offset)
         if n_read == 0:
             raise CheckpointError(f"{name}: ended at byte {offset} while it was read. Fetch it again.")
-        view, offset = view[n_read:], offset + n_read
+        offset += n_read
+        while views and n_read >= len(views[0]):
+            n_read -= len(views.pop(0))
+        views[:1] = [view[n_read:] for view in views[:1]]
 
 
 def cut_bytes(nbytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
