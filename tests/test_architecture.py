@@ -26,7 +26,7 @@ MAX_LINES = 300
 # Package -> the files (or folders, with a slash) that may import it.
 HOMES: dict[str, tuple[str, ...]] = {
     "blake3": (
-        "run_ckpt/contract/manifest.py",
+        "run_ckpt/contract/manifest_text.py",
         "run_ckpt/storage/hashing.py",
         "convert_ckpt/run/fingerprint.py",
         "convert_ckpt/run/readers.py",

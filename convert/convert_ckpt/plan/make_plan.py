@@ -122,8 +122,9 @@ def _make_tensors(
         reason = _describe_codes(decision.reason, encoded, layer)
         fold = fold_of.get(view.spec.name)
         tensor = TensorPlan(view, layer, reason, decision.decided_by, None, fold, encoded)
-        if layer and not tensor.is_passed_through:
-            tensor = replace(tensor, statistics=calibration.hessians.get(layer.module))
+        statistics = calibration.hessians.get(layer.module) if layer else None
+        if statistics and not tensor.is_passed_through:
+            tensor = replace(tensor, statistics=statistics)
         tensors.append(tensor)
     return tuple(tensors)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from run_ckpt.storage.layer_statistics import InputStatistics
 from run_ckpt.storage.views import View
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """One source tensor: where it lies and what it becomes.
 
@@ -43,7 +42,7 @@ class TensorPlan:
     def shard(self) -> str:
         return self.view.shard
 
-    @cached_property
+    @property
     def output_nbytes(self) -> int:
         """Bytes of what it becomes."""
         return sum(spec.nbytes for spec in self.layer.specs().values()) if self.layer else self.spec.nbytes

@@ -1,12 +1,10 @@
 """The components of a run: what an earlier one finished is taken over, the rest made, then the small files written."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
-
-from blake3 import blake3
 
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.run.assignment import Assignment, Maker
@@ -22,7 +20,7 @@ from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.checks import check_written
 from run_ckpt.storage.folders import Folder
-from run_ckpt.storage.hashing import Digest, describe_entry
+from run_ckpt.storage.hashing import describe_entry, write_parts
 from run_ckpt.storage.units import format_nbytes
 
 # A disk or a network file system answers several readers faster than one.
@@ -80,10 +78,9 @@ class Conversion:
             with self.staging.open_result(planned.name) as folder:
                 side_files = write_side_files(folder, planned.source, planned.plan)
                 manifest = _complete_manifest(self.opened, planned, self._records(planned), side_files)
-                digest = blake3()
-                folder.write_parts(MANIFEST_NAME, _add_to(digest, manifest.to_json()))
+                digest = write_parts(folder, MANIFEST_NAME, manifest.to_json())
                 headers = {file.name: file.header for file in planned.plan.files}
-                check_written(folder.path, manifest, digest.hexdigest(), headers)
+                check_written(folder.path, manifest, digest, headers)
             manifests[planned.name] = manifest
         return manifests
 
@@ -147,12 +144,6 @@ def _check(records: dict[str, FileRecord], folder: Folder, progress: Progress) -
 
     with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
         return {name for name, intact in zip(records, pool.map(is_intact, records), strict=True) if intact}
-
-
-def _add_to(digest: Digest, parts: Iterable[bytes]) -> Iterator[bytes]:
-    for part in parts:
-        digest.update(part)
-        yield part
 
 
 def _complete_manifest(

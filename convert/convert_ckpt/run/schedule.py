@@ -279,6 +279,9 @@ def split(tensor: TensorPlan, *, whole: bool = False) -> Iterator[tuple[int, int
 
     whole: as one slab. An empty tensor is one too.
     """
+    if len(tensor.view.ranges) == 1 and 2 * max(tensor.view.nbytes, tensor.spec.nbytes) <= SLAB_NBYTES:
+        yield 0, tensor.view.nbytes, 0, tensor.view.offset
+        return
     step, row_nbytes = SLAB_NBYTES, 0
     layers = [layer for layer in (tensor.layer, tensor.encoded and tensor.encoded.layer) if layer]
     if tensor.view.columns:

@@ -23,7 +23,7 @@ class TensorWrite:
     data: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ErrorSums:
     """Sums over elements, in float64: (w - decoded)^2, w^2; and the largest |w - decoded|."""
 

@@ -44,10 +44,16 @@ def manifest_faults(manifest: Manifest) -> list[str]:
 def repeated_names(manifest: Manifest) -> list[str]:
     """Return the names that two tensors have: of the result, or of the source, where ``__metadata__`` is none."""
     kept = [*manifest.kept, METADATA_KEY]
-    stored = [spec.name for layer in manifest.layers.values() for spec in layer.specs().values()]
+    stored = [name for layer in manifest.layers.values() for name in layer.tensors.values()]
     stored += [*kept, *manifest.fused_scales]
     read = [*kept, *(layer.source_tensor for layer in manifest.layers.values())]
-    return sorted({name for names in (stored, read) for name, count in Counter(names).items() if count > 1})
+    return sorted({name for names in (stored, read) for name in _repeated(names)})
+
+
+def _repeated(names: list[str]) -> list[str]:
+    if len(set(names)) == len(names):
+        return []
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def spec_faults(

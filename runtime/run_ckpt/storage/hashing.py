@@ -1,7 +1,7 @@
 """BLAKE3 of files, as the manifest records it."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,19 @@ def _describe(fd: int) -> dict[str, Any]:
         return {"nbytes": os.fstat(fd).st_size, "blake3": hash_file(fd)}
     finally:
         os.close(fd)
+
+
+def write_parts(folder: Folder, name: str, parts: Iterable[bytes]) -> str:
+    """Write a file as Folder.write_parts; return its BLAKE3, hexadecimal."""
+    digest = blake3()
+
+    def hashed() -> Iterator[bytes]:
+        for part in parts:
+            digest.update(part)
+            yield part
+
+    folder.write_parts(name, hashed())
+    return digest.hexdigest()
 
 
 def hash_path(path: Path, advance: Callable[[int], object] = _ignore) -> str:

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from run_ckpt.contract.errors import FaultsError, HeaderError
@@ -26,7 +27,7 @@ class Shard:
     path: Path
     header: Header
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.path.name
 

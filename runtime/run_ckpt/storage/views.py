@@ -83,7 +83,7 @@ class View:
     @property
     def offset(self) -> int:
         """Where the first of its bytes in the shard lies."""
-        return min(offset for offset, _ in self.ranges)
+        return min(self.ranges)[0]
 
     def read(self, start: int, out: np.ndarray, read_at: ReadAt) -> None:
         """Fill ``out``, uint8 [nbytes], with the bytes ``start``.. of the tensor."""
