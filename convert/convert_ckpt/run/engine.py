@@ -280,7 +280,7 @@ class Engine:
         self._on_file(file.name, record)
 
     def _measure(self, module: str) -> dict[str, Any]:
-        errors = self._errors[module]
+        errors = self._errors.pop(module)
         # fsum is exact, so that the order in which the slabs were done leaves no trace.
         signal = math.fsum(part.squared_signal for part in errors)
         error = math.fsum(part.squared_error for part in errors)

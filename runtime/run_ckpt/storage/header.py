@@ -6,6 +6,7 @@ Source: the format's README and safetensors/src/tensor.rs (0.8).
 import json
 import os
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from run_ckpt.storage.containers import describe_container
 from run_ckpt.storage.files import open_to_read
 
 _DTYPE_ORDER = {dtype: order for order, dtype in enumerate(DTYPE_BITS)}
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 LENGTH_NBYTES = 8
 MAX_HEADER_NBYTES = 100_000_000  # MAX_HEADER_SIZE in tensor.rs
 MAX_FILE_NBYTES = 2**63 - 1
@@ -94,12 +96,14 @@ def parse_header(file_name: str, data: bytes, file_nbytes: int) -> Header:
     if not _is_text_map(metadata):
         faults.append(f"{METADATA_KEY} is not a map of text to text")
     placed = []
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each: there may be very many tensors of few shapes
     for name, entry in entries.items():
         fault = _entry_fault(name, entry)
         if fault:
             faults.append(fault)
         else:
-            spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+            shape = tuple(entry["shape"])
+            spec = TensorSpec(name, sys.intern(entry["dtype"]), shapes.setdefault(shape, shape))
             placed.append(StoredTensor(spec, len(data) + entry["data_offsets"][0]))
     placed.sort(key=lambda tensor: (tensor.offset, tensor.end))
     if not faults:
@@ -166,7 +170,7 @@ def _load_json(file_name: str, text: bytes) -> dict[str, Any]:
 def _entry_fault(name: str, entry: Any) -> str | None:
     if not _is_encodable(name):
         return f"{name!r}: a name with half a surrogate pair, which UTF-8 can't hold"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         return f"{name!r}: an entry must hold dtype, shape and data_offsets and nothing else"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -219,7 +223,12 @@ def _is_encodable(text: str) -> bool:
 
 
 def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_FILE_NBYTES for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110 - half the time of all(), for every tensor of every file
+        if type(item) is not int or not 0 <= item <= MAX_FILE_NBYTES:
+            return False
+    return True
 
 
 def _is_text_map(value: Any) -> bool:
