@@ -67,9 +67,10 @@ def count_bytes_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     n_read: Counter[str] = Counter()
     read = ShardReaders.read
 
-    def count(self: ShardReaders, slab: Slab, out: np.ndarray) -> None:
-        n_read[slab.tensor.shard] += slab.nbytes
-        read(self, slab, out)
+    def count(self: ShardReaders, slabs: list[Slab], outs: list[np.ndarray]) -> None:
+        for slab in slabs:
+            n_read[slab.tensor.shard] += slab.nbytes
+        read(self, slabs, outs)
 
     monkeypatch.setattr(ShardReaders, "read", count)
     return n_read
@@ -118,14 +119,15 @@ share, shard_nbytes, n_records = float(sys.argv.pop(1)), int(sys.argv.pop(1)), i
 records = Path(sys.argv[2] + ".partial/records/root")
 read = ShardReaders.read
 
-def read_or_die(self, slab, out):
+def read_or_die(self, slabs, outs):
+    slab = slabs[0]
     n_shards_before = int(slab.tensor.shard[6:11]) - 1
     if (n_shards_before + (slab.offset + slab.nbytes) / shard_nbytes) / 4 > share:
         deadline = time.monotonic() + 60
         while len(list(records.glob("*.json"))) < n_records and time.monotonic() < deadline:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGKILL)
-    read(self, slab, out)
+    read(self, slabs, outs)
 
 ShardReaders.read = read_or_die
 main()

@@ -91,10 +91,10 @@ class QuantFormat:
 
     name: str
     label: str
-    element: ElementFormat
-    scale: ScaleFormat
+    element: ElementFormat = field(hash=False)
+    scale: ScaleFormat = field(hash=False)
     blocks: dict[str, tuple[int | None, int | None]] = field(hash=False)
-    layouts: tuple[Layout, ...]
+    layouts: tuple[Layout, ...] = field(hash=False)
     scale_rules: tuple[str, ...]
     K_granule: int
     min_N: int
@@ -107,9 +107,6 @@ class QuantFormat:
 
     def __repr__(self) -> str:
         return self.name
-
-    def __hash__(self) -> int:
-        return hash(self.name)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -155,12 +152,6 @@ class Scheme:
     def detail(self) -> str:
         """What was chosen where the format leaves a choice: its layout or its granularity."""
         return self.layout.name if len(self.format.layouts) > 1 else self.granularity
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What the manifest says of each layer that is stored so."""
-        names = {"format": self.format.name, "layout": self.layout.name, "granularity": self.granularity}
-        return {**names, **self.format.facts, **self.layout.facts, "target_arch": self.layout.target_arch}
 
     @property
     def block(self) -> tuple[int | None, int | None]:

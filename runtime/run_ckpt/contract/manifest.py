@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,21 @@ class Layer:
         fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         fields |= {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
         derived = {"scale_shape": list(self.scale_shape), "decided_by": self.decided_by.to_json()}
-        return {**fields, **derived, **self.scheme.facts}
+        return {**fields, **derived, **_facts(self.scheme)}
 
 
 # What is the same in the manifest.
 _PLAIN_FIELDS = tuple(
     name for name in Layer.__dataclass_fields__ if name not in {"scheme", "scale_shape", "decided_by", *_OPTIONAL}
 )
+
+
+@cache
+def _facts(scheme: Scheme) -> dict[str, Any]:
+    """Return what is said of each layer that is stored so."""
+    layout = scheme.layout
+    names = {"format": scheme.format.name, "layout": layout.name, "granularity": scheme.granularity}
+    return {**names, **scheme.format.facts, **layout.facts, "target_arch": layout.target_arch}
 
 
 def sqnr_db(squared_signal: float, squared_error: float) -> float | None:
