@@ -85,7 +85,7 @@ def test_pattern_matches_the_whole_name_with_star_for_any_characters(pattern: st
 )
 def test_what_a_stack_of_blocks_is_called_does_not_judge_its_layers(module: str, matches: bool) -> None:
     (rule,) = keep_rules({"*embed*": "why"}, in_block=True)
-    assert rule.matches(module) == matches
+    assert rule.matching([module]) == [module] * matches
 
 
 def test_first_rule_that_matches_decides() -> None:

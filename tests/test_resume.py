@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,10 @@ from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.readers import ShardReaders
 from convert_ckpt.run.schedule import Slab
 from run_ckpt.contract.errors import CheckpointError, FaultsError, PartialRunError
+from run_ckpt.contract.manifest import MANIFEST_NAME
+from run_ckpt.storage.folders import Folder
 from run_ckpt.storage.partial import PartialFolder
+from run_ckpt.storage.writer import ShardWriter
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 
 COMMAND = "import sys; from convert_ckpt.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
@@ -274,3 +279,32 @@ def test_a_scale_repeated_in_another_shard_survives_a_stop(
     assert set(Staging(tmp_path / "out").read_records("root")) == {finished}
     convert(source, tmp_path / "out", **options)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_a_manifest_that_is_not_what_was_written_is_not_published(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Folder.write_parts
+
+    def damage(self: Folder, name: str, parts: Iterable[bytes]) -> None:
+        write(self, name, [*parts, b" "] if name == MANIFEST_NAME else parts)
+
+    monkeypatch.setattr(Folder, "write_parts", damage)
+    with pytest.raises(CheckpointError, match=f"{MANIFEST_NAME}: is not what was written"):
+        convert(source, tmp_path / "out", format="mxfp4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_with_another_header_than_planned_is_not_published(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = ShardWriter.finish
+
+    def damage(self: ShardWriter) -> dict[str, Any]:
+        os.pwrite(self._fd, b"[", 8)
+        return finish(self)
+
+    monkeypatch.setattr(ShardWriter, "finish", damage)
+    with pytest.raises(CheckpointError, match="the header is not valid JSON"):
+        convert(source, tmp_path / "out", format="mxfp4")
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,8 @@
 """The order of the work: every byte read once in order, every weight encoded once, nothing waited for in vain."""
 
+import os
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import pytest
 from convert_ckpt.options import Options
 from convert_ckpt.plan.make_plan import make_plan
 from convert_ckpt.plan.plan import Plan
-from convert_ckpt.run.schedule import Slab, list_slabs, scale_group
+from convert_ckpt.run.schedule import Slab, list_slabs, list_turns, scale_group
 from convert_ckpt.source.component import open_component
+from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.storage.reader import read_parts
 from tests.checkpoints import random_weight, save_checkpoint
 
 
@@ -74,3 +78,26 @@ def test_encoding_alternates_with_reading_on(plan: Plan) -> None:
 def test_a_shard_begins_when_all_of_the_one_before_is_read(plan: Plan) -> None:
     first_readings = [slab.tensor.shard for slab in list_slabs(plan, set()) if slab.hash_order is not None]
     assert first_readings == sorted(first_readings)
+
+
+def test_turns_keep_the_order_and_take_small_slabs_together(plan: Plan) -> None:
+    empty = replace(list_slabs(plan, set())[0], nbytes=0)
+    slabs = [*[empty] * 200, *list_slabs(plan, set())]
+    turns = list_turns(slabs)
+    assert [slab for turn in turns for slab in turn] == slabs
+    assert [len(turn) for turn in turns[:2]] == [128, 73]  # the 72 that are left, and one of 16 KiB
+    assert all(len(turn) == 1 for turn in turns[2:])
+
+
+def test_parts_of_a_file_are_read_one_after_the_other_however_little_a_call_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(20)))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:3]], offset))
+    parts = [bytearray(5), bytearray(0), bytearray(7)]
+    with open(tmp_path / "file", "rb") as file:
+        read_parts(file.fileno(), [memoryview(part) for part in parts], 4, "file")
+        assert b"".join(parts) == bytes(range(4, 16))
+        with pytest.raises(CheckpointError, match="file: ended at byte 20"):
+            read_parts(file.fileno(), [memoryview(bytearray(9))], 12, "file")

@@ -87,10 +87,6 @@ class Places:
                 self._repeated.setdefault(spec.name, []).append(place)
                 offset += spec.nbytes
 
-    def file_of(self, tensor: str) -> str | None:
-        """Return the file that has an output tensor's own place, None where that is no file of the plan."""
-        return self._file_of.get(tensor)
-
     def find(self, tensor: str) -> Iterator[Place]:
         """Yield the places of an output tensor."""
         if file := self._file_of.get(tensor):
@@ -193,13 +189,13 @@ def _matrix_ranges(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
 def list_turns(slabs: list[Slab]) -> list[list[Slab]]:
     """Return the slabs in the same order, cut into what a worker takes at once: small ones together."""
     turns: list[list[Slab]] = []
-    nbytes = SLAB_NBYTES
+    nbytes = 0
     for slab in slabs:
-        if nbytes + slab.nbytes > SLAB_NBYTES or len(turns[-1]) == _SLABS_AT_ONCE:
+        if not turns or nbytes + slab.nbytes > SLAB_NBYTES or len(turns[-1]) == _SLABS_AT_ONCE:
             turns.append([])
             nbytes = 0
         turns[-1].append(slab)
-        nbytes += max(slab.nbytes, 1)
+        nbytes += slab.nbytes
     return turns
 
 
