@@ -1,4 +1,4 @@
-"""Convert the small models of tests/models.py in every way that SGLang reads, and check each in SGLang 0.5.23.
+"""Convert small models of tests/ in every way that SGLang reads, and check each in SGLang 0.5.23.
 
     scripts/setup_sglang.sh DIR
     .venv/bin/python scripts/check_sglang_all.py DIR/bin/python [--models flux1 wan-2.2] [--variants mxfp4]
@@ -32,9 +32,11 @@ from run_ckpt.contract.manifest import Layer  # noqa: E402
 from run_ckpt.progress import Silent  # noqa: E402
 from run_ckpt.storage.manifest_file import read_manifest  # noqa: E402
 from run_ckpt.tools.rewrite.dequantize import dequantize  # noqa: E402
+from tests.model_classes import CLASSES  # noqa: E402
 from tests.models import MODELS, save  # noqa: E402
 
-MODEL_NAMES = tuple(name for name, case in MODELS.items() if case.preset not in ("dense-llm", "text-encoder"))
+CASES = {**MODELS, "anima": CLASSES["anima"]}
+MODEL_NAMES = tuple(name for name, case in CASES.items() if case.preset not in ("dense-llm", "text-encoder"))
 # SGLang's name -> diffusers' name, in Z-Image's config.json: in reduced sizes SGLang needs its own.
 Z_IMAGE_NAMES = {"num_layers": "n_layers", "num_attention_heads": "n_heads", "out_channels": "in_channels"}
 # Heads are shared out whole, and the small Z-Image has six.
@@ -142,7 +144,7 @@ def main() -> int:
 def make_source(name: str, folder: Path) -> Path:
     """Save the BF16 model and return its folder."""
     source = folder / "bf16"
-    save(MODELS[name], MODELS[name].build(), str(source))
+    save(CASES[name], CASES[name].build(), str(source))
     path = source / "config.json"
     config = json.loads(path.read_text())
     if config["_class_name"] == "ZImageTransformer2DModel":

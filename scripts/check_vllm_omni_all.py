@@ -1,4 +1,4 @@
-"""Convert the small models of tests/models.py in every way that vLLM-Omni reads, and check each in vLLM-Omni 0.30.0.
+"""Convert small models of tests/ in every way that vLLM-Omni reads, and check each in vLLM-Omni 0.30.0.
 
     scripts/setup_vllm_omni.sh DIR
     .venv/bin/python scripts/check_vllm_omni_all.py DIR/bin/python [--models flux1 wan-2.2]
@@ -23,9 +23,14 @@ from convert_ckpt.pipeline import convert_checkpoint  # noqa: E402
 from run_ckpt.contract.errors import UsageError  # noqa: E402
 from run_ckpt.progress import Silent  # noqa: E402
 from run_ckpt.storage.manifest_file import read_manifest  # noqa: E402
+from tests.model_classes import CLASSES  # noqa: E402
 from tests.models import MODELS, save  # noqa: E402
 
-MODEL_NAMES = ("flux1", "flux2", "qwen-image", "wan-2.2", "wan-2.1-i2v", "ltx2", "z-image", "z-image-wide")
+CASES = {**MODELS, **CLASSES}
+MODEL_NAMES = (
+    *("flux1", "flux2", "qwen-image", "wan-2.2", "wan-2.1-i2v", "ltx2", "z-image", "z-image-wide"),
+    *("wan-vace", "hunyuan-video-1.5"),
+)
 # Heads are shared out whole.
 MAX_RANKS = {"z-image": 2}
 VARIANTS = {
@@ -45,7 +50,7 @@ def main() -> int:
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "bf16"
-            save(MODELS[name], MODELS[name].build(), str(source))
+            save(CASES[name], CASES[name].build(), str(source))
             outputs = [output for key in VARIANTS if (output := convert(name, source, key))]
             by_plugin = [output for output in outputs if read_manifest(output).dialect == "mxfp4"]
             by_itself = [output for output in outputs if output not in by_plugin]

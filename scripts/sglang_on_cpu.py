@@ -28,6 +28,7 @@ MODEL_IDS = {
     "WanTransformer3DModel": "Wan2.2-T2V-A14B-Diffusers",
     "HunyuanVideoTransformer3DModel": "HunyuanVideo",
     "LTX2VideoTransformer3DModel": "LTX-2",
+    "CosmosTransformer3DModel": "Anima-Base-v1.0-Diffusers",
 }
 WAN_IMAGE_TO_VIDEO = "Wan2.1-I2V-14B-480P-Diffusers"
 

@@ -34,6 +34,8 @@ PIPELINES = {
     "QwenImageTransformer2DModel": "QwenImagePipeline",
     "WanTransformer3DModel": "WanPipeline",
     "LTX2VideoTransformer3DModel": "LTX2Pipeline",
+    "WanVACETransformer3DModel": "WanVACEPipeline",
+    "HunyuanVideo15Transformer3DModel": "HunyuanVideo15ImageToVideoPipeline",
 }
 WAN_IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 _OTHER_COMPONENTS = re.compile(

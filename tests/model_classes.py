@@ -24,6 +24,18 @@ _HUNYUAN = {
     "text_embed_dim": TEXT_DIM,
 }
 _HUNYUAN_INPUTS = {**TEXT, **MASK, "timestep": BF16_STEP}
+_COSMOS = {
+    **HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": TEXT_DIM,
+    "adaln_lora_dim": 32,
+    "max_size": (4, 8, 8),
+    "concat_padding_mask": False,  # torchvision would resize it
+}
+_COSMOS_INPUTS = {**TEXT, "hidden_states": VIDEO, "timestep": HALF, "fps": 16}
 _WAN_INPUTS = {**TEXT, "timestep": STEP}
 
 
@@ -157,18 +169,15 @@ _CASES = (
         "cosmos",
         "cosmos",
         "CosmosTransformer3DModel",
-        {
-            **HEADS,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 1,
-            "mlp_ratio": 2.0,
-            "text_embed_dim": TEXT_DIM,
-            "adaln_lora_dim": 32,
-            "max_size": (4, 8, 8),
-            "concat_padding_mask": False,  # torchvision would resize it
-        },
-        {**TEXT, "hidden_states": VIDEO, "timestep": HALF, "fps": 16},
+        _COSMOS,
+        _COSMOS_INPUTS,
+    ),
+    _case(
+        "anima",
+        "cosmos",
+        "CosmosTransformer3DModel",
+        {**_COSMOS, "extra_pos_embed_type": None},
+        _COSMOS_INPUTS,
     ),
     _case(
         "ltx",

@@ -20,6 +20,8 @@ from run_ckpt.tools.assemble import assemble
 from run_ckpt.tools.publish.consumers import _CONSUMERS
 from run_ckpt.tools.rewrite.relayout import relayout
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, random_weight, save_checkpoint
+from tests.model_classes import CLASSES
+from tests.models import save
 
 FEED_FORWARD = {f"transformer_blocks.0.{part}" for part in ("ff.net.0.proj", "ff.net.2")} | {
     f"transformer_blocks.0.{part}" for part in ("ff_context.net.0.proj", "ff_context.net.2")
@@ -268,3 +270,23 @@ def test_a_class_that_no_preset_knows_is_for_no_server(tmp_path: Path) -> None:
     assert (targets["diffusers"], targets["run-ckpt"]) == (None, None)
     with pytest.raises(FaultsError, match="no preset knows what SGLang makes of"):
         convert(source, tmp_path / "other", format="fp8", preset="generic", target="sglang")
+
+
+@pytest.mark.parametrize(
+    ("name", "sglang", "omni"),
+    [
+        ("lumina2", "SGLang has no Lumina2Transformer2DModel", "was not seen to load a Lumina2Transformer2DModel"),
+        ("sd3.5", "builds all linears of this class plain", "builds all linears of this class plain"),
+        ("cosmos", "has this class for Anima alone", "was not seen to load a CosmosTransformer3DModel"),
+        ("anima", None, "was not seen to load a CosmosTransformer3DModel"),
+    ],
+)
+def test_a_result_says_which_servers_have_its_class(
+    tmp_path: Path, name: str, sglang: str | None, omni: str | None
+) -> None:
+    save(CLASSES[name], CLASSES[name].build(), str(tmp_path / "in"))
+    convert(tmp_path / "in", tmp_path / "out", format="fp8")
+    targets = read_manifest(tmp_path / "out").targets
+    for server, reason in (("sglang", sglang), ("vllm-omni", omni)):
+        assert (targets[server] is None) == (reason is None)
+        assert (reason or "") in (targets[server] or "")

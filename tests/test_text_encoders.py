@@ -58,7 +58,11 @@ def _mistral() -> nn.Module:
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
-MODELS = {"qwen2.5-vl": _qwen, "gemma3": _gemma, "mistral3": _mistral}
+def _gemma2() -> nn.Module:
+    return transformers.Gemma2Model(transformers.Gemma2Config(**_TEXT))
+
+
+MODELS = {"qwen2.5-vl": _qwen, "gemma3": _gemma, "mistral3": _mistral, "gemma2": _gemma2}
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -61,7 +61,7 @@ class Runtime:
     ``names_if`` maps a pattern to names that hold instead where the checkpoint has such a module.
     ``keep`` maps a pattern to the reason why a linear that has a name must stay as it is for this target.
     ``ignores`` is False where linears are built without names, so that no ignore list reaches them.
-    ``refuses`` says why it runs no quantized result of the class at all.
+    ``refuses`` maps a pattern on tensor names to the reason why it runs no quantized result of what has such a tensor.
     """
 
     names: dict[str, str] = field(default_factory=lambda: {"*": "*"})
@@ -69,7 +69,7 @@ class Runtime:
     index_follows: dict[str, str] = field(default_factory=dict)
     keep: dict[str, str] = field(default_factory=dict)
     ignores: bool = True
-    refuses: str | None = None
+    refuses: dict[str, str] = field(default_factory=dict)
 
 
 # Of a target that takes every linear under its name in the checkpoint.
@@ -129,7 +129,7 @@ def load_preset(name: str) -> Preset:
         fused=(*(base.fused if base else ()), *fused),
         folds=(*(base.folds if base else ()), *folds),
         runtimes={
-            target: Runtime(**{**entry, "keep": _reasons(entry.get("keep", {}))})
+            target: Runtime(**{**entry, **{key: _reasons(entry.get(key, {})) for key in ("keep", "refuses")}})
             for target, entry in table.get("runtimes", {}).items()
         },
         dialect=table.get("dialect"),

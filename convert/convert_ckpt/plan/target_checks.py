@@ -10,6 +10,7 @@ from convert_ckpt.plan.preset import GENERIC
 from convert_ckpt.plan.runtime_names import find_entries, ignore_entries, overmatched
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, Scheme
 from run_ckpt.contract.manifest import Manifest
+from run_ckpt.contract.module_names import matches_pattern
 from run_ckpt.contract.targets import TARGETS, Reading, Target
 
 
@@ -87,9 +88,9 @@ class _Judge:
     def verdict(self, target: Target) -> Verdict:
         context, manifest = self.context, self.manifest
         class_name, preset = context.source.class_name or "model of unknown class", context.preset.name
-        runtime = context.preset.runtime(target.name)
-        if runtime.refuses:
-            return Verdict(refusal=f"{target.title} {runtime.refuses}")
+        for pattern, reason in context.preset.runtime(target.name).refuses.items():
+            if any(matches_pattern(pattern, view.spec.name) for view in context.source.views):
+                return Verdict(refusal=f"{target.title} {reason}")
         schemes = self.schemes
         reading = target.find_reading(context.naming, preset, class_name, manifest.dialect, schemes)
         if isinstance(reading, str):

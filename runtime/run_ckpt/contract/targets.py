@@ -86,9 +86,9 @@ class Target:
 _ROWWISE = ("flux1", "flux2", "qwen-image")
 # vLLM-Omni 0.30.0 has no pipeline for HunyuanVideo 1.0; under modelopt it rebuilds Wan's transformers by a name that it
 # looks up wrongly; and it hands FP8 on to FLUX.2's text encoder, which only modelopt can ignore.
-_OMNI_MODELOPT = ("flux1", "flux2", "ltx2", "qwen-image", "z-image")
-_OMNI_FP8 = ("flux1", "ltx2", "qwen-image", "wan", "z-image")
-_OMNI = ("flux1", "flux2", "ltx2", "qwen-image", "wan", "z-image")
+_OMNI_MODELOPT = ("flux1", "flux2", "hunyuan-video-1.5", "ltx2", "qwen-image", "z-image")
+_OMNI_FP8 = ("flux1", "hunyuan-video-1.5", "ltx2", "qwen-image", "wan", "wan-vace", "z-image")
+_OMNI = ("flux1", "flux2", "hunyuan-video-1.5", "ltx2", "qwen-image", "wan", "wan-vace", "z-image")
 # Whose experts lie in tensors that no layer of ours takes.
 _GPT_OSS = ("gpt-oss",)
 # Whose quantization_config may hold our key, by which our loader and plug-ins know what is quantized.
