@@ -67,7 +67,8 @@ def summed_alike(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def test_every_preset_has_a_real_model() -> None:
-    assert {case.preset for case in CASES.values()} == set(preset_names())
+    # gpt-oss has its own in tests/experts.py.
+    assert {case.preset for case in CASES.values()} | {"gpt-oss"} == set(preset_names())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
