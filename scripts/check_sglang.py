@@ -234,7 +234,8 @@ def _compare_product(report: Report, key: str, linear: torch.nn.Module, weight: 
     x = torch.randn(2, 3, weight.shape[1]).bfloat16()
     bias = None if linear.skip_bias_add else linear.bias
     with torch.no_grad():
-        product, _ = linear(x)
+        product = linear(x)
+    product = product[0] if isinstance(product, tuple) else product
     if not torch.equal(product, F.linear(x, weight.bfloat16(), bias)):
         report.defects.append(f"{key}: multiplies to something else than its decoded weight does")
 

@@ -95,6 +95,7 @@ SESSIONS = (
             "mxfp4-plain": Variant({"format": "mxfp4", "layout": "plain", "dialect": "mxfp4"}),
             "mxfp4-mixed": Variant({"format": "mxfp4"}, write_mixed_recipe),
             "quark": Variant({"format": "mxfp4", "layout": "plain"}),
+            "sglang+plugin": Variant({"format": "mxfp4", "target": "sglang+plugin"}),
             "nvfp4-plugin": Variant({"format": "nvfp4", "dialect": "mxfp4"}),
         },
     ),
@@ -113,7 +114,7 @@ SESSIONS = (
     Session("b200", False, (1,), {"nvfp4": Variant({"format": "nvfp4"}, refused=("flux2", "ltx2"))}),
 )
 
-FORWARD_VARIANTS = {"mxfp4", "mxfp4-mixed"}
+FORWARD_VARIANTS = {"mxfp4", "mxfp4-mixed", "sglang+plugin"}
 
 
 def main() -> int:

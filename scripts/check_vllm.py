@@ -9,7 +9,8 @@ identity with it, by vLLM's own kernel, whatever that made of the weight, and is
 converted file's weights (run-ckpt dequantize). What it has for GPUs alone, MXFP4 and the requantizing of FP8, is
 replaced as said in vllm_stand_ins.py. Experts are compared byte for byte: codes and scales as vLLM's loader put them,
 with the file's, before its kernels change their order; and Qwen3's by what they make of a prompt too, with torch and
-the source's weights. Ten tokens are generated. Prints a line for each; exit 1 on a defect, or where the manifest says
+the source's weights. Ten tokens are generated. What our plug-in holds is also loaded by 2 and 4 emulated
+ranks, whose parts must be the same weights. Prints a line for each; exit 1 on a defect, or where the manifest says
 otherwise.
 """
 
@@ -40,6 +41,10 @@ MAX_EXPERTS_ERROR = 0.1
 NO_EXPERTS_HERE = ("Unsupported FP8 MoE backend: NONE",)
 # What its loader put into the parameters of experts, before anything was made of that.
 EXPERTS_NAME = "experts.safetensors"
+# The target that our plug-in serves, and the plug-in's entry point.
+PLUGIN, ENTRY_POINT = "vllm+plugin", "convert-ckpt"
+# Emulated ones, of which each holds its share of the plug-in's linears.
+RANKS = (2, 4)
 PROMPT = list(range(1, 13))
 N_TOKENS = 10
 
@@ -53,6 +58,8 @@ VARIANTS = {
     },
     "nvfp4-compressed-tensors": {"format": "nvfp4"},
     "mxfp8-compressed-tensors": {"format": "mxfp8"},
+    "mxfp4-plugin": {"format": "mxfp4", "target": "vllm+plugin"},
+    "mxfp4-plugin-plain": {"format": "mxfp4", "layout": "plain", "target": "vllm+plugin"},
     "fp8": {"format": "fp8", "target": "vllm"},
     "fp8-channel": {"format": "fp8", "granularity": "channel", "target": "vllm"},
     "fp8-block": {"format": "fp8", "granularity": "block", "target": "vllm"},
@@ -122,9 +129,9 @@ def check(python: Path, name: str, source: Path, variant: str) -> int:
         return 0
     manifest = read_manifest(output)
     dequantize(output, plain, dtype="bfloat16", progress=Silent())
-    said = manifest.targets["vllm"]
+    said = manifest.targets[options.target or "vllm"]
     try:
-        held = load(python, output)
+        held = load(python, output, with_plugin=options.target == PLUGIN)
     except RuntimeError as error:
         experts = output.parent / EXPERTS_NAME
         if any(words in str(error) for words in NO_EXPERTS_HERE) and not said and experts.exists():
@@ -264,7 +271,7 @@ def read_tensors(folder: Path) -> Tensors:
     return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
 
 
-def load(python: Path, folder: Path) -> Tensors:
+def load(python: Path, folder: Path, *, with_plugin: bool) -> Tensors:
     """Return what vLLM holds of a folder, as load_here() writes it.
 
     Raises RuntimeError with vLLM's last words where it does not load.
@@ -280,8 +287,8 @@ def load(python: Path, folder: Path) -> Tensors:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_PLUGINS": "none of them",
-        "PYTHONPATH": f"{start}:{ROOT / 'scripts'}",
+        "VLLM_PLUGINS": ENTRY_POINT if with_plugin else "none of them",
+        "PYTHONPATH": f"{start}:{ROOT / 'scripts'}:{ROOT / 'runtime'}:{os.environ.get('PYTHONPATH', '')}",
     }
     command = [str(python), str(Path(__file__).resolve()), "--load", str(folder), str(result)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -295,6 +302,7 @@ def load_here(folder: str, result: str) -> None:
     """In vLLM's Python: load, generate, and write the weight [N, K] of each linear, and what experts got and gave."""
     from vllm import LLM, SamplingParams
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm_ranks import read, read_joined
     from vllm_stand_ins import stand_in_for_block_kernel, stand_in_for_fp8_rounding, stand_in_for_mxfp4
 
     stand_in_for_fp8_rounding()
@@ -314,19 +322,19 @@ def load_here(folder: str, result: str) -> None:
         if f"{name}.experts_in" not in seen and inputs[0].shape[0] == len(PROMPT):
             seen.update({f"{name}.experts_in": inputs[0].clone(), f"{name}.experts_out": output.clone()})
 
-    def read(model: torch.nn.Module) -> Tensors:
-        with torch.no_grad():
-            return {
-                name: module.quant_method.apply(module, torch.eye(module.input_size).bfloat16(), None).t().contiguous()
-                for name, module in model.named_modules()
-                if isinstance(module, LinearBase)
-            }
+    def read_all(model: torch.nn.Module) -> Tensors:
+        return {name: read(module) for name, module in model.named_modules() if isinstance(module, LinearBase)}
 
     llm.apply_model(watch)
-    (weights,) = llm.apply_model(read)
+    (weights,) = llm.apply_model(read_all)
     sampling = SamplingParams(temperature=0.0, max_tokens=N_TOKENS, ignore_eos=True, detokenize=False)
     (answer,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling)
     assert len(answer.outputs[0].token_ids) == N_TOKENS, answer
+    for n_ranks in RANKS if os.environ["VLLM_PLUGINS"] == ENTRY_POINT else ():
+        joined = read_joined(llm.llm_engine.vllm_config, n_ranks)
+        changed = [name for name, weight in joined.items() if not torch.equal(weight, weights[name])]
+        assert joined, "no linear is the plug-in's"
+        assert not changed, f"{n_ranks} ranks hold something else of {changed}"
     save_file({**weights, **seen}, result)
 
 

@@ -55,7 +55,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torchmetrics": ("run_ckpt/tools/compare/metrics.py",),
     "PIL": ("run_ckpt/tools/compare/picture.py",),
     "sglang": ("run_ckpt/integrations/sglang/",),
-    "vllm": ("run_ckpt/integrations/vllm_omni/",),
+    "vllm": ("run_ckpt/integrations/vllm/", "run_ckpt/integrations/vllm_omni/"),
     "vllm_omni": ("run_ckpt/integrations/vllm_omni/",),
     "accelerate": ("run_ckpt/integrations/", "run_ckpt/loading/build.py"),
 }

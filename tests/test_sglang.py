@@ -98,9 +98,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_checkpoint_is_refused_with_the_reason(flux1: Path, tmp_path: Path) -> None:
     for name, (tamper, _) in TAMPERED.items():
         tamper(convert(flux1, tmp_path / name, format="mxfp4"))
-    convert(flux1, tmp_path / "all-layers", format="mxfp4", recipe=ROOT / "examples" / "all-layers-mxfp4.toml")
     expected = {name: message for name, (_, message) in TAMPERED.items()}
-    expected["all-layers"] = "SGLang builds it as a plain Linear"
 
     folders = [str(tmp_path / name) for name in expected]
     done = run_in_sglang(str(ROOT / "scripts" / "check_sglang.py"), *folders, str(flux1), "--persona", "mi355x")

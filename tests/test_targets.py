@@ -50,6 +50,22 @@ def test_what_only_sglang_builds_plain_is_quantized_for_others(tmp_path: Path) -
     assert ours.kept["x_embedder.weight"].reason == "embedder, modulation or output layer"
 
 
+def test_the_plug_in_replaces_what_sglang_builds_plain(tmp_path: Path) -> None:
+    convert(FLUX_DIGITS, tmp_path / "out", format="mxfp4", target="sglang+plugin")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.layers.keys() >= FEED_FORWARD
+    # SGLang reads this dialect by the plug-in alone.
+    assert manifest.targets["sglang+plugin"] is manifest.targets["sglang"] is None
+    assert manifest.targets["vllm+plugin"] is not None
+
+
+def test_the_plug_in_for_vllm_takes_shuffled_language_models(tmp_path: Path) -> None:
+    llama = language_model(tmp_path)
+    plan = plan_conversion(llama, Options("mxfp4", target="vllm+plugin")).components[0]
+    assert (plan["dialect"], plan["targets"]["vllm+plugin"]) == ("mxfp4", None)
+    assert "vLLM does not read the mxfp4 dialect" in plan["targets"]["vllm"]
+
+
 def test_the_plan_says_what_each_target_costs() -> None:
     (component,) = plan_conversion(FLUX_DIGITS, Options("fp8")).components
     costs = component["target_costs"]

@@ -54,10 +54,11 @@ def test_incomplete_and_mixed_layers_are_refused_with_their_name(tmp_path: Path)
     assert "blocks.0.attn1.to_qkv" in done.stdout
 
 
-def test_the_entry_point_is_a_function_that_costs_nothing_to_import() -> None:
-    """vLLM-Omni imports it in every process, also where no checkpoint of ours is served."""
-    module = "run_ckpt.integrations.vllm_omni.plugin"
-    declared = f'[project.entry-points."vllm_omni.general_plugins"]\nconvert-ckpt = "{module}:register"\n'
+@pytest.mark.parametrize("server", ["vllm", "vllm_omni"])
+def test_the_entry_point_is_a_function_that_costs_nothing_to_import(server: str) -> None:
+    """It is imported in every process, also where no checkpoint of ours is served."""
+    module = f"run_ckpt.integrations.{server}.plugin"
+    declared = f'[project.entry-points."{server}.general_plugins"]\nconvert-ckpt = "{module}:register"\n'
     assert declared in (ROOT / "pyproject.toml").read_text()
     code = f"import sys, {module} as it; it.register; assert not {{'torch', 'numpy', 'vllm'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,9 +1,11 @@
 """What is known of each model class: the data files in presets/, read into records."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from convert_ckpt.source.toml_files import read_toml
 from run_ckpt.contract.errors import UsageError
@@ -128,12 +130,16 @@ def load_preset(name: str) -> Preset:
         embeddings=(*(base.embeddings if base else ()), *table.get("embeddings", ())),
         fused=(*(base.fused if base else ()), *fused),
         folds=(*(base.folds if base else ()), *folds),
-        runtimes={
-            target: Runtime(**{**entry, **{key: _reasons(entry.get(key, {})) for key in ("keep", "refuses")}})
-            for target, entry in table.get("runtimes", {}).items()
-        },
+        runtimes={target: _runtime(table["runtimes"], **entry) for target, entry in table.get("runtimes", {}).items()},
         dialect=table.get("dialect"),
     )
+
+
+def _runtime(others: Mapping[str, Any], names_of: str = "", **entry: Any) -> Runtime:
+    """Return a runtime from its table. names_of: the one whose names it has too."""
+    if names_of:
+        entry["names"] = others[names_of]["names"]
+    return Runtime(**{**entry, **{key: _reasons(entry.get(key, {})) for key in ("keep", "refuses")}})
 
 
 def _reasons(patterns_of: dict[str, list[str]]) -> dict[str, str]:

@@ -58,7 +58,7 @@ def target_notes(context: PlanContext, verdicts: Mapping[str, Verdict]) -> list[
 
 
 # Targets of which presets say what they make of a class's linears.
-_RUNTIMES = ("sglang", "vllm-omni")
+_RUNTIMES = ("sglang", "sglang+plugin", "vllm-omni")
 _UNKNOWN_CLASS = (
     "no preset knows this class: where SGLang builds a linear of it as a plain one, it takes the codes without their"
     " block scales; scripts/check_sglang.py tells, {} is safe"

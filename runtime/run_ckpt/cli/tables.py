@@ -86,13 +86,13 @@ def print_availability(console: Console, component: str, availability: Availabil
 
 def print_bench(console: Console, component: str, bench: Bench) -> None:
     """Print the times of layers and of loading."""
-    title = f"{component + ': ' if component else ''}layers on {bench.device}"
+    activations = " and ".join(sorted({row.activations for row in bench.layers}))
+    title = f"{component + ': ' if component else ''}layers on {bench.device}, {activations} activations"
     columns = (
         "format",
         "N x K",
         "layers",
         "backend",
-        "activations",
         "M",
         "time\nms",
         "BF16\nms",
@@ -105,7 +105,7 @@ def print_bench(console: Console, component: str, bench: Bench) -> None:
         times = (f"{row.seconds * 1e3:.3f}", f"{row.bf16_seconds * 1e3:.3f}", f"{row.ratio:.2f}")
         rates = (f"{row.tflops:.3f}", f"{row.gbytes_per_s:.2f}")
         shape = f"{row.N} x {row.K}"
-        table.add_row(row.format, shape, str(row.count), row.backend, row.activations, str(row.M), *times, *rates)
+        table.add_row(row.format, shape, str(row.count), row.backend, str(row.M), *times, *rates)
     console.print(table)
     if bench.load is None:
         console.print(f"load: not measured: {plain(str(bench.why_no_load))}")

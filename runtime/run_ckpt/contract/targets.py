@@ -158,6 +158,12 @@ _TARGETS = (
             Reading("sglang-llm", "transformers", ("fp8", "modelopt"), (TENSOR_FP8,)),
         ),
     ),
+    # Where SGLang builds a plain linear in these classes, the plug-in puts its own.
+    Target(
+        "sglang+plugin",
+        "SGLang with our plug-in",
+        (Reading("sglang-plugin", "diffusers", ("mxfp4",), presets=("flux1",)),),
+    ),
     Target(
         "vllm-omni",
         "vLLM-Omni",
@@ -204,6 +210,19 @@ _TARGETS = (
             Reading("vllm", "transformers", ("compressed-tensors",), (PLAIN_MXFP4, CHANNEL_FP8)),
             Reading("vllm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
             Reading("vllm", "transformers", ("fp8", "modelopt", "quark"), (TENSOR_FP8, BLOCK_FP8)),
+        ),
+    ),
+    Target(
+        "vllm+plugin",
+        "vLLM with our plug-in",
+        (
+            Reading(
+                "vllm-plugin",
+                "transformers",
+                ("mxfp4",),
+                (AITER_MXFP4, PLAIN_MXFP4),
+                no_experts="its plug-in runs no mixture of experts; use --target vllm",
+            ),
         ),
     ),
     Target(

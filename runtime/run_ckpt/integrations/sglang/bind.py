@@ -21,7 +21,7 @@ from run_ckpt.contract.manifest import Manifest
 from run_ckpt.integrations.serving.backend import choose, summarize
 from run_ckpt.integrations.serving.share import Share, Target, cut_evenly
 from run_ckpt.integrations.sglang.config import PendingLinearMethod
-from run_ckpt.integrations.sglang.method import QuantizedLinearMethod
+from run_ckpt.integrations.sglang.method import PlainLinear, QuantizedLinearMethod
 from run_ckpt.integrations.sglang.targets import Rename, find_targets, rename_tensors
 from run_ckpt.storage.rows import STORED_DTYPES
 
@@ -61,19 +61,28 @@ def _as_loaded(rename: Rename, names: set[str]) -> Rename:
 
 def _linear(modules: Mapping[str, nn.Module], target: Target) -> LinearBase:
     module = modules.get(target.module)
+    if type(module) is nn.Linear:
+        parent, _, leaf = target.module.rpartition(".")
+        linear = PlainLinear(module)
+        setattr(modules[parent], leaf, linear)
+        return _of_size(linear, target)
     members = ", ".join(layer.module for layer in target.layers)
     if not isinstance(module, LinearBase) or not isinstance(module.quant_method, PendingLinearMethod):
-        kind = "has no such module" if module is None else f"builds it as a plain {type(module).__name__}"
+        kind = "has no such module" if module is None else f"builds it as a {type(module).__name__}"
         raise CheckpointError(
             f"{members}: SGLang {kind} ({target.module}), which can't be quantized."
             " Convert again and keep it (convert-ckpt --ignore)."
         )
-    if (module.output_size, module.input_size) != (target.N, target.K):
+    return _of_size(module, target)
+
+
+def _of_size(linear: LinearBase, target: Target) -> LinearBase:
+    if (linear.output_size, linear.input_size) != (target.N, target.K):
         raise CheckpointError(
-            f"{members}: [N, K] is [{target.N}, {target.K}], SGLang's {target.module} is"
-            f" [{module.output_size}, {module.input_size}]. Is this checkpoint for this model?"
+            f"{target.module}: [N, K] is [{target.N}, {target.K}] in the checkpoint, [{linear.output_size},"
+            f" {linear.input_size}] in SGLang. Is this checkpoint for this model?"
         )
-    return module
+    return linear
 
 
 def _install(linear: LinearBase, target: Target, device: Device) -> Choice:

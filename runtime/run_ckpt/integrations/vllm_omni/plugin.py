@@ -19,7 +19,7 @@ def _build(method: str, stock: Callable[..., Any], **declared: Any) -> Any:
     """Return the config for a checkpoint. declared: its quantization_config, without the method."""
     if PRIVATE_KEY not in declared:
         return stock(**declared)
-    from run_ckpt.integrations.vllm_omni.config import CheckpointConfig
+    from run_ckpt.integrations.vllm.config import CheckpointConfig
 
     return CheckpointConfig({"quant_method": method, **declared})
 

@@ -44,7 +44,7 @@ class LoadingMethod(LinearMethodBase):  # type: ignore[misc]
         self._parts: dict[ShardId, dict[str, Tensor]] = {}
 
     def create_weights(self, layer: nn.Module, *args: Any, **options: Any) -> None:
-        """Register empty parameters, under which vLLM-Omni's maps of names find this linear."""
+        """Register empty parameters, under which the models' maps of names find this linear."""
         self._plain_arguments = args, options
         for role, suffix in self._suffixes.items():
             parameter = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -63,7 +63,11 @@ class LoadingMethod(LinearMethodBase):  # type: ignore[misc]
         raise AssertionError("nothing was loaded")
 
     def _load(self, layer: LinearBase, role: str, parameter: Tensor, loaded: Tensor, shard: ShardId = None) -> None:
-        """vLLM's weight_loader. shard: which of the tensors fused here ``loaded`` belongs to."""
+        """vLLM's weight_loader. shard: which of the tensors fused here ``loaded`` belongs to.
+
+        Some loaders of vLLM say it beside ``loaded``, others in it.
+        """
+        shard = getattr(loaded, "shard_id", shard)
         if role == WEIGHT and loaded.dtype in TORCH_DTYPES.values():
             self._load_plain(layer, parameter.device, loaded, *(() if shard is None else (shard,)))
             return
@@ -90,7 +94,7 @@ class LoadingMethod(LinearMethodBase):  # type: ignore[misc]
         target = Target(self._name, tuple(self._read(part) for part in parts))
         if (layer.output_size, layer.input_size) != (target.N, target.K):
             raise CheckpointError(
-                f"{self._name}: [N, K] is [{target.N}, {target.K}], vLLM-Omni's is [{layer.output_size},"
+                f"{self._name}: [N, K] is [{target.N}, {target.K}], vLLM's is [{layer.output_size},"
                 f" {layer.input_size}]. Is this checkpoint for this model?"
             )
         share = _share_of(layer, target)
