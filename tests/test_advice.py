@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from convert_ckpt import Options, plan_conversion
 from run_ckpt.contract.codec import dequantize, quantize
 from run_ckpt.contract.formats import FORMATS
+from run_ckpt.contract.kept import kept_groups
 from run_ckpt.contract.manifest import sqnr_db
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.storage.units import format_nbytes
 from run_ckpt.tools.publish.advice import GAUSSIAN_SQNR_DB, kept_lines, list_advice, usual_lines
 from run_ckpt.tools.publish.report import report_data
@@ -62,8 +65,26 @@ def test_the_report_says_what_is_kept_and_what_to_do(output: Path) -> None:
     components = read_result(output)
     (result,) = report_data({"it": components})["results"]
     assert result["kept"] == list(kept_lines(components))
-    assert any("a rule in a --recipe saves" in line for line in result["kept"])
+    assert any("--target run-ckpt saves" in line for line in result["kept"])
     assert result["advice"][0]["recipe"].count("[[rules]]") == 3
+
+
+def test_the_plan_as_json_says_what_the_terminal_says() -> None:
+    preview = plan_conversion(FLUX_DIGITS, Options(format="mxfp4"))
+    (plan,) = preview.components
+    shown = "\n".join(preview.lines)
+    assert f"preset flux1 ({plan['preset_from']})" in shown
+    assert [group["n_tensors"] for group in plan["kept"]] == [13, 4, 50]
+    for group in plan["kept"][:2]:
+        assert group["remedy"] == "--target run-ckpt"
+        assert f"{group['reason']}; {group['remedy']} saves {format_nbytes(group['saved_nbytes'])}" in shown
+
+
+def test_what_a_target_costs_is_saved_by_the_other(output: Path, tmp_path: Path) -> None:
+    saved = sum(group.saved_nbytes for group in kept_groups(read_manifest(output)) if group.remedy)
+    other = convert(FLUX_DIGITS, tmp_path / "out", format="mxfp4", target="run-ckpt")
+    sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (output, other)]
+    assert sizes[0] - sizes[1] == pytest.approx(saved, rel=0.01)  # headers
 
 
 def test_two_results_are_shown_as_a_difference(output: Path, tmp_path: Path) -> None:

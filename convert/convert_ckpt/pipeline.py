@@ -100,7 +100,7 @@ def preview_checkpoint(
         if planned.budget is None:
             costs = {part.name: target_costs(part.source, options) for part in planned.components}
         lines, summary = (plan_lines(opened, planned, costs, tensors=tensors) for tensors in (True, False))
-        return Preview((*lines, *taken), (*summary, *taken), plan_json(planned, costs))
+        return Preview((*lines, *taken), (*summary, *taken), plan_json(opened, planned, costs))
 
 
 def convert_checkpoint(

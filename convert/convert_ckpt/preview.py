@@ -31,8 +31,10 @@ class _Line:
 Costs = Mapping[str, Mapping[str, TargetCost]]
 
 
-def plan_json(checkpoint: Planned, costs: Costs) -> list[dict[str, Any]]:
+def plan_json(opened: OpenedSource, checkpoint: Planned, costs: Costs) -> list[dict[str, Any]]:
     """Return one object per component: every tensor's outcome, every output file and its size, each target's cost.
+
+    It says all that the terminal does: "kept" why tensors stay, in how many bytes and what would save them.
 
     With a budget: how it was met, instead of costs.
     """
@@ -41,13 +43,17 @@ def plan_json(checkpoint: Planned, costs: Costs) -> list[dict[str, Any]]:
         {
             "component": planned.name,
             "source": {"name": planned.source.name, "revision": planned.source.revision},
+            "class_name": planned.plan.manifest.recipe["class_name"],
             "preset": planned.plan.manifest.recipe["preset"],
+            "preset_from": planned.plan.preset_from,
             "dialect": planned.plan.manifest.dialect,
             "source_nbytes": planned.plan.source_nbytes,
             "output_nbytes": planned.plan.output_nbytes,
             "files": [{"name": file.name, "nbytes": file.header.file_nbytes} for file in planned.plan.files],
             "tensors": [_tensor_json(tensor) for tensor in planned.plan.tensors],
+            "kept": [asdict(group) for group in kept_groups(planned.plan.manifest)],
             "warnings": list(planned.plan.warnings),
+            "notes": [*memory_lines([planned]), *_source_lines(opened, [planned])],
             "targets": planned.plan.manifest.targets,
             "target_costs": {name: asdict(cost) for name, cost in costs.get(planned.name, {}).items()},
             **budget,

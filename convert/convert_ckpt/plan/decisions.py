@@ -24,7 +24,7 @@ from convert_ckpt.plan.recipe import (
 )
 from convert_ckpt.plan.shape_rules import linear_module
 from convert_ckpt.source.component import Component
-from run_ckpt.contract.decided_by import RECIPE, SHAPE, UNKNOWN_CLASS, DecidedBy
+from run_ckpt.contract.decided_by import PRESET, RECIPE, SHAPE, TARGET, UNKNOWN_CLASS, DecidedBy
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
@@ -113,10 +113,14 @@ def _standing_rules(context: PlanContext) -> list[Rule]:
     """Return what holds where the user says nothing: what the target can't run quantized, and what is sensitive."""
     reason = f"{context.target.title} builds it as a plain linear"
     plain = [module for module, name in context.names(context.linears).items() if name is None]
+    sensitive = keep_rules(context.preset.keep, in_block=context.preset.name == GENERIC)
     return [
-        *keep_rules(context.runtime.keep),
-        *keep_rules(dict.fromkeys(plain, reason)),
-        *keep_rules(context.preset.keep, in_block=context.preset.name == GENERIC),
+        *keep_rules(context.runtime.keep, TARGET),
+        *(
+            Rule(module, KEEP, reason, PRESET if any(rule.matches(module) for rule in sensitive) else TARGET)
+            for module in plain
+        ),
+        *sensitive,
     ]
 
 

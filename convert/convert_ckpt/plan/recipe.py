@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from convert_ckpt.plan.preset import FusedPattern, Preset
 from convert_ckpt.source.toml_files import read_toml
-from run_ckpt.contract.decided_by import BY_FORMAT, EDGE, FUSED, IGNORE, PRESET, RECIPE, DecidedBy
+from run_ckpt.contract.decided_by import BY_FORMAT, EDGE, FUSED, IGNORE, PRESET, RECIPE, TARGET, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS
 from run_ckpt.contract.module_names import fill_pattern, matching_names, pattern_regex, split_name
@@ -35,7 +35,7 @@ class Rule:
 
     @property
     def by_user(self) -> bool:
-        return self.by != PRESET
+        return self.by not in (PRESET, TARGET)
 
     def matching(self, modules: Collection[str]) -> list[str]:
         return matching_names(self.pattern, modules, _in_block if self.in_block else None)
@@ -104,9 +104,9 @@ def ignore_rules(patterns: Iterable[str]) -> list[Rule]:
     return [Rule(pattern, KEEP, f"--ignore {pattern}", IGNORE) for pattern in patterns]
 
 
-def keep_rules(reasons: Mapping[str, str], *, in_block: bool = False) -> list[Rule]:
-    """Return one keep rule for each pattern, which maps to its reason. in_block: see Rule."""
-    return [Rule(pattern, KEEP, reason, in_block=in_block) for pattern, reason in reasons.items()]
+def keep_rules(reasons: Mapping[str, str], by: str = PRESET, *, in_block: bool = False) -> list[Rule]:
+    """Return one keep rule for each pattern, which maps to its reason. by, in_block: see Rule."""
+    return [Rule(pattern, KEEP, reason, by, in_block=in_block) for pattern, reason in reasons.items()]
 
 
 def edge_rules(modules: Iterable[str], n_first: int, n_last: int) -> list[Rule]:

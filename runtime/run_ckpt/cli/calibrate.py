@@ -1,5 +1,6 @@
 """`run-ckpt calibrate`: statistics of what goes into the layers of a model, for convert-ckpt."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def calibrate(
         if sizes and (options["width"] or options["height"]):
             raise UsageError("give either --width and --height, for all samples, or --size, by turns.")
         calibrate_pipeline(model_path, drawn, arguments, recording, placement(options), click.echo, sizes)
+    command = ["convert-ckpt", model_path, "OUTPUT", "--format", "mxfp4", "--calibration", str(output)]
+    click.echo(f"Use them: {shlex.join(command)}")
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -52,4 +52,7 @@ def _sqnr(outcome: Outcome | None) -> str:
 
 
 def _show(value: Any) -> str:
-    return "-" if value in (None, [], ()) else str(value)
+    """Return an option's value in words: rules are pairs of a pattern and a format."""
+    if isinstance(value, (list, tuple)) and value:
+        return ", ".join(" ".join(map(str, one)) if isinstance(one, (list, tuple)) else str(one) for one in value)
+    return "none" if value in (None, [], ()) else str(value)

@@ -6,6 +6,7 @@ import click
 
 from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.layouts import LAYOUTS
+from run_ckpt.storage.units import format_nbytes
 
 _FOLDER = click.Path(path_type=Path)
 # A path, or what it is called on the Hub.
@@ -37,7 +38,7 @@ def dequantize(output: str, folder: Path, dtype: str) -> None:
 
     with show_progress() as progress:
         write(local_path(output), folder, dtype=dtype, progress=progress)
-    click.echo(f"Dequantized {output} to {folder}.")
+    click.echo(f"Dequantized {output} to {folder}: {_size(folder)}.")
 
 
 @click.command()
@@ -61,7 +62,7 @@ def relayout(output: str, folder: Path, layout: str, dialect: str | None) -> Non
 
     with show_progress() as progress:
         write(local_path(output), folder, layout=layout, dialect=dialect, progress=progress)
-    click.echo(f"Wrote {output} to {folder} in layout {layout}.")
+    click.echo(f"Wrote {output} to {folder} in layout {layout}: {_size(folder)}.")
 
 
 @click.command()
@@ -82,3 +83,7 @@ def assemble(output: str, folder: Path, model_path: str) -> None:
 
     link(local_path(output), folder, model_path)
     click.echo(f"Assembled {folder} of {output} and {model_path}.")
+
+
+def _size(folder: Path) -> str:
+    return format_nbytes(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))

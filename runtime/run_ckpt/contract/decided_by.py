@@ -6,6 +6,7 @@ FORMAT = "format"
 IGNORE = "ignore"
 RECIPE = "recipe"
 PRESET = "preset"
+TARGET = "target"
 SHAPE = "shape"
 UNKNOWN_CLASS = "unknown class"
 FUSED = "fused"
@@ -18,6 +19,7 @@ DECIDERS = {
     IGNORE: "--ignore; its pattern",
     RECIPE: "a rule of the recipe; its pattern",
     PRESET: "a rule of the preset; its pattern",
+    TARGET: "that the target does not run it quantized; the preset's pattern for that",
     SHAPE: "its shape or dtype, which the format does not take",
     UNKNOWN_CLASS: "that no preset knows the class, and it lies outside of the numbered blocks",
     FUSED: "a layer that it is fused with at load; that layer",

@@ -6,7 +6,18 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from run_ckpt.contract.decided_by import BUDGET, EDGE, FUSED, IGNORE, NOT_LINEAR, PRESET, RECIPE, SHAPE, UNKNOWN_CLASS
+from run_ckpt.contract.decided_by import (
+    BUDGET,
+    EDGE,
+    FUSED,
+    IGNORE,
+    NOT_LINEAR,
+    PRESET,
+    RECIPE,
+    SHAPE,
+    TARGET,
+    UNKNOWN_CLASS,
+)
 from run_ckpt.contract.formats import FORMATS, Scheme
 from run_ckpt.contract.manifest import KeptTensor, Manifest
 from run_ckpt.contract.shape_limits import reason_to_keep
@@ -71,6 +82,7 @@ def remedies(kept: KeptTensor, recipe: Mapping[str, Any]) -> Iterator[Remedy]:
         IGNORE: f"--ignore {rule} left out",
         RECIPE: f"another rule than {rule} in the recipe",
         PRESET: "a rule in a --recipe",
+        TARGET: "--target run-ckpt",
         UNKNOWN_CLASS: "a rule in a --recipe",
         FUSED: f"quantizing {rule} too",
         EDGE: "fewer blocks by --keep-first and --keep-last",

@@ -107,6 +107,7 @@ def _decider(manifest: Manifest, stored: Layer | KeptTensor) -> str:
         words.IGNORE: f"--ignore {decided.rule}",
         words.RECIPE: f"the rule {decided.rule} of {recipe['recipe']}" + (f": {reason}" if reason else ""),
         words.PRESET: f"the rule {decided.rule} of preset {recipe['preset']}: {reason}",
+        words.TARGET: reason,
         words.SHAPE: f"its shape: {reason}",
         words.UNKNOWN_CLASS: reason,
         words.FUSED: reason,

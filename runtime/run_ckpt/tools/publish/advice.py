@@ -26,8 +26,9 @@ GAUSSIAN_SQNR_DB = {
 _USUAL_WITHIN_DB = 1.0
 # As many as a reader checks one by one.
 _N_WEAKEST = 3
-# Less of the result than this is not worth an advice.
+# Less than this, of the result's bytes or of its worst SQNR, is not worth an advice.
 _LEAST_SHARE = 0.01
+_LEAST_GAIN_DB = 0.1
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _keep_weakest(components: Sequence[ConvertedComponent]) -> Iterator[Advice]:
                 groups.setdefault((component.name, layer.fused_group or layer.module), []).append(layer)
     ranked = sorted(groups.items(), key=lambda item: _worst(item[1]))
     weakest, rest = ranked[:_N_WEAKEST], ranked[_N_WEAKEST:]
-    if not rest or _worst(rest[0][1]) <= _worst(weakest[0][1]):
+    if not rest or _worst(rest[0][1]) < _worst(weakest[0][1]) + _LEAST_GAIN_DB:
         return
     layers = [layer for _, members in weakest for layer in members]
     cost = sum(_source_nbytes(layer) - sum(spec.nbytes for spec in layer.specs().values()) for layer in layers)
