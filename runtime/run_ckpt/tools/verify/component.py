@@ -112,7 +112,10 @@ def verify_output(
 def _weak_layers(report: ComponentReport, min_sqnr_db: float | None) -> Iterator[str]:
     for module, sqnr_db in report.sqnr_db.items():
         if min_sqnr_db is not None and sqnr_db is not None and sqnr_db < min_sqnr_db:
-            yield f"{module}: SQNR is {sqnr_db:.2f} dB, under --min-sqnr {min_sqnr_db:g}."
+            yield (
+                f"{module}: SQNR is {sqnr_db:.2f} dB, under --min-sqnr {min_sqnr_db:g}. Convert with --calibration, or"
+                " keep it by --ignore."
+            )
 
 
 def verdict(reports: list[ComponentReport]) -> str:
