@@ -114,12 +114,10 @@ def _standing_rules(context: PlanContext) -> list[Rule]:
     reason = f"{context.target.title} builds it as a plain linear"
     plain = [module for module, name in context.names(context.linears).items() if name is None]
     sensitive = keep_rules(context.preset.keep, in_block=context.preset.name == GENERIC)
+    kept_anyway = {module for rule in sensitive for module in rule.matching(plain)}
     return [
         *keep_rules(context.runtime.keep, TARGET),
-        *(
-            Rule(module, KEEP, reason, PRESET if any(rule.matches(module) for rule in sensitive) else TARGET)
-            for module in plain
-        ),
+        *(Rule(module, KEEP, reason, PRESET if module in kept_anyway else TARGET) for module in plain),
         *sensitive,
     ]
 
