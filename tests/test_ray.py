@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from convert_ckpt.api import convert as convert_by_name
-from run_ckpt.contract.errors import NonFiniteError, UsageError
+from run_ckpt.contract.errors import CheckpointError, NonFiniteError, UsageError
 from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.progress import Silent
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
@@ -150,6 +150,14 @@ def test_a_fault_of_the_source_is_the_error_that_one_machine_gives(tmp_path: Pat
 def test_more_threads_than_a_machine_has_are_refused(source: Path, tmp_path: Path, cluster: Any) -> None:
     with pytest.raises(UsageError, match="no machine of the cluster has so many CPUs, at most 1"):
         on_ray(source, tmp_path / "out", cluster, format="mxfp4", workers=2)
+
+
+def test_a_task_that_no_machine_can_hold_is_an_error_and_no_endless_wait(
+    source: Path, tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert_ckpt.run.fleet._TASK_NBYTES", 2**50)
+    with pytest.raises(CheckpointError, match="more than any machine of the cluster has for tasks"):
+        on_ray(source, tmp_path / "out", cluster, format="mxfp4")
 
 
 # Makes one file after the other at a pace that lets a test do something between them.

@@ -247,6 +247,8 @@ def _choose_cluster(engine: str, address: str | None, n_tasks: int | None, n_thr
         raise UsageError(f"--engine {engine}: unknown. Choose one of {', '.join(ENGINES)}.")
     if engine == LOCAL and (address or n_tasks):
         raise UsageError("--ray-address, --ray-workers: go with --engine ray.")
+    if address and address.startswith("ray://"):
+        raise UsageError(f"--ray-address {address}: run this on a machine of the cluster, with auto or HOST:PORT.")
     if n_tasks is not None and n_tasks < 1:
         raise UsageError(f"--ray-workers {n_tasks}: at least one is needed.")
     return None if engine == LOCAL else Cluster(address, n_tasks, n_threads)

@@ -1,6 +1,7 @@
 """Files made by a Ray cluster, which places the tasks, repeats those of lost machines, and brings their results."""
 
 import logging
+import math
 import os
 import sys
 from collections import deque
@@ -24,15 +25,23 @@ from convert_ckpt.run.tasks import Task, file_tasks, scan_tasks
 from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.progress import Progress
 from run_ckpt.storage.folders import Folder, open_folder
+from run_ckpt.storage.units import format_nbytes
 from run_ckpt.version import VERSION
 
-# What a task takes without statistics: interpreter, Ray's worker, compiled kernels, slabs in flight. An estimate.
-_TASK_NBYTES = 2**30
+# What a task takes without statistics: 196 MiB were measured, with four threads; large slabs take 384 MiB more.
+_TASK_NBYTES = 640 * 2**20
 # More threads wait for the disk sooner than they help, and a shard is converted in seconds.
 _MOST_THREADS = 4
 # Tasks handed to Ray at once, so that it can place, and a cluster that grows sees what for.
 _MOST_TASKS = 1000
 _RETRIES = 3
+_RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # else Ray reports to its makers
+    # A machine that falls silent, its cable cut, is asked every 30 s for a sign of life, not every 5 minutes.
+    "RAY_grpc_client_keepalive_time_ms": "30000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+    "RAY_task_oom_retries": str(_RETRIES),  # else for ever
+}
 
 
 class Fleet:
@@ -55,7 +64,10 @@ class Fleet:
             if not ray.is_initialized():
                 _connect(self._cluster.address)
                 on_exit.callback(ray.shutdown)
-            self._n_threads = _choose_threads(self._cluster.n_threads)
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+            self._n_threads = _choose_threads(self._cluster.n_threads, machines)
+            # Where there is none yet, one will come that is large enough.
+            self._memory = max((machine["memory"] for machine in machines), default=math.inf)
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             self._tally: Any = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
             self._on_exit = on_exit.pop_all()
@@ -112,13 +124,20 @@ class Fleet:
     def _submit(self, task: Task, folder: Path, made: list[Any]) -> tuple[Any, Any]:
         """Hand a task to Ray; return what stands for its results, and for the layers that it made."""
         plan = task.assignment.plan
-        n_threads = n_workers_within(self._max_memory, plan, self._n_threads)
+        most = min(self._max_memory, max(0, self._memory - _TASK_NBYTES))
+        n_threads = n_workers_within(int(most), plan, self._n_threads)
         if task.is_apart:
             n_threads = min(n_threads, len(plan.tensors))
+        memory = _TASK_NBYTES + n_threads * largest_layer(plan)
+        if memory > self._memory:
+            raise CheckpointError(
+                f"{task.name}: takes {format_nbytes(memory)} of memory, more than any machine of the cluster has for"
+                f" tasks ({format_nbytes(int(self._memory))}). Add a larger one, or record smaller blocks."
+            )
         remote = ray.remote(_carry_out).options(
             num_returns=2,
             num_cpus=n_threads,
-            memory=_TASK_NBYTES + n_threads * largest_layer(plan),
+            memory=memory,
             max_retries=_RETRIES,
             retry_exceptions=[OSError],
             scheduling_strategy="SPREAD",
@@ -128,7 +147,10 @@ class Fleet:
 
 
 def _connect(address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its makers
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Left out, Ray would look, for minutes, for the cluster that was last started here, though it be gone.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -137,12 +159,12 @@ def _connect(address: str | None) -> None:
         ) from error
 
 
-def _choose_threads(asked: int | None) -> int:
+def _choose_threads(asked: int | None, machines: list[dict[str, float]]) -> int:
     """Return how many threads a task has. Raises UsageError for more than any machine's CPUs."""
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    if asked and any(cpus) and asked > max(cpus):
+    cpus = [int(machine["CPU"]) for machine in machines]
+    if asked and cpus and asked > max(cpus):
         raise UsageError(f"--workers {asked}: no machine of the cluster has so many CPUs, at most {max(cpus)}.")
-    return asked or min([_MOST_THREADS, *filter(None, cpus)])
+    return asked or max(1, min([_MOST_THREADS, *cpus]))
 
 
 def _carry_out(
@@ -173,7 +195,7 @@ def _result(reference: Any, name: str) -> tuple[dict[str, FileRecord], dict[str,
         raise error.cause from error
     except RayError as error:
         raise CheckpointError(
-            f"{name}: was lost with its machine {_RETRIES + 1} times ({type(error).__name__}). See why, then"
+            f"{name}: its process or machine was lost {_RETRIES + 1} times ({type(error).__name__}). See why, then"
             " run the same command again."
         ) from error
     return result

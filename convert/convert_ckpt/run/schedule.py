@@ -57,11 +57,8 @@ class Slab:
 
     @property
     def work_nbytes(self) -> int:
-        """What it counts for in the progress: halves of what is read twice, nothing for what is hashed."""
-        if self.action == "hash":
-            return 0
-        is_read_twice = self.action == "scan" or (self.action == "encode" and self.hash_order is None)
-        return self.nbytes // 2 if is_read_twice else self.nbytes
+        """What it counts for in the progress: what is only scanned or hashed is no work of its own."""
+        return 0 if self.action in ("scan", "hash") else self.nbytes
 
 
 @dataclass(frozen=True, slots=True)

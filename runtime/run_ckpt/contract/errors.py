@@ -67,9 +67,12 @@ class FaultsError(CheckpointError):
     """Several faults found together. ``faults`` holds one sentence for each."""
 
     def __init__(self, title: str, faults: Sequence[str]):
-        self.faults = tuple(faults)
+        self.title, self.faults = title, tuple(faults)
         lines = "\n".join(f"  - {fault}" for fault in self.faults)
         super().__init__(f"{title} ({len(self.faults)} found):\n{lines}")
+
+    def __reduce__(self) -> tuple[object, ...]:  # for those that come from another process
+        return type(self), (self.title, self.faults)
 
 
 def first_line(error: object) -> str:
