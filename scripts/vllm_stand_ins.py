@@ -50,3 +50,12 @@ def stand_in_for_mxfp4() -> None:
     mx.dq_mxfp4, mx.qdq_mxfp4 = decode, lambda x, mode="even": x.clone()
     linear.register_linear_kernel(linear.EmulationMxfp4LinearKernel, PlatformEnum.CPU, "mxfp4")
     linear.register_linear_kernel(linear.EmulationNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
+
+
+def stand_in_for_mxfp4_experts() -> None:
+    """Let vLLM choose its emulation of MXFP4 experts on a CPU: they are loaded, and its kernel for GPUs is not run."""
+    from vllm.model_executor.layers.fused_moe.experts.ocp_mx_emulation_moe import (
+        OCP_MXQuantizationEmulationTritonExperts,
+    )
+
+    OCP_MXQuantizationEmulationTritonExperts._supports_current_device = staticmethod(lambda: True)

@@ -8,10 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from run_ckpt import CheckpointError, load_quantized
+from convert_ckpt.options import Options
+from convert_ckpt.plan.make_plan import make_plan
+from convert_ckpt.source.component import open_component
+from run_ckpt import CheckpointError, load_quantized, record_statistics
 from run_ckpt.loading.experts import SeparateExperts, separate_experts
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.progress import Silent
+from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.rewrite.dequantize import dequantize
 from tests.bits import assert_bits_equal
 from tests.checkpoints import load_all, save_checkpoint
@@ -113,6 +117,25 @@ def test_a_layer_that_the_class_leaves_out_is_left_out(tmp_path: Path) -> None:
     expected = run_logits(load_quantized(out))
     assert_bits_equal(run_logits(load_quantized(with_more)), expected)
     assert_bits_equal(run_logits(AutoModelForCausalLM.from_pretrained(with_more, dtype=torch.bfloat16)), expected)
+
+
+def test_statistics_choose_what_they_know_and_experts_are_rounded(tmp_path: Path) -> None:
+    source = save_experts("qwen3-moe", tmp_path / "bf16")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with record_statistics(model, tmp_path / "stats"):
+        for seed in range(4):
+            model(torch.randint(0, 512, (1, 32), generator=torch.Generator().manual_seed(seed)))
+    options: dict[str, Any] = {"format": "mxfp4", "layout": "plain"}
+    plan = make_plan(open_component(source), Options(**options, calibration=tmp_path / "stats"))
+    assert any("24 linear layers of experts have no statistics" in note for note in plan.warnings)
+    out = convert(source, tmp_path / "out", **options, calibration=tmp_path / "stats")
+    layers = read_manifest(out).layers
+    assert {layer.method for name, layer in layers.items() if ".self_attn." in name} <= {"rtn", "gptq"}
+    assert {layer.method for name, layer in layers.items() if ".experts." in name} == {None}
+    plain = load_all(convert(source, tmp_path / "plain", **options))
+    for name, tensor in load_all(out).items():
+        if ".experts." in name:
+            assert_bits_equal(tensor, plain[name])
 
 
 def test_experts_with_more_than_linears_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convert_ckpt.plan.context import PlanContext
+from convert_ckpt.plan.context import PlanContext, has_experts
 from convert_ckpt.plan.runtime_names import runtime_names
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.errors import CheckpointError, MissingPackageError, UsageError
@@ -123,10 +123,20 @@ def calibration_faults(calibration: Calibration, source: Component, layers: Mapp
             faults += _range_faults(calibration, module)
         elif calibration.name:
             found = calibration.statistics.get(module)
+            if found is None and has_experts([module]) and not calibration.static:
+                continue
             advice = "Calibrate it or --ignore it."
             missing = f"{module}: {calibration.name} holds no statistics of it. {advice}"
             faults += _statistics_faults(calibration, source, layer, found) if found else [missing]
     return faults
+
+
+def experts_note(calibration: Calibration, layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """Return a note where experts have no statistics: transformers 5 runs them as no linear layers of their own."""
+    missing = [module for module in layers if has_experts([module]) and module not in calibration.statistics]
+    if not (calibration.gptq and missing):
+        return ()
+    return (f"{len(missing)} linear layers of experts have no statistics: their codes are rounded to nearest",)
 
 
 def calibration_digest(path: Path) -> str:

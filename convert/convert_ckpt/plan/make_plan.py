@@ -6,7 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert_ckpt.options import Options
-from convert_ckpt.plan.calibration import Calibration, calibration_faults, dropped_scales_note, read_calibration
+from convert_ckpt.plan.calibration import (
+    Calibration,
+    calibration_faults,
+    dropped_scales_note,
+    experts_note,
+    read_calibration,
+)
 from convert_ckpt.plan.context import PlanContext, find_dialect
 from convert_ckpt.plan.decisions import choose_rules, decide_formats, make_layers
 from convert_ckpt.plan.effect import idle_notes
@@ -78,7 +84,7 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
     manifest = replace(manifest, targets={name: verdict.reason for name, verdict in verdicts.items()})
     files = make_files(source, tensors, manifest, options.max_shard_nbytes)
     idle = idle_notes(options, layers, context.preset, source.class_name)
-    dropped = dropped_scales_note(calibration, source)
+    dropped = (*dropped_scales_note(calibration, source), *experts_note(calibration, layers))
     warnings = (*source.notes, *dropped, *idle, *found.notes, *target_notes(context, verdicts))
     statistics, unused = calibration.statistics, _unused(source)
     return Plan(tensors, files, manifest, scales, warnings, context.preset_from, statistics, unused)
