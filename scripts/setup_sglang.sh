@@ -37,7 +37,7 @@ fi
     sentencepiece==0.2.3 setproctitle==1.3.8 setuptools==84.0.0 shellingham==1.5.4 sniffio==1.3.1 stack-data==0.6.3 \
     starlette==1.10.0 sympy==1.14.0 tokenizers==0.23.3 tqdm==4.70.1 traitlets==5.16.1 truststore==0.10.5 \
     typer==0.29.2 typing_extensions==4.16.0 typing-inspection==0.4.5 urllib3==2.8.0 uvicorn==0.54.0 \
-    wcwidth==0.9.4 yarl==1.25.1
+    wcwidth==0.9.4 yarl==1.25.1 accelerate==1.15.0 opentelemetry-api==1.45.2 opentelemetry-sdk==1.45.2
 # Our plug-in, as a user installs it: SGLang finds it by its entry point.
 "${install[@]}" --no-deps --no-build-isolation -e "$(dirname "$(dirname "$(realpath "$0")")")"
 echo "setup: ready. Use $dir/bin/python scripts/check_sglang.py CONVERTED BF16"

@@ -125,6 +125,18 @@ class SGLang:
         model = loader.load_customized(str(folder.resolve()), self._arguments, component)
         return _describe(model, **self._seen)
 
+    def load_encoder(self, folder: Path, component: str, *, natively: bool = False) -> torch.nn.Module:
+        """Return a pipeline's text encoder as --model-path loads it. natively: by transformers, whatever it is."""
+        from sglang.multimodal_gen.runtime.loader.component_loaders.component_loader import ComponentLoader
+
+        path = str(folder.resolve())
+        self._arguments.pipeline_config = type(self._arguments.pipeline_config)()  # each load writes into it
+        self._arguments.component_paths[component] = path
+        loader = ComponentLoader.for_component_type(component, "transformers")
+        if natively:
+            return loader.load_native(path, self._arguments, "transformers", component)
+        return loader.load(path, self._arguments, component, "transformers")[0]
+
 
 def _describe(model: torch.nn.Module, expected: set[str], mapping: Callable[[str], Any]) -> Loaded:
     from sglang.multimodal_gen.runtime.loader import fsdp_load

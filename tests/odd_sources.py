@@ -64,6 +64,11 @@ ODD_SOURCES: dict[str, Callable[[Path], object]] = {
     "pickle": _of_bytes("model.ckpt", b"\x80\x02}q"),
     "pickle-renamed": _of_bytes("model.safetensors", b"PK\3\4" + bytes(100)),
     "pytorch-bin": _of_bytes("pytorch_model.bin", b""),
+    "archive": _of_bytes("flux.zip", b"PK\3\4" + bytes(100)),
+    "parent": lambda folder: save_checkpoint(folder / "flux" / "transformer", [{_BLOCK: random_weight(256, 256)}], {}),
+    "hub-cache": lambda folder: save_checkpoint(
+        folder / "models--me--flux" / "snapshots" / ("0123456789" * 4), [{_BLOCK: random_weight(256, 256)}], {}
+    ),
     "onnx": _of_bytes("model.onnx", b"\x08\x07"),
     "pipeline-unet": _pipeline_without_transformer,
     "unknown-class": _of_tensors(_BLOCK, class_name="SomeTransformer"),

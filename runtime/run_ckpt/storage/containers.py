@@ -38,6 +38,7 @@ _CONTAINERS = (
         magics=(b"GGUF",),
         suffixes=(GGUF_SUFFIX,),
     ),
+    _Container("a zip archive", "Unpack it, and give the folder with its safetensors files.", suffixes=(".zip",)),
     _Container(
         "a pickle (torch.save), which can run code and is not read here",
         f"In its folder run: {_PICKLES_TO_SAFETENSORS}",
@@ -56,7 +57,8 @@ def describe_container(path: Path) -> str | None:
         start = file.read(max(len(magic) for kind in _CONTAINERS for magic in kind.magics))
     by_start = (kind for kind in _CONTAINERS if start.startswith(kind.magics))
     by_name = (kind for kind in _CONTAINERS if path.name.endswith(kind.suffixes))
-    found = next(chain(by_start, by_name), None)
+    # An archive begins as a pickle does.
+    found = next(chain(by_name, by_start) if path.suffix == ".zip" else chain(by_start, by_name), None)
     return f"{path.name}: {found.name}. {found.way.format(suffix=path.suffix)}" if found else None
 
 

@@ -111,7 +111,7 @@ def _find_files(folder: Path, faults: list[str], notes: list[str]) -> list[str]:
         if len(gguf := sorted(entry.name for entry in folder.glob("*" + GGUF_SUFFIX))) == 1:
             return gguf
         other = f"{', '.join(gguf)}: give one of these files." if gguf else find_container(folder)
-        faults.append(other or "it holds no .safetensors file. Give the folder that holds config.json and the weights.")
+        faults.append(other or f"it holds no .safetensors file. {_what_to_give(folder)}")
     for stem in MAIN_STEMS:
         if stem + SUFFIX in names:
             notes += [f"{name}: left out, {stem + SUFFIX} is there" for name in names if name != stem + SUFFIX]
@@ -175,3 +175,10 @@ def _index_faults(weight_map: dict[str, str], shards: list[Shard], readable: set
             )
     faults += [f"{name}: in {stored[name]} but not in the index." for name in sorted(set(stored) - set(weight_map))]
     return faults
+
+
+def _what_to_give(folder: Path) -> str:
+    """Return which folder below was meant: of a pipeline, a checkpoint, or the snapshot in the Hub's cache."""
+    patterns = ("*/" * depth + name for depth in (1, 2, 3) for name in ("model_index.json", f"*{SUFFIX}"))
+    found = next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
+    return f"Did you mean {found.parent}?" if found else "Give the folder that holds config.json and the weights."
