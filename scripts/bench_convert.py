@@ -6,7 +6,10 @@ cache, (a) a loop that reads the input and writes as many bytes as the conversio
 that each takes per GB of BF16, and the peak memory. A second table compares the kernels, and BLAKE3, with np.copyto
 of the same bytes.
 
-    python scripts/bench_convert.py [--gib 4] [--folder DIR] [--repeats 3]
+With --tensors it times one conversion to FP8 of a checkpoint of so many small tensors instead: of each three, a weight
+[64, 256], its bias and a norm.
+
+    python scripts/bench_convert.py [--gib 4] [--tensors 300000] [--folder DIR] [--repeats 3]
 """
 
 import json
@@ -39,13 +42,17 @@ GIB = 2**30
 
 @click.command()
 @click.option("--gib", default=4.0, show_default=True, help="Size of the synthetic checkpoint.")
+@click.option("--tensors", type=int, help="Time a checkpoint of so many small tensors instead.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to build it.  [default: a temporary folder]")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each kind; the table shows medians.")
-def main(gib: float, folder: Path | None, repeats: int) -> None:
+def main(gib: float, tensors: int | None, folder: Path | None, repeats: int) -> None:
     """Print the tables."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         work = Path(name)
         source = work / "source"
+        if tensors:
+            print(bench_many(make_small_tensors(source, tensors), work / "out", tensors))
+            return
         make_checkpoint(source, int(gib * GIB))
         Console().print(bench_end_to_end(source, work, repeats))
     Console().print(bench_kernels())
@@ -78,6 +85,38 @@ def make_shards(folder: Path, count: int, shard_nbytes: int, *, large_first: boo
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def make_small_tensors(folder: Path, count: int) -> Path:
+    """Write eight shards of ``count`` small tensors together, random BF16, and return the folder."""
+    shapes = {"proj.weight": (64, 256), "proj.bias": (64,), "norm.weight": (256,)}
+    specs = [
+        TensorSpec(f"blocks.{i // 10}.layer_{i % 10}.{name}", "BF16", shape)
+        for i in range(-(-count // len(shapes)))
+        for name, shape in shapes.items()
+    ][:count]
+    names = [f"diffusion_pytorch_model-{number:05}-of-00008.safetensors" for number in range(1, 9)]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "BenchTransformer2DModel"}))
+    noise, weight_map = random_bf16(CHUNK_NBYTES), {}
+    for number, name in enumerate(names):
+        part = specs[count * number // 8 : count * (number + 1) // 8]
+        header = build_header(part)
+        with open(folder / name, "wb") as file:
+            file.write(header.data)
+            for offset in range(len(header.data), header.file_nbytes, CHUNK_NBYTES):
+                file.write(noise[: min(CHUNK_NBYTES, header.file_nbytes - offset)])
+        weight_map.update(dict.fromkeys((spec.name for spec in part), name))
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def bench_many(source: Path, output: Path, count: int) -> str:
+    """Return what one conversion took."""
+    run = convert(source, output, "fp8")
+    times = f"{run.seconds:.1f} s, {run.cpu_seconds:.1f} s of CPU time"
+    return f"{count:,} tensors: {times}, peak memory {run.peak_nbytes / 2**20:.0f} MiB"
 
 
 def random_bf16(nbytes: int) -> bytes:
