@@ -57,7 +57,7 @@ VARIANTS = {
     "nvfp4-compressed-tensors": {"format": "nvfp4"},
     "mxfp8-compressed-tensors": {"format": "mxfp8"},
     "mxfp4-plugin": {"format": "mxfp4", "target": "vllm+plugin"},
-    "mxfp4-plugin-plain": {"format": "mxfp4", "layout": "plain", "target": "vllm+plugin"},
+    "mxfp4-row-major-plugin": {"format": "mxfp4", "layout": "plain", "target": "vllm+plugin"},
     "fp8": {"format": "fp8", "target": "vllm"},
     "fp8-channel": {"format": "fp8", "granularity": "channel", "target": "vllm"},
     "fp8-block": {"format": "fp8", "granularity": "block", "target": "vllm"},
