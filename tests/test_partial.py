@@ -294,7 +294,7 @@ def test_a_source_shard_replaced_by_one_of_the_same_size_and_time_is_noticed(
     os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
     other.rename(path)
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-    with pytest.raises(PartialRunError, match=path.name):
+    with pytest.raises(PartialRunError, match=rf"{path.name}.*A shard of another ctime may hold other bytes"):
         convert(source, tmp_path / "out", **OPTIONS)
 
 

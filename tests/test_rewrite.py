@@ -237,6 +237,28 @@ def test_a_target_that_is_not_empty_is_refused(converted: dict[str, Path], tmp_p
     assert (tmp_path / "plain" / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("damage", [None, "a byte", "a file more", "a file less"])
+def test_the_same_command_says_complete_of_the_same_bytes_alone(
+    converted: dict[str, Path], tmp_path: Path, damage: str | None
+) -> None:
+    def write() -> bool:
+        return relayout(converted["mxfp4-aiter"], tmp_path / "out", layout="plain", dialect=None, progress=Silent())
+
+    assert write()
+    path = min((tmp_path / "out").glob("*.safetensors"))
+    if damage is None:
+        assert not write()
+        return
+    if damage == "a byte":
+        path.write_bytes(path.read_bytes()[:-1] + b"\x17")
+    elif damage == "a file more":
+        path.with_name("mine").write_text("precious")
+    else:
+        (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(FaultsError, match="is not empty"):
+        write()
+
+
 def test_an_empty_target_is_taken(converted: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     assert (to_plain(converted["fp8-tensor"], tmp_path / "plain") / "config.json").is_file()

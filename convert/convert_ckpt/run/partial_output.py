@@ -28,6 +28,10 @@ PREDICTION = "prediction"
 _NAMES = (_FETCHED, _RECORDS, _RESULT, _FINGERPRINT)
 _NOT_REMOTE = {"reference": "", "revision": ""}
 
+# Only a hash of all of it could tell the two, and of a shard that was not yet converted there is none.
+_TOUCHED = (
+    "A shard of another ctime may hold other bytes, even at the same size and mtime; chmod and links change it too. "
+)
 _ASK_AGAIN_SECONDS = 0.1
 
 
@@ -97,9 +101,10 @@ class Staging:
             text = json.dumps(fingerprint, indent=1, sort_keys=True)
             self._partial.folder.write(_FINGERPRINT, text.encode())
         elif found := differences(old, fingerprint):
+            touched = _TOUCHED if any(".ctime_ns was" in line for line in found) else ""
             raise PartialRunError(
                 f"{self.folder} holds an unfinished run with another source or other options:"
-                f" {'; '.join(found)}. Repeat that command to finish it, or add --restart to throw it away."
+                f" {'; '.join(found)}. {touched}Repeat that command to finish it, or add --restart to throw it away."
             )
 
     def share(self) -> None:

@@ -11,6 +11,7 @@ from run_ckpt.storage.units import format_nbytes
 _FOLDER = click.Path(path_type=Path)
 # A path, or what it is called on the Hub.
 _NAME = click.Path()
+_COMPLETE = "{folder} is complete already: the same, byte for byte."
 
 
 @click.command()
@@ -37,8 +38,8 @@ def dequantize(output: str, folder: Path, dtype: str) -> None:
     from run_ckpt.tools.rewrite.dequantize import dequantize as write
 
     with show_progress() as progress:
-        write(local_path(output), folder, dtype=dtype, progress=progress)
-    click.echo(f"Dequantized {output} to {folder}: {_size(folder)}.")
+        is_new = write(local_path(output), folder, dtype=dtype, progress=progress)
+    click.echo(f"Dequantized {output} to {folder}: {_size(folder)}." if is_new else _COMPLETE.format(folder=folder))
 
 
 @click.command()
@@ -61,8 +62,9 @@ def relayout(output: str, folder: Path, layout: str, dialect: str | None) -> Non
     from run_ckpt.tools.rewrite.relayout import relayout as write
 
     with show_progress() as progress:
-        write(local_path(output), folder, layout=layout, dialect=dialect, progress=progress)
-    click.echo(f"Wrote {output} to {folder} in layout {layout}: {_size(folder)}.")
+        is_new = write(local_path(output), folder, layout=layout, dialect=dialect, progress=progress)
+    done = f"Wrote {output} to {folder} in layout {layout}: {_size(folder)}."
+    click.echo(done if is_new else _COMPLETE.format(folder=folder))
 
 
 @click.command()

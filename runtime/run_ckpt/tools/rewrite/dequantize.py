@@ -16,20 +16,20 @@ from run_ckpt.storage.foreign import open_quantized
 from run_ckpt.storage.json_files import read_config
 from run_ckpt.storage.rows import TORCH_DTYPES, cut_rows, decode_rows
 from run_ckpt.storage.shards import MAIN_STEMS
-from run_ckpt.storage.writer import ShardWriter
+from run_ckpt.tools.rewrite.files import TensorWriter
 from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
 
 SOURCE_DTYPE = "source"
 DTYPES = {SOURCE_DTYPE: None, "bfloat16": "BF16"}
 
 
-def dequantize(output: Path, target: Path, *, dtype: str, progress: Progress) -> None:
+def dequantize(output: Path, target: Path, *, dtype: str, progress: Progress) -> bool:
     """Write ``output`` to ``target`` with its quantized weights as numbers, under their source's names.
 
     dtype: "bfloat16", or "source" for the dtype each weight had in the source. Everything that was
     copied stays bit for bit; scales, manifest and quantization_config are left out. ``output`` may be another tool's.
     """
-    rewrite(output, target, partial(_plan, dtype=DTYPES[dtype]), progress, open_quantized)
+    return rewrite(output, target, partial(_plan, dtype=DTYPES[dtype]), progress, open_quantized)
 
 
 def _plan(checkpoint: Checkpoint, *, dtype: str | None) -> Rewrite:
@@ -53,7 +53,7 @@ def _plain_spec(checkpoint: Checkpoint, layer: Layer, dtype: str | None) -> Tens
     return TensorSpec(name, dtype or layer.source_dtype, shape)
 
 
-def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, *, dtype: str | None) -> None:
+def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: TensorWriter, *, dtype: str | None) -> None:
     spec = _plain_spec(checkpoint, layer, dtype)
     target = TORCH_DTYPES[spec.dtype]
     largest = torch.finfo(target).max

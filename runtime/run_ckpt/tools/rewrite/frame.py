@@ -16,7 +16,7 @@ from run_ckpt.storage.atomic import target_faults
 from run_ckpt.storage.checks import check_structure
 from run_ckpt.storage.components import Checkpoint, find_components, open_checkpoint
 from run_ckpt.storage.files import leads_outside, read_small
-from run_ckpt.storage.folders import Folder
+from run_ckpt.storage.folders import open_folder
 from run_ckpt.storage.foreign import is_about_quantization
 from run_ckpt.storage.hashing import describe_bytes
 from run_ckpt.storage.header import Header, build_header
@@ -26,7 +26,7 @@ from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard, read_folder
 from run_ckpt.storage.side_files import is_side_file
 from run_ckpt.storage.threads import map_threads
-from run_ckpt.storage.writer import ShardWriter
+from run_ckpt.tools.rewrite.files import DiffersError, Files, FinishedFiles, NewFiles, TensorWriter
 from run_ckpt.tools.verify.files import file_faults
 
 _TOOL = "run-ckpt"
@@ -43,7 +43,7 @@ class Rewrite:
     """
 
     replaced: Mapping[str, tuple[TensorSpec, ...]]
-    write_layer: Callable[[Checkpoint, Layer, ShardWriter], None]
+    write_layer: Callable[[Checkpoint, Layer, TensorWriter], None]
     metadata: dict[str, str]
     config: dict[str, Any] | None
     rename: Callable[[str], str] = str
@@ -56,13 +56,16 @@ def rewrite(
     plan: Callable[[Checkpoint], Rewrite],
     progress: Progress,
     open_component: Callable[[Path], AbstractContextManager[Checkpoint]] = open_checkpoint,
-) -> None:
+) -> bool:
     """Write every component of ``output`` to ``target`` as ``plan`` says, which appears complete or not at all.
 
     Before a byte is written all components are planned, and their files hashed: a damaged shard must
-    not come out with a fresh, matching manifest. Raises CheckpointError.
+    not come out with a fresh, matching manifest. Returns False where ``target`` was all that already, byte for byte.
+    Raises CheckpointError.
     """
     remove_what_is_left(target, _TOOL)
+    if _is_finished(output, target, plan, open_component, progress):
+        return False
     faults = target_faults(output, target)
     if faults:
         raise FaultsError("nothing was written", faults)
@@ -79,30 +82,57 @@ def rewrite(
         for name, path in components.items():
             with open_component(path) as checkpoint, result.open_folder(name, make=True) as folder:
                 progress.start(f"write {name}".strip(), sum(s.header.file_nbytes for s in checkpoint.folder.shards))
-                _write_component(checkpoint, folder, plan(checkpoint), progress)
+                steps = plan(checkpoint)
+                with ThreadPoolExecutor(2, thread_name_prefix="flush") as background:
+                    _write_component(checkpoint, NewFiles(folder, background), steps, progress)
+                if steps.manifest:
+                    check_structure(folder.path)
+                else:
+                    read_folder(folder.path)
+    return True
 
 
-def _write_component(checkpoint: Checkpoint, folder: Folder, steps: Rewrite, progress: Progress) -> None:
+def _is_finished(
+    output: Path,
+    target: Path,
+    plan: Callable[[Checkpoint], Rewrite],
+    open_component: Callable[[Path], AbstractContextManager[Checkpoint]],
+    progress: Progress,
+) -> bool:
+    """True where ``target`` holds what a rewrite would write; mostly told by the first header that differs."""
+    try:
+        if not any(target.iterdir()):
+            return False
+        components = find_components(output)
+        with open_folder(target) as finished:
+            for name, path in components.items():
+                with open_component(path) as checkpoint, finished.open_folder(name) as folder:
+                    nbytes = sum(shard.header.file_nbytes for shard in checkpoint.folder.shards)
+                    progress.start(f"compare {name}".strip(), nbytes)
+                    _write_component(checkpoint, FinishedFiles(folder), plan(checkpoint), progress)
+            return "" in components or set(finished.names()) == components.keys()
+    except (OSError, ValueError, DiffersError):
+        return False
+
+
+def _write_component(checkpoint: Checkpoint, target: Files, steps: Rewrite, progress: Progress) -> None:
     headers = {shard.name: _new_header(shard, steps) for shard in checkpoint.folder.shards}
     files = {}
-    with ThreadPoolExecutor(2, thread_name_prefix="flush") as background:
-        for shard in checkpoint.folder.shards:
-            name = steps.rename(shard.name)
-            writer = ShardWriter(folder, name, headers[shard.name], background)
-            _write_tensors(checkpoint, shard, steps, writer, progress)
-            files[name] = writer.finish()
+    for shard in checkpoint.folder.shards:
+        name = steps.rename(shard.name)
+        writer = target.open_shard(name, headers[shard.name])
+        _write_tensors(checkpoint, shard, steps, writer, progress)
+        files[name] = writer.finish()
     contents = {name: text.encode() for name, text in _texts(checkpoint, headers, steps).items()}
     for name in sorted(_side_files(checkpoint)):
         if name not in {*files, *contents, CONFIG_NAME} and not name.endswith((SUFFIX, INDEX_SUFFIX)):
             contents[name] = read_small(checkpoint.path / name)
     for name, data in contents.items():
-        folder.write(name, data)
+        target.write(name, data)
         files[name] = describe_bytes(data)
     if steps.manifest:
-        folder.write_parts(MANIFEST_NAME, steps.manifest(files))
-        check_structure(folder.path)
-    else:
-        read_folder(folder.path)
+        target.write_parts(MANIFEST_NAME, steps.manifest(files))
+    target.finish([*files, *([MANIFEST_NAME] if steps.manifest else [])])
 
 
 def _side_files(checkpoint: Checkpoint) -> Iterable[str]:
@@ -124,7 +154,7 @@ def _new_header(shard: Shard, steps: Rewrite) -> Header:
 
 
 def _write_tensors(
-    checkpoint: Checkpoint, shard: Shard, steps: Rewrite, writer: ShardWriter, progress: Progress
+    checkpoint: Checkpoint, shard: Shard, steps: Rewrite, writer: TensorWriter, progress: Progress
 ) -> None:
     layers = {layer.tensors[WEIGHT]: layer for layer in checkpoint.manifest.layers.values()}
 

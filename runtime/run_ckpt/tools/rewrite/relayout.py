@@ -16,18 +16,18 @@ from run_ckpt.progress import Progress
 from run_ckpt.storage.components import Checkpoint
 from run_ckpt.storage.json_files import read_config
 from run_ckpt.storage.rows import cut_rows, read_codes, read_scales
-from run_ckpt.storage.writer import ShardWriter
+from run_ckpt.tools.rewrite.files import TensorWriter
 from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
 
 
-def relayout(output: Path, target: Path, *, layout: str, dialect: str | None, progress: Progress) -> None:
+def relayout(output: Path, target: Path, *, layout: str, dialect: str | None, progress: Progress) -> bool:
     """Write ``output`` to ``target`` with its MXFP4 layers in ``layout``; all values stay what they are.
 
     dialect: None for the usual one of that layout. The result is what convert-ckpt would have
     written with that --layout and --dialect for the same layers. Raises UsageError where the
     dialect can't say the layout or nothing would change, FaultsError where shapes do not fit.
     """
-    rewrite(output, target, partial(_plan, layout=LAYOUTS[layout], asked=dialect), progress)
+    return rewrite(output, target, partial(_plan, layout=LAYOUTS[layout], asked=dialect), progress)
 
 
 def _plan(checkpoint: Checkpoint, *, layout: Layout, asked: str | None) -> Rewrite:
@@ -86,7 +86,7 @@ def _shape_faults(layer: Layer) -> list[str]:
     ]
 
 
-def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, *, manifest: Manifest) -> None:
+def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: TensorWriter, *, manifest: Manifest) -> None:
     new = manifest.layers[layer.module]
     layout = new.scheme.layout
     # Whole padding granules of the scale: the last slab then brings the padding rows with it.
