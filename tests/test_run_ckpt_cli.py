@@ -116,7 +116,9 @@ def test_options_that_contradict_the_checkpoint_exit_2(
 def test_dequantize_writes_the_folder(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("dequantize", output, tmp_path / "plain") == 0
     assert (tmp_path / "plain" / "config.json").is_file()
-    assert capsys.readouterr().out == f"Dequantized {output} to {tmp_path / 'plain'}.\n"
+    assert capsys.readouterr().out.startswith(f"Dequantized {output} to {tmp_path / 'plain'}: ")
+    assert run("dequantize", output, tmp_path / "plain") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'plain'} is complete already: the same, byte for byte.\n"
 
 
 def test_relayout_writes_a_folder_that_verifies(output: Path, tmp_path: Path) -> None:
