@@ -387,7 +387,7 @@ ODD_SOURCES = [
     Mistake("convert-ckpt good OUT --format fp8 --preset flux", 2, "'--preset': 'flux' is not one of"),
     Mistake("convert-ckpt pipeline OUT --format fp8 --component transfromer", 2, "transfromer: not in SOURCE. Its"),
     Mistake("run-ckpt inspect archive/flux.zip", 1, "flux.zip: a zip archive. Unpack it, and give the folder"),
-    Mistake("run-ckpt verify good --source result", 1, "good: no quantization_manifest.json. This is no finished"),
+    Mistake("run-ckpt verify good --source result", 2, "write run-ckpt verify result --source good."),
     Mistake("run-ckpt explain result", 2, "Missing argument 'LAYER'."),
     Mistake("run-ckpt explain result model.layers.0.self_attn.q_prj", 2, "Nearest: model.layers.0.self_attn.q_proj"),
     Mistake("run-ckpt dequantize result", 2, "Missing argument 'DIR'."),

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from run_ckpt.contract.errors import CheckpointError, FaultsError, UsageError
 from run_ckpt.contract.folds import folds_by_tensor
 from run_ckpt.contract.foreign import ForeignTensors
-from run_ckpt.contract.manifest import Layer
+from run_ckpt.contract.manifest import MANIFEST_NAME, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS
 from run_ckpt.progress import Progress
 from run_ckpt.storage.checks import config_faults, header_faults, index_faults, text_faults, unlisted_faults
@@ -96,6 +96,10 @@ def verify_output(
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder{similar_path(path)}.")
     components = find_components(output)
+    if source and not _is_result(output) and _is_result(source):
+        raise UsageError(
+            f"{source} is the result, and {output} none: write run-ckpt verify {source} --source {output}."
+        )
     if expected is not None and result_hash(components) != expected.strip().lower():
         raise CheckpointError(
             f"{output}: its hash is {result_hash(components)}, expected is {expected}: it is another result, or was"
@@ -107,6 +111,10 @@ def verify_output(
         report = verify_component(name, path, part, progress, statistics)
         reports.append(replace(report, faults=(*report.faults, *_weak_layers(report, min_sqnr_db))))
     return reports
+
+
+def _is_result(path: Path) -> bool:
+    return any((part / MANIFEST_NAME).is_file() for part in find_components(path).values())
 
 
 def _weak_layers(report: ComponentReport, min_sqnr_db: float | None) -> Iterator[str]:
