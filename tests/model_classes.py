@@ -294,6 +294,29 @@ _CASES = (
         {**TEXT, "hidden_states": (1, 4, 8, 8), "timestep": STEP},
     ),
     _case(
+        "qwen-image-layered",
+        "qwen-image",
+        "QwenImageTransformer2DModel",
+        {
+            **HEADS,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 1,
+            "joint_attention_dim": TEXT_DIM,
+            "axes_dims_rope": ROPE_AXES,
+            "use_additional_t_cond": True,
+            "use_layer3d_rope": True,
+        },
+        {
+            **TEXT,
+            "hidden_states": (1, 48, 16),  # three layers of 4 x 4
+            "encoder_hidden_states_mask": torch.ones(1, N_TEXT_TOKENS, dtype=torch.bool),
+            "timestep": HALF,
+            "img_shapes": [[[1, 4, 4]] * 3],
+            "additional_t_cond": torch.tensor([0]),
+        },
+    ),
+    _case(
         "minimax-h3",
         "minimax-h3",
         "MiniMaxH3Transformer3DModel",

@@ -306,3 +306,13 @@ def test_a_result_says_which_servers_have_its_class(
     for server, reason in (("sglang", sglang), ("vllm-omni", omni)):
         assert (targets[server] is None) == (reason is None)
         assert (reason or "") in (targets[server] or "")
+
+
+@pytest.mark.parametrize(("name", "preset"), [("chroma", "chroma"), ("lumina2", "lumina2"), ("anima", "cosmos")])
+def test_a_file_without_config_is_told_by_its_tensors(tmp_path: Path, name: str, preset: str) -> None:
+    save(CLASSES[name], CLASSES[name].build(), str(tmp_path / "in"))
+    (tmp_path / "in" / "config.json").unlink()
+    with pytest.raises(
+        UsageError, match=rf"named as a {type(CLASSES[name].build()).__name__}'s: add --preset {preset}"
+    ):
+        convert(tmp_path / "in", tmp_path / "out", format="fp8", preset=None)

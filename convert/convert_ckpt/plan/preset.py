@@ -1,6 +1,6 @@
 """What is known of each model class: the data files in presets/, read into records."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -85,6 +85,7 @@ class Preset:
     ``keep`` maps a pattern on module names to the reason why these are sensitive; ``embeddings`` are patterns of
     tables that look like linear weights but are none; ``runtimes`` maps a target to what it makes of the linears.
     ``folds`` are those that are exact in the class's graph. ``dialect`` is the only one that is read of the class.
+    ``told_by``: tensors that only its checkpoints have, all of them, which tell the class without a config.json.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Preset:
     folds: tuple[FoldPattern, ...]
     runtimes: dict[str, Runtime]
     dialect: str | None = None
+    told_by: tuple[str, ...] = ()
 
     def runtime(self, target: str) -> Runtime:
         """Return what a target makes of the linears; nothing is known against one without an entry."""
@@ -132,6 +134,7 @@ def load_preset(name: str) -> Preset:
         folds=(*(base.folds if base else ()), *folds),
         runtimes={target: _runtime(table["runtimes"], **entry) for target, entry in table.get("runtimes", {}).items()},
         dialect=table.get("dialect"),
+        told_by=tuple(table.get("told_by", ())),
     )
 
 
@@ -161,3 +164,9 @@ def find_preset(class_name: str | None) -> Preset:
         if class_name and any(fnmatchcase(class_name, pattern) for pattern in preset.classes):
             return preset
     return load_preset(GENERIC)
+
+
+def tell_preset(tensor_names: Collection[str]) -> Preset | None:
+    """Return the preset of which a checkpoint without config.json has all telling names, None where there is none."""
+    presets = map(load_preset, preset_names())
+    return next((preset for preset in presets if preset.told_by and set(preset.told_by) <= set(tensor_names)), None)

@@ -72,7 +72,7 @@ _SIGNATURES = (
 _ORIGINAL_NAMES = {
     "LTX2VideoTransformer3DModel": "*audio_patchify_proj.weight",
     "WanAnimateTransformer3DModel": "*face_adapter.fuser_blocks.0.linear1_kv.weight",
-    "ChromaTransformer2DModel": "*distilled_guidance_layer.in_proj.weight",
+    "ChromaTransformer2DModel": "*distilled_guidance_layer.norms.0.scale",
     "LTXVideoTransformer3DModel": "*patchify_proj.weight",
     "Lumina2Transformer2DModel": "*layers.0.adaLN_modulation.1.weight",
     "SD3Transformer2DModel": "*joint_blocks.0.x_block.attn.qkv.weight",
@@ -81,6 +81,7 @@ _ORIGINAL_NAMES = {
     "SanaTransformer2DModel": "*blocks.0.cross_attn.kv_linear.weight",
     "HiDreamImageTransformer2DModel": "*double_stream_blocks.0.block.adaLN_modulation.1.weight",
     "CosmosTransformer3DModel": "net.x_embedder.proj.1.weight",
+    "MiniMaxH3Transformer3DModel": "*token_refiner.blocks.0.attn.qkv_proj.weight",
 }
 
 
