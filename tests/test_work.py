@@ -80,6 +80,14 @@ def test_a_shard_begins_when_all_of_the_one_before_is_read(plan: Plan) -> None:
     assert first_readings == sorted(first_readings)
 
 
+def test_no_turn_reads_several_shards(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    slabs = list_slabs(plan, set())
+    monkeypatch.setattr("convert_ckpt.run.schedule.SLAB_NBYTES", 2**30)
+    turns = list_turns(slabs)
+    assert max(len(turn) for turn in turns) > 4
+    assert all(len({slab.shards for slab in turn}) == 1 for turn in turns)
+
+
 def test_turns_keep_the_order_and_take_small_slabs_together(plan: Plan) -> None:
     empty = replace(list_slabs(plan, set())[0], nbytes=0)
     slabs = [*[empty] * 200, *list_slabs(plan, set())]

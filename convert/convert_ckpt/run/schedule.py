@@ -184,11 +184,15 @@ def _matrix_ranges(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
 
 
 def list_turns(slabs: list[Slab]) -> list[list[Slab]]:
-    """Return the slabs in the same order, cut into what a worker takes at once: small ones together."""
+    """Return the slabs in the same order, cut into what a worker takes at once: small ones of the same shards together.
+
+    A shard may be fetched only once an earlier one is released, which the end of a turn does: no turn has both.
+    """
     turns: list[list[Slab]] = []
     nbytes = 0
     for slab in slabs:
-        if not turns or nbytes + slab.nbytes > SLAB_NBYTES or len(turns[-1]) == _SLABS_AT_ONCE:
+        is_full = not turns or nbytes + slab.nbytes > SLAB_NBYTES or len(turns[-1]) == _SLABS_AT_ONCE
+        if is_full or slab.shards != turns[-1][0].shards:
             turns.append([])
             nbytes = 0
         turns[-1].append(slab)
