@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from convert_ckpt import FaultsError, Options, UsageError, convert, plan_conversion
 from run_ckpt.contract.manifest import MANIFEST_NAME
@@ -234,3 +235,14 @@ def test_the_json_of_a_run_holds_what_its_last_lines_say(llm: Path, tmp_path: Pa
     values = json.loads(json.dumps(convert(llm, tmp_path / "out", format="mxfp4").to_json()))
     assert values["output"] == str(tmp_path / "out")
     assert values["worst_sqnr_db"] <= values["mean_sqnr_db"]
+
+
+def test_another_calibration_under_the_same_name_is_another_result(llm: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.{name}_proj.input_amax" for i in range(2) for name in "qkvo"]
+    options: dict[str, Any] = {"format": "fp8", "calibration": tmp_path / "ranges.safetensors"}
+    save_file({name: torch.tensor([2.0]) for name in names}, options["calibration"])
+    convert(llm, tmp_path / "out", **options)
+    assert convert(llm, tmp_path / "out", **options).was_complete
+    save_file({name: torch.tensor([3.0]) for name in names}, options["calibration"])
+    with pytest.raises(FaultsError, match=r"holds another result \(recipe\.calibration_blake3 was '.*', now '"):
+        convert(llm, tmp_path / "out", **options)

@@ -38,7 +38,8 @@ _NO_SCALE = 1.0
 class Calibration:
     """What was given, by module: ``ranges``, the largest |input| that a scale must reach, and ``statistics``.
 
-    ``static`` asks for input scales, ``gptq`` for codes that the statistics choose.
+    ``static`` asks for input scales, ``gptq`` for codes that the statistics choose. ``digest`` tells what was given
+    from others: the plan's numbers don't, as codes are chosen in the run.
     """
 
     name: str = ""
@@ -46,6 +47,7 @@ class Calibration:
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
     static: bool = False
     gptq: bool = False
+    digest: str = ""
 
     @property
     def hessians(self) -> Mapping[str, InputStatistics]:
@@ -54,9 +56,10 @@ class Calibration:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a recipe in a manifest says of statistics: the settings with which they were recorded."""
+        """What a recipe in a manifest says of it: its hash, and the settings with which statistics were recorded."""
         found = next(iter(self.statistics.values()), None)
-        return {"calibrated_with": dict(found.settings)} if found else {}
+        settings = {"calibrated_with": dict(found.settings)} if found else {}
+        return settings | ({"calibration_blake3": self.digest} if self.digest else {})
 
     def folded(self, folds: Iterable[Fold]) -> "Calibration":
         """Return it with the ranges that inputs have after these folds."""
@@ -88,7 +91,7 @@ def read_calibration(context: PlanContext) -> Calibration:
     try:
         if not options.has_statistics:
             read = _modelopt_ranges if path.suffix in MODELOPT_SUFFIXES else _read_ranges
-            return Calibration(path.name, read(path, context), static=True)
+            return Calibration(path.name, read(path, context), static=True, digest=calibration_digest(path))
         folder = find_statistics(path, context.source.name)
         statistics = read_statistics(folder)
     except MissingPackageError:
@@ -102,7 +105,7 @@ def read_calibration(context: PlanContext) -> Calibration:
             f"--calibration {path}: without --method {GPTQ}, which needs correlations, it decides nothing unless"
             " --static asks for activation scales, or --fold for smoothing."
         )
-    return Calibration(path.name, ranges, statistics, options.static, gptq)
+    return Calibration(path.name, ranges, statistics, options.static, gptq, calibration_digest(path))
 
 
 def dropped_scales_note(calibration: Calibration, source: Component) -> tuple[str, ...]:

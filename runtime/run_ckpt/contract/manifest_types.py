@@ -76,7 +76,7 @@ _LAYER: dict[str, Check] = {
 }
 _RECIPE: dict[str, Check] = {
     **dict.fromkeys(("format", "layout", "granularity", "scale_rule", "dialect", "naming", "preset"), _optional(_text)),
-    **dict.fromkeys(("recipe", "calibration", "method", "target"), _optional(_text)),
+    **dict.fromkeys(("recipe", "calibration", "calibration_blake3", "method", "target"), _optional(_text)),
     "class_name": _optional(_class_name),
     "max_size": _optional(lambda value: _text(value) or _count(value)),
     "min_sqnr": _optional(_number),
