@@ -180,7 +180,8 @@ def test_a_mixed_result_is_right_for_whom_one_format_is(source: str, max_size: s
     convert(folder, tmp_path / "mixed", format="mxfp4", max_size=max_size)
     single, mixed = (read_manifest(tmp_path / name) for name in ("single", "mixed"))
     assert len({layer.format.name for layer in mixed.layers.values()}) == 2
-    assert right_for(mixed) == right_for(single)
+    # vLLM's plug-in is proved for MXFP4 alone.
+    assert right_for(mixed) == right_for(single) - {"vllm+plugin"}
 
 
 def right_for(manifest: Manifest) -> set[str]:
