@@ -95,7 +95,10 @@ SESSIONS = (
             "mxfp4-plain": Variant({"format": "mxfp4", "layout": "plain", "dialect": "mxfp4"}),
             "mxfp4-mixed": Variant({"format": "mxfp4"}, write_mixed_recipe),
             "quark": Variant({"format": "mxfp4", "layout": "plain"}),
-            "sglang+plugin": Variant({"format": "mxfp4", "target": "sglang+plugin"}),
+            "sglang+plugin": Variant(
+                {"format": "mxfp4", "target": "sglang+plugin"},
+                refused=tuple(name for name in MODEL_NAMES if name != "flux1"),
+            ),
             "nvfp4-plugin": Variant({"format": "nvfp4", "dialect": "mxfp4"}),
         },
     ),
