@@ -1,13 +1,16 @@
 """Tensors made of parts of stored ones: a checkpoint under other names than its file's."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.shards import TensorFolder
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Fills memory with the bytes of a shard from an offset on.
 ReadAt = Callable[[int, memoryview], None]
@@ -47,6 +50,8 @@ class Columns:
 
     def read(self, matrix: int, start: int, rows: np.ndarray, read_at: ReadAt) -> None:
         """Fill ``rows`` [n, K] with columns number ``start``.. of those that are taken of a matrix."""
+        import numpy as np  # commands that read no tensor do without
+
         n, K = rows.shape
         # [K, elements from the first to the last column]
         span = np.empty((K, (n - 1) * self.step + 1), rows.dtype)
@@ -105,6 +110,8 @@ class View:
             start = max(0, start - length)
 
     def _read_columns(self, columns: Columns, start: int, out: np.ndarray, read_at: ReadAt) -> None:
+        import numpy as np
+
         n_rows, K = self.spec.shape
         row_nbytes, n_of_each = self.nbytes // n_rows, n_rows // columns.n_matrices
         first, last = start // row_nbytes, -(-(start + len(out)) // row_nbytes)
