@@ -125,7 +125,7 @@ records = Path(sys.argv[2] + ".partial/records/root")
 read = ShardReaders.read
 
 def read_or_die(self, slabs, outs):
-    slab = slabs[0]
+    slab = slabs[-1]
     n_shards_before = int(slab.tensor.shard[6:11]) - 1
     if (n_shards_before + (slab.offset + slab.nbytes) / shard_nbytes) / 4 > share:
         deadline = time.monotonic() + 60
