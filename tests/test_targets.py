@@ -308,6 +308,14 @@ def test_a_result_says_which_servers_have_its_class(
         assert (reason or "") in (targets[server] or "")
 
 
+@pytest.mark.parametrize(("granularity", "targets"), [("channel", {"sglang"}), ("block", set())])
+def test_a_text_encoder_is_for_who_has_its_class(tmp_path: Path, granularity: str, targets: set[str]) -> None:
+    convert(language_model(tmp_path, "UMT5EncoderModel"), tmp_path / "out", format="fp8", granularity=granularity)
+    found = read_manifest(tmp_path / "out").targets
+    assert {name for name, reason in found.items() if reason is None} == {"transformers", "run-ckpt"} | targets
+    assert found["vllm"] == "vLLM has no such class"
+
+
 @pytest.mark.parametrize(("name", "preset"), [("chroma", "chroma"), ("lumina2", "lumina2"), ("anima", "cosmos")])
 def test_a_file_without_config_is_told_by_its_tensors(tmp_path: Path, name: str, preset: str) -> None:
     save(CLASSES[name], CLASSES[name].build(), str(tmp_path / "in"))

@@ -95,6 +95,10 @@ _GPT_OSS = ("gpt-oss",)
 _OWN = ("fp8", "mxfp4", "modelopt", "quark", "compressed-tensors")
 _FP8_SCHEMES = (TENSOR_FP8, CHANNEL_FP8, BLOCK_FP8)
 _LLAMA = {"LlamaForCausalLM": "loads no block scales of a Llama, silently: its llama.py renames weight_scale_inv"}
+# SGLang 0.5.23, scripts/encoder_sglang.py: transformers, which it hands a text encoder to, then refuses them.
+_ENCODERS = dict.fromkeys(
+    ("T5EncoderModel", "UMT5EncoderModel", "MT5EncoderModel", "CLIPTextModel*"), "was seen to refuse FP8 blocks of it"
+)
 _INPUT_SCALE = {
     "*": "multiplies by an input_scale, which NVFP4 here has not. Use --dialect compressed-tensors, whose activations"
     " stay as they are"
@@ -154,7 +158,7 @@ _TARGETS = (
             Reading("sglang-llm", "transformers", ("quark",)),
             Reading("sglang-llm", "transformers", ("compressed-tensors",), (TENSOR_FP8, CHANNEL_FP8)),
             Reading("sglang-llm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
-            Reading("sglang-llm", "transformers", ("fp8",), (BLOCK_FP8,), not_for=_LLAMA, is_loud=False),
+            Reading("sglang-llm", "transformers", ("fp8",), (BLOCK_FP8,), not_for=_LLAMA | _ENCODERS, is_loud=False),
             Reading("sglang-llm", "transformers", ("fp8", "modelopt"), (TENSOR_FP8,)),
         ),
     ),
