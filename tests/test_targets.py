@@ -7,6 +7,7 @@ import pytest
 
 from convert_ckpt.api import plan_conversion
 from convert_ckpt.options import Options
+from convert_ckpt.plan.preset import tell_preset
 from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
@@ -21,8 +22,9 @@ from run_ckpt.tools.publish.consumers import _CONSUMERS
 from run_ckpt.tools.rewrite.relayout import relayout
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, random_weight, save_checkpoint
 from tests.model_classes import CLASSES
-from tests.models import save
+from tests.models import MODELS, save
 
+CASES = {**MODELS, **CLASSES}
 FEED_FORWARD = {f"transformer_blocks.0.{part}" for part in ("ff.net.0.proj", "ff.net.2")} | {
     f"transformer_blocks.0.{part}" for part in ("ff_context.net.0.proj", "ff_context.net.2")
 }
@@ -316,11 +318,16 @@ def test_a_text_encoder_is_for_who_has_its_class(tmp_path: Path, granularity: st
     assert found["vllm"] == "vLLM has no such class"
 
 
-@pytest.mark.parametrize(("name", "preset"), [("chroma", "chroma"), ("lumina2", "lumina2"), ("anima", "cosmos")])
+@pytest.mark.parametrize(
+    ("name", "preset"), [("chroma", "chroma"), ("anima", "cosmos"), ("z-image", "z-image"), ("flux1", "flux1")]
+)
 def test_a_file_without_config_is_told_by_its_tensors(tmp_path: Path, name: str, preset: str) -> None:
-    save(CLASSES[name], CLASSES[name].build(), str(tmp_path / "in"))
+    save(CASES[name], CASES[name].build(), str(tmp_path / "in"))
     (tmp_path / "in" / "config.json").unlink()
-    with pytest.raises(
-        UsageError, match=rf"named as a {type(CLASSES[name].build()).__name__}'s: add --preset {preset}"
-    ):
+    with pytest.raises(UsageError, match=rf"named as a {type(CASES[name].build()).__name__}'s: add --preset {preset}"):
         convert(tmp_path / "in", tmp_path / "out", format="fp8", preset=None)
+
+
+def test_a_preset_that_adds_to_anothers_names_is_told_from_it() -> None:
+    told = {name: tell_preset(list(CASES[name].build().state_dict())) for name in ("ltx", "ltx2", "flux1", "chroma")}
+    assert {name: preset and preset.name for name, preset in told.items()} == {name: name for name in told}

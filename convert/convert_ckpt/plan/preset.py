@@ -167,6 +167,10 @@ def find_preset(class_name: str | None) -> Preset:
 
 
 def tell_preset(tensor_names: Collection[str]) -> Preset | None:
-    """Return the preset of which a checkpoint without config.json has all telling names, None where there is none."""
+    """Return the preset of which a checkpoint without config.json has all telling names, None where there is none.
+
+    Of several the one with most: a class that adds to another's has the other's names too.
+    """
     presets = map(load_preset, preset_names())
-    return next((preset for preset in presets if preset.told_by and set(preset.told_by) <= set(tensor_names)), None)
+    told = [preset for preset in presets if preset.told_by and set(preset.told_by) <= set(tensor_names)]
+    return max(told, key=lambda preset: len(preset.told_by), default=None)
