@@ -12,6 +12,7 @@ from convert_ckpt.plan.make_plan import make_plan
 from convert_ckpt.run.schedule import list_slabs
 from convert_ckpt.source.component import open_component
 from run_ckpt import load_quantized
+from run_ckpt.contract.errors import ManifestError
 from run_ckpt.progress import Silent
 from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.rewrite.dequantize import dequantize
@@ -121,6 +122,43 @@ def test_what_is_no_pair_of_experts_stays_as_it_is(tmp_path: Path) -> None:
     assert open_component(tmp_path / "biases").translation is None
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "mxfp4", "layout": "plain", "dialect": "quark"},
+        {"format": "fp8", "granularity": "block", "ignore": ("*.experts.1.up_proj",)},
+        {"format": "fp8", "shard_size": 400_000},
+    ],
+    ids=["mxfp4", "a part kept", "over shards"],
+)
+def test_dequantize_puts_them_back_in_the_sources_tensors(
+    sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("run_ckpt.tools.rewrite.joined._SLAB_ELEMENTS", 40_000)
+    stored = load_all(sources[1])
+    is_transposed = stored[f"{BLOCK}.experts.down_proj"].shape == (E, INNER, HIDDEN)
+    alone, together = (convert(source, tmp_path / f"{source.name}-out", **options) for source in sources)
+    for output in (alone, together):
+        assert dequantize(output, tmp_path / f"{output.name}-plain", dtype="bfloat16", progress=Silent())
+    expected = fuse(load_all(tmp_path / "separate-out-plain"), transposed=is_transposed)
+    found = load_all(tmp_path / "fused-out-plain")
+    assert found.keys() == stored.keys()
+    for name, tensor in found.items():
+        assert_bits_equal(tensor, expected[name])
+    assert not dequantize(together, tmp_path / "fused-out-plain", dtype="bfloat16", progress=Silent())
+
+
+def test_a_tensor_of_which_a_part_was_kept_has_the_dtype_of_the_source(tmp_path: Path) -> None:
+    weights = separate(torch.float32)
+    save_checkpoint(tmp_path / "fused", [fuse(weights, transposed=True)], CONFIG)
+    out = convert(tmp_path / "fused", tmp_path / "out", format="fp8", ignore=("*.experts.0.up_proj",))
+    dequantize(out, tmp_path / "plain", dtype="bfloat16", progress=Silent())
+    plain = load_all(tmp_path / "plain")
+    assert plain[f"{BLOCK}.experts.down_proj"].dtype == torch.bfloat16
+    gate_up = plain[f"{BLOCK}.experts.gate_up_proj"]
+    assert_bits_equal(gate_up[0, :, INNER:].T.contiguous(), weights[f"{BLOCK}.experts.0.up_proj.weight"])
+
+
 @pytest.mark.parametrize("part", [[0, 1, 99], [5, 3, 0], [0, 10**9, 0], [0, 4, -1], [0, 4, 0, 1]])
 def test_a_record_that_does_not_fit_is_a_fault(tmp_path: Path, part: list[int]) -> None:
     save_checkpoint(tmp_path / "fused", [fuse(separate(), transposed=False)], CONFIG)
@@ -135,17 +173,34 @@ def test_a_record_that_does_not_fit_is_a_fault(tmp_path: Path, part: list[int]) 
     assert any(name in fault for fault in report.faults)
 
 
+@pytest.mark.parametrize(
+    "part", [[0, 383, 0], [1, 384, 0], [0, 384, 0, 1], [0, 384, 3], [0, 384, 1], ["0", 384, 0], [0, 384]]
+)
+def test_dequantize_refuses_a_record_that_does_not_fit(tmp_path: Path, part: list[Any]) -> None:
+    save_checkpoint(tmp_path / "fused", [fuse(separate(), transposed=False)], CONFIG)
+    out = convert(tmp_path / "fused", tmp_path / "out", format="fp8", granularity="channel")
+    name = f"{BLOCK}.experts.0.gate_proj.weight"
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["source"]["tensors"][name] = [[f"{BLOCK}.experts.gate_up_proj", *part]]
+
+    edit_manifest(out, edit)
+    with pytest.raises(ManifestError, match=r"not as the manifest records|of the wrong type"):
+        dequantize(out, tmp_path / "plain", dtype="bfloat16", progress=Silent())
+    assert not (tmp_path / "plain").exists()
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_they_run_in_transformers(tmp_path: Path, name: str) -> None:
-    out = convert(save_experts(name, tmp_path / "bf16"), tmp_path / "out", format="mxfp4")
+    source = save_experts(name, tmp_path / "bf16")
+    out = convert(source, tmp_path / "out", format="mxfp4")
     dequantize(out, tmp_path / "plain", dtype="bfloat16", progress=Silent())
-    weights = load_all(tmp_path / "plain")
-    model = BUILDERS[name]().float().eval()
-    for parameter, value in model.state_dict().items():
-        value.copy_(weights[parameter] if parameter in weights else join(parameter, weights, name == "llama4"))
-    expected = run_logits(model)
+    model, info = type(BUILDERS[name]()).from_pretrained(
+        tmp_path / "plain", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
     loaded = load_quantized(out, dtype=torch.float32, backend="dequantize")
-    torch.testing.assert_close(run_logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run_logits(loaded), run_logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), [("qwen3-vl-moe", {}), ("llama4", {"granularity": "block"})])
@@ -154,12 +209,3 @@ def test_transformers_by_itself_still_lacks_them(tmp_path: Path, name: str, opti
     assert "3-D tensors" in str(read_manifest(out).targets["transformers"])
     _, found = type(BUILDERS[name]()).from_pretrained(out, output_loading_info=True)
     assert {f"{BLOCKS[name]}.0.{EXPERTS[name]}.{leaf}_proj" for leaf in ("gate_up", "down")} <= found["missing_keys"]
-
-
-def join(parameter: str, weights: dict[str, Tensor], transposed: bool) -> Tensor:
-    """Return a parameter of fused experts from weights of each."""
-    experts, _, leaf = parameter.rpartition(".")
-    names = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-    of_each = [torch.cat([weights[f"{experts}.{i}.{name}.weight"] for name in names]) for i in range(4)]
-    stacked = torch.stack(of_each)
-    return stacked.mT if transposed else stacked

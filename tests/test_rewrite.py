@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -286,8 +285,8 @@ def test_a_failure_on_the_way_leaves_nothing(converted: dict[str, Path], tmp_pat
         raise OSError("disk full")
 
     def plan(checkpoint: Checkpoint) -> Rewrite:
-        replaced: dict[str, Any] = {layer.tensors["weight"]: () for layer in checkpoint.manifest.layers.values()}
-        return Rewrite(replaced, write_layer, {"format": "pt"}, None)
+        weights = [layer.tensors["weight"] for layer in checkpoint.manifest.layers.values()]
+        return Rewrite(dict.fromkeys(weights, ()), dict.fromkeys(weights, write_layer), {"format": "pt"}, None)
 
     with pytest.raises(OSError, match="disk full"):
         rewrite(converted["fp8-tensor"], tmp_path / "plain", plan, Silent())

@@ -43,6 +43,15 @@ def _fact(value: Any) -> bool:
     return _sentence(value) or (isinstance(value, list) and all(map(_sentence, value)))
 
 
+def _rows(value: Any) -> bool:
+    """What storage.views.Rows has: a tensor and at least first and last row."""
+    return isinstance(value, list) and 3 <= len(value) <= 5 and _text(value[0]) and all(map(_integer, value[1:]))
+
+
+def _integer(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
 def _dtype(value: Any) -> bool:
     return isinstance(value, str) and value in DTYPE_BITS
 
@@ -88,7 +97,12 @@ _RECIPE: dict[str, Check] = {
     "ignore": _optional(_list_of(_text)),
     "rules": _optional(_list_of(_list_of(_text))),
 }
-_SOURCE: dict[str, Check] = {"name": _text, "revision": _optional(_revision), "card": _optional(_map_of(_fact))}
+_SOURCE: dict[str, Check] = {
+    "name": _text,
+    "revision": _optional(_revision),
+    "card": _optional(_map_of(_fact)),
+    "tensors": _optional(_map_of(_list_of(_rows))),
+}
 # Table of the manifest -> the fields of each of its entries.
 _TABLES: dict[str, dict[str, Check]] = {
     "layers": _LAYER,

@@ -90,6 +90,13 @@ def decode_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Te
     return dequantize(read_codes(reader, layer, start, stop), scales, layer.scheme, second)
 
 
+def decode_rows_as(reader: TensorReader, layer: Layer, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Return rows of a quantized weight as decode_rows, in ``dtype``, contiguous."""
+    largest = torch.finfo(dtype).max
+    # A scale rule may round the largest weights up, in F16 past the largest number.
+    return decode_rows(reader, layer, start, stop).clamp_(-largest, largest).to(dtype).contiguous()
+
+
 def read_tensor_scale(reader: TensorReader, layer: Layer) -> Tensor | None:
     """Return what the scales of blocks are multiplied by, float32 [1]; None where a format has one level of scales."""
     second = {

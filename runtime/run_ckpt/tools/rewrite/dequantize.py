@@ -1,6 +1,6 @@
 """`run-ckpt dequantize`: a quantized checkpoint, of whatever tool, as a plain one that from_pretrained loads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from run_ckpt.progress import Progress
 from run_ckpt.storage.components import Checkpoint
 from run_ckpt.storage.foreign import open_quantized
 from run_ckpt.storage.json_files import read_config
-from run_ckpt.storage.rows import TORCH_DTYPES, cut_rows, decode_rows
+from run_ckpt.storage.reader import TensorReader
+from run_ckpt.storage.rows import TORCH_DTYPES, cut_rows, decode_rows_as
 from run_ckpt.storage.shards import MAIN_STEMS
 from run_ckpt.tools.rewrite.files import TensorWriter
 from run_ckpt.tools.rewrite.frame import Rewrite, rewrite
+from run_ckpt.tools.rewrite.joined import join_weights, write_joined
 
 SOURCE_DTYPE = "source"
 DTYPES = {SOURCE_DTYPE: None, "bfloat16": "BF16"}
@@ -27,49 +29,45 @@ def dequantize(output: Path, target: Path, *, dtype: str, progress: Progress) ->
     """Write ``output`` to ``target`` with its quantized weights as numbers, under their source's names.
 
     dtype: "bfloat16", or "source" for the dtype each weight had in the source. Everything that was
-    copied stays bit for bit; scales, manifest and quantization_config are left out. ``output`` may be another tool's.
+    copied stays bit for bit; experts that the source had in 3-D tensors are there again; scales, manifest and
+    quantization_config are left out. ``output`` may be another tool's.
     """
     return rewrite(output, target, partial(_plan, dtype=DTYPES[dtype]), progress, open_quantized)
 
 
 def _plan(checkpoint: Checkpoint, *, dtype: str | None) -> Rewrite:
     manifest = checkpoint.manifest
+    layers = {layer.source_tensor: layer for layer in manifest.layers.values()}
+    all_joined = join_weights(manifest, dtype)
+    alone = layers.keys() - {name for joined in all_joined for name in joined.names}
     replaced: dict[str, tuple[TensorSpec, ...]] = dict.fromkeys([*manifest.fused_scales, *checkpoint.unused], ())
-    for layer in manifest.layers.values():
+    writers: dict[str, Callable[[TensorWriter], None]] = {}
+    for name, layer in layers.items():
         replaced.update(dict.fromkeys(layer.tensors.values(), ()))
-        replaced[layer.tensors[WEIGHT]] = (_plain_spec(checkpoint, layer, dtype),)
+        if name in alone:
+            spec = _plain_spec(checkpoint, layer, dtype)
+            replaced[layer.tensors[WEIGHT]] = (spec,)
+            writers[layer.tensors[WEIGHT]] = partial(_write_layer, checkpoint.reader, layer, spec)
+    for joined in all_joined:
+        stored = [layers[name].tensors[WEIGHT] if name in layers else name for name in joined.names]
+        replaced |= {**dict.fromkeys(stored, ()), stored[0]: (joined.spec,)}
+        writers[stored[0]] = partial(write_joined, checkpoint.reader, layers, joined)
     config = read_config(checkpoint.path) if checkpoint.path.is_dir() else None
     config = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY} or None
-    return Rewrite(replaced, partial(_write_layer, dtype=dtype), PT_METADATA, config, partial(_shard_name, checkpoint))
+    return Rewrite(replaced, writers, PT_METADATA, config, partial(_shard_name, checkpoint))
 
 
 def _plain_spec(checkpoint: Checkpoint, layer: Layer, dtype: str | None) -> TensorSpec:
     shape: tuple[int, ...] = (layer.N, layer.K)
-    name = layer.source_tensor
     if checkpoint.foreign:
         shape = checkpoint.foreign.shapes.get(layer.module, shape)
-    if layer.n_stacked:  # gpt-oss has each matrix transposed where it is numbers
-        name, shape = layer.module, (layer.n_stacked, layer.K, layer.N // layer.n_stacked)
-    return TensorSpec(name, dtype or layer.source_dtype, shape)
+    return TensorSpec(layer.source_tensor, dtype or layer.source_dtype, shape)
 
 
-def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: TensorWriter, *, dtype: str | None) -> None:
-    spec = _plain_spec(checkpoint, layer, dtype)
-    target = TORCH_DTYPES[spec.dtype]
-    largest = torch.finfo(target).max
-    for start, stop in _cut_matrices(layer, spec) if layer.n_stacked else cut_rows(layer):
-        decoded = decode_rows(checkpoint.reader, layer, start, stop)
-        decoded = decoded.T if layer.n_stacked else decoded
-        # A scale rule may round the largest weights up, in F16 past the largest number.
-        values = decoded.clamp_(-largest, largest).to(target).contiguous().view(torch.uint8).numpy()
-        writer.write(spec.name, start * layer.K * DTYPE_BITS[spec.dtype] // 8, values.data)
-
-
-def _cut_matrices(layer: Layer, spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the rows of each matrix that is stacked in a layer."""
-    n_rows = spec.shape[-1]
-    for start in range(0, layer.N, n_rows):
-        yield start, start + n_rows
+def _write_layer(reader: TensorReader, layer: Layer, spec: TensorSpec, writer: TensorWriter) -> None:
+    for start, stop in cut_rows(layer):
+        values = decode_rows_as(reader, layer, start, stop, TORCH_DTYPES[spec.dtype])
+        writer.write(spec.name, start * layer.K * DTYPE_BITS[spec.dtype] // 8, values.view(torch.uint8).numpy().data)
 
 
 def _shard_name(checkpoint: Checkpoint, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.file_names import CARD_NAME, CONFIG_NAME, INDEX_SUFFIX, SUFFIX
-from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Layer
+from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.progress import Progress
 from run_ckpt.storage.atomic import target_faults
@@ -37,13 +37,13 @@ class Rewrite:
     """What becomes of one component.
 
     ``replaced`` maps a stored tensor to the specs that take its place, none to drop it; all other
-    tensors are copied. ``write_layer`` writes the tensors of one layer, called where its weight is
-    in ``replaced``. ``rename`` gives a shard its new name. ``config`` is the new config.json, None
-    for no such file; ``manifest`` gives the parts of the manifest for the table of files, None for none.
+    tensors are copied. ``writers`` maps a replaced tensor to what writes those in its place into its shard.
+    ``rename`` gives a shard its new name. ``config`` is the new config.json, None for no such file;
+    ``manifest`` gives the parts of the manifest for the table of files, None for none.
     """
 
     replaced: Mapping[str, tuple[TensorSpec, ...]]
-    write_layer: Callable[[Checkpoint, Layer, TensorWriter], None]
+    writers: Mapping[str, Callable[[TensorWriter], None]]
     metadata: dict[str, str]
     config: dict[str, Any] | None
     rename: Callable[[str], str] = str
@@ -117,8 +117,11 @@ def _is_finished(
 
 def _write_component(checkpoint: Checkpoint, target: Files, steps: Rewrite, progress: Progress) -> None:
     headers = {shard.name: _new_header(shard, steps) for shard in checkpoint.folder.shards}
+    headers = {name: header for name, header in headers.items() if header.tensors}
     files = {}
     for shard in checkpoint.folder.shards:
+        if shard.name not in headers:  # its tensors became parts of others'
+            continue
         name = steps.rename(shard.name)
         writer = target.open_shard(name, headers[shard.name])
         _write_tensors(checkpoint, shard, steps, writer, progress)
@@ -156,14 +159,12 @@ def _new_header(shard: Shard, steps: Rewrite) -> Header:
 def _write_tensors(
     checkpoint: Checkpoint, shard: Shard, steps: Rewrite, writer: TensorWriter, progress: Progress
 ) -> None:
-    layers = {layer.tensors[WEIGHT]: layer for layer in checkpoint.manifest.layers.values()}
-
     def write_tensor(spec: TensorSpec) -> None:
         if spec.name not in steps.replaced:
             for start, count in cut_bytes(spec.nbytes):
                 writer.write(spec.name, start, checkpoint.reader.read(spec.name, start, count).numpy().data)
-        elif spec.name in layers:
-            steps.write_layer(checkpoint, layers[spec.name], writer)
+        elif spec.name in steps.writers:
+            steps.writers[spec.name](writer)
         progress.advance(spec.nbytes)
 
     map_threads(write_tensor, [tensor.spec for tensor in shard.header.tensors])

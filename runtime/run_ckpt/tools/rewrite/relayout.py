@@ -47,7 +47,7 @@ def _plan(checkpoint: Checkpoint, *, layout: Layout, asked: str | None) -> Rewri
     config = {**(read_config(checkpoint.path) or {}), CONFIG_KEY: quantization_config(new)}
     return Rewrite(
         replaced,
-        partial(_write_layer, manifest=new),
+        {layer.tensors[WEIGHT]: partial(_write_layer, checkpoint, layer, new.layers[layer.module]) for layer in moved},
         header_metadata(new),
         config,
         manifest=lambda files: replace(new, files=files).to_json(),
@@ -86,8 +86,7 @@ def _shape_faults(layer: Layer) -> list[str]:
     ]
 
 
-def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: TensorWriter, *, manifest: Manifest) -> None:
-    new = manifest.layers[layer.module]
+def _write_layer(checkpoint: Checkpoint, layer: Layer, new: Layer, writer: TensorWriter) -> None:
     layout = new.scheme.layout
     # Whole padding granules of the scale: the last slab then brings the padding rows with it.
     for start, stop in cut_rows(layer, max(known.scale.pad_to[0] for known in layer.format.layouts)):
