@@ -51,12 +51,15 @@ ODD_SOURCES: dict[str, Callable[[Path], object]] = {
     "vace": _of_tensors(
         "head.modulation", "patch_embedding.weight", "blocks.0.self_attn.norm_q.weight", "vace_blocks.0.x.weight"
     ),
-    "animate": _of_tensors(
-        "head.modulation",
-        "patch_embedding.weight",
-        "blocks.0.self_attn.norm_q.weight",
-        "face_adapter.fuser_blocks.0.linear1_kv.weight",
+    "flux-misshapen": _of_tensors(
+        "img_in.weight",
+        "final_layer.linear.weight",
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "double_blocks.0.img_mod.lin.weight",
     ),
+    "flux-part": _of_tensors("double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_mod.lin.weight"),
+    "wan-part": _of_tensors("head.modulation", "patch_embedding.weight", "blocks.0.self_attn.norm_q.weight"),
     "pointer": _of_bytes("model.safetensors", _POINTER),
     "gguf": _of_bytes("flux-Q4_K.gguf", b"GGUF\3\0\0\0"),
     "gguf-llama": _of_bytes("llama.gguf", _GGUF_OF_LLAMA),

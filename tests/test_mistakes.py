@@ -334,9 +334,20 @@ ODD_SOURCES = [
         "diffusers.SD3Transformer2DModel.from_single_file(FILE).save_pretrained(DIR), and convert DIR.",
     ),
     Mistake(
-        "convert-ckpt animate OUT --format mxfp4",
+        "convert-ckpt flux-misshapen OUT --format mxfp4",
         1,
-        "it is a WanAnimateTransformer3DModel under other names than diffusers'. Write it in diffusers' form first:",
+        "its tensors are named as a FluxTransformer2DModel's, but have other shapes. Give a checkpoint in diffusers'",
+    ),
+    Mistake("convert-ckpt flux-part OUT --format mxfp4", 1, "nothing in it is the x_embedder.weight of a Flux"),
+    Mistake(
+        "convert-ckpt wan-part OUT --format mxfp4",
+        1,
+        "nothing in it is the proj_out.weight of a WanTransformer3DModel, which the rest is of. Give the folder with",
+    ),
+    Mistake(
+        "convert-ckpt good/model-00001-of-00002.safetensors OUT --format fp8",
+        1,
+        "it is one of 2 shards. Give the folder that holds them all: good.",
     ),
     Mistake(
         "convert-ckpt vace OUT --format mxfp4",

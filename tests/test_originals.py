@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import WanVACETransformer3DModel
+from diffusers import WanAnimateTransformer3DModel, WanVACETransformer3DModel
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +34,7 @@ CONVERTERS = {
     "ZImageTransformer2DModel": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
     "WanTransformer3DModel": single_file_utils.convert_wan_transformer_to_diffusers,
     "WanVACETransformer3DModel": single_file_utils.convert_wan_transformer_to_diffusers,
+    "WanAnimateTransformer3DModel": single_file_utils.convert_wan_transformer_to_diffusers,
     "HunyuanVideoTransformer3DModel": single_file_utils.convert_hunyuan_video_transformer_to_diffusers,
     "LTX2VideoTransformer3DModel": single_file_utils.convert_ltx2_transformer_to_diffusers,
     # SINGLE_FILE_LOADABLE_CLASSES maps it to itself.
@@ -63,8 +64,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ltx-2.3": ("ltx2", _LTX_2_3),
     "ltx-2.5": ("ltx2", {**_LTX_2_3, "ff_bias": False, "use_keyframes_abs_pos_embedding": True}),
     "wan-vace": ("wan-2.2", {"vace_layers": [0, 1], "vace_in_channels": 24, "rope_max_seq_len": 1024}),
+    "wan-animate": (
+        "wan-2.1-i2v",
+        {
+            "in_channels": 12,
+            "latent_channels": 4,
+            "rope_max_seq_len": 1024,
+            "motion_encoder_channel_sizes": {str(2**power): 8 + power for power in range(9, 1, -1)},
+            "motion_encoder_size": 512,
+            "motion_style_dim": 24,
+            "motion_dim": 6,
+            "motion_encoder_dim": 40,
+            "face_encoder_hidden_dim": 16,
+            "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
+        },
+    ),
     "wan-2.1-flf2v": ("wan-2.1-i2v", {"pos_embed_seq_len": 514, "rope_max_seq_len": 1024}),
 }
+# ComfyUI's mark: a tensor without values.
+MARK_OF_EDIT_2511 = {"__index_timestep_zero__": torch.tensor([])}
+KINDS = {"vace_layers": WanVACETransformer3DModel, "motion_encoder_size": WanAnimateTransformer3DModel}
 # Renamed by diffusers' scripts, not its package (convert_ltx2_to_diffusers.py, convert_wan_to_diffusers.py; 58eb52c).
 BY_SCRIPT = {
     "prompt_adaln_single": "prompt_adaln",
@@ -85,7 +105,10 @@ def to_original(state: dict[str, Tensor], original: Original) -> dict[str, Tenso
             if match:
                 parts = [state[fill_pattern(target, match.groups())] for target in rule.targets]
                 parts = [*parts[0].chunk(2)][::-1] if rule.is_swapped else parts
-                renamed[fill_pattern(rule.pattern, match.groups())] = torch.cat(parts) if len(parts) > 1 else parts[0]
+                whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+                stored_as = fill_pattern(rule.pattern, match.groups())
+                is_wide = "net_app" in stored_as and stored_as.endswith(".bias")
+                renamed[stored_as] = whole.reshape(1, -1, 1, 1) if is_wide else whole
                 break
     return renamed
 
@@ -134,11 +157,11 @@ def as_published(case: ModelCase, **changes: Any) -> torch.nn.Module:
     """Return the model with what no shape tells as all published ones have it; with changes, with new weights."""
     model = case.build()
     published = AS_PUBLISHED.get(type(model).__name__, {})
-    if not published:
+    if not published and not changes:
         return model
     torch.manual_seed(1)
     config = {key: value for key, value in model.config.items() if key[0] != "_"}
-    kind = WanVACETransformer3DModel if "vace_layers" in changes else type(model)
+    kind = next((KINDS[name] for name in changes if name in KINDS), type(model))
     other = kind.from_config({**config, **published, **changes})
     if not changes:
         other.load_state_dict(model.state_dict())
@@ -161,6 +184,41 @@ def test_shapes_tell_the_config_of_later_versions(tmp_path: Path, name: str, cha
         key: tuple(tensor.shape) for key, tensor in expected.items()
     }
     type(model).from_config(source.config).load_state_dict(expected)
+
+
+def test_animate_with_biases_as_wide_as_images_gives_the_bytes_of_diffusers_form(tmp_path: Path) -> None:
+    name, changes = VARIANTS["wan-animate"]
+    model = as_published(MODELS[name], **changes)
+    file = save_original(MODELS[name], model, tmp_path / "it.safetensors")
+    model.save_pretrained(tmp_path / "diffusers")
+    blur = {"motion_encoder.enc.net_app.convs.1.conv2.0.kernel": torch.ones(4, 4)}
+    save_file(load_file(file) | blur, file)
+    convert(file, tmp_path / "out", format="fp8", preset=None)
+    convert(tmp_path / "diffusers", tmp_path / "expected", format="fp8")
+    ours, theirs = (load_all(tmp_path / folder) for folder in ("out", "expected"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert_bits_equal(ours[key], tensor)
+    assert verify_output(tmp_path / "out", file, Silent())[0].faults == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "marks"),
+    [({"use_additional_t_cond": True, "use_layer3d_rope": True}, {}), ({"zero_cond_t": True}, MARK_OF_EDIT_2511)],
+    ids=["layered", "edit-2511"],
+)
+def test_versions_of_qwen_image_are_told_without_config(
+    tmp_path: Path, changes: dict[str, bool], marks: dict[str, Tensor]
+) -> None:
+    model = as_published(MODELS["qwen-image"], **changes)
+    file = tmp_path / "qwen.safetensors"
+    save_file(model.state_dict() | marks, file)
+    source = open_component(file)
+    assert {view.spec.name for view in source.views} == model.state_dict().keys()
+    assert source.config
+    assert json.loads(model.to_json_string()).items() >= source.config.items()
+    convert(file, tmp_path / "out", format="fp8", preset=None)
+    assert verify_output(tmp_path / "out", file, Silent())[0].faults == ()
 
 
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])

@@ -7,7 +7,7 @@ import pytest
 
 from convert_ckpt.api import plan_conversion
 from convert_ckpt.options import Options
-from convert_ckpt.plan.preset import tell_preset
+from convert_ckpt.plan.preset import GENERIC, tell_classes
 from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
@@ -318,16 +318,36 @@ def test_a_text_encoder_is_for_who_has_its_class(tmp_path: Path, granularity: st
     assert found["vllm"] == "vLLM has no such class"
 
 
+# By their names alone these are one of several classes.
+ALIKE = {
+    "wan-2.2": {"wan", "wan-animate"},
+    "wan-2.1-i2v": {"wan", "wan-animate"},
+    "skyreels": {"wan", "wan-animate"},
+    "chronoedit": {"wan", "wan-animate"},
+}
+# Read with a config.json made of their shapes, as ComfyUI's files are.
+TOLD_BY_A_MAP = {"qwen-image", "qwen-image-layered"}
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - TOLD_BY_A_MAP))
+def test_names_tell_the_class_or_all_that_it_may_be(name: str) -> None:
+    model = CASES[name].build()
+    told = tell_classes(list(model.state_dict()))
+    assert set(told.values()) - {GENERIC} == ALIKE.get(name, {CASES[name].preset} - {GENERIC})
+    if CASES[name].preset not in (GENERIC, "dense-llm"):
+        assert type(model).__name__ in told
+
+
 @pytest.mark.parametrize(
-    ("name", "preset"), [("chroma", "chroma"), ("anima", "cosmos"), ("z-image", "z-image"), ("flux1", "flux1")]
+    ("name", "message"),
+    [
+        ("chroma", r"named as those of ChromaTransformer2DModel\. .* or add --preset chroma\."),
+        ("wan-2.2", r"WanTransformer3DModel \(--preset wan\).* or add the preset of yours\."),
+        ("qwen3", r"or add --preset dense-llm\."),
+    ],
 )
-def test_a_file_without_config_is_told_by_its_tensors(tmp_path: Path, name: str, preset: str) -> None:
+def test_a_folder_without_config_is_told_by_its_tensors(tmp_path: Path, name: str, message: str) -> None:
     save(CASES[name], CASES[name].build(), str(tmp_path / "in"))
     (tmp_path / "in" / "config.json").unlink()
-    with pytest.raises(UsageError, match=rf"named as a {type(CASES[name].build()).__name__}'s: add --preset {preset}"):
+    with pytest.raises(UsageError, match=message):
         convert(tmp_path / "in", tmp_path / "out", format="fp8", preset=None)
-
-
-def test_a_preset_that_adds_to_anothers_names_is_told_from_it() -> None:
-    told = {name: tell_preset(list(CASES[name].build().state_dict())) for name in ("ltx", "ltx2", "flux1", "chroma")}
-    assert {name: preset and preset.name for name, preset in told.items()} == {name: name for name in told}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from convert_ckpt.options import Options
 from convert_ckpt.plan.context import PlanContext, make_context
 from convert_ckpt.plan.effect import check_effect
-from convert_ckpt.plan.preset import GENERIC, find_preset, load_preset, tell_preset
+from convert_ckpt.plan.preset import GENERIC, find_preset, load_preset, tell_classes
 from convert_ckpt.plan.recipe import (
     KEEP,
     NOTHING_CHOSEN,
@@ -124,9 +124,15 @@ def _standing_rules(context: PlanContext) -> list[Rule]:
 
 def _ask_for_preset(source: Component) -> str:
     unknown = f"no preset knows {source.class_name}" if source.class_name else f"no {CONFIG_NAME} says what class it is"
-    told = None if source.class_name else tell_preset([view.spec.name for view in source.views])
+    told = {} if source.class_name else tell_classes([view.spec.name for view in source.views])
     if told:
-        return f"{source.name}: {unknown}. Its tensors are named as a {told.classes[0]}'s: add --preset {told.name}."
+        presets = set(told.values())
+        is_one = len(presets) == 1
+        classes = " or ".join(told if is_one else (f"{kind} (--preset {preset})" for kind, preset in told.items()))
+        return (
+            f"{source.name}: {unknown}. Its tensors are named as those of {classes}. Give a folder that holds its"
+            f" {CONFIG_NAME} too, or add {f'--preset {presets.pop()}' if is_one else 'the preset of yours'}."
+        )
     return (
         f"{source.name}: {unknown}, so nothing says which layers its runtime takes quantized. Add --preset {GENERIC}"
         " to quantize the linear layers of its numbered blocks, told by their names; try the result where it is served."

@@ -85,7 +85,7 @@ class Preset:
     ``keep`` maps a pattern on module names to the reason why these are sensitive; ``embeddings`` are patterns of
     tables that look like linear weights but are none; ``runtimes`` maps a target to what it makes of the linears.
     ``folds`` are those that are exact in the class's graph. ``dialect`` is the only one that is read of the class.
-    ``told_by``: tensors that only its checkpoints have, all of them, which tell the class without a config.json.
+    ``told_by`` maps a class to tensors that all its checkpoints have, which tell it without a config.json.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Preset:
     folds: tuple[FoldPattern, ...]
     runtimes: dict[str, Runtime]
     dialect: str | None = None
-    told_by: tuple[str, ...] = ()
+    told_by: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def runtime(self, target: str) -> Runtime:
         """Return what a target makes of the linears; nothing is known against one without an entry."""
@@ -134,7 +134,7 @@ def load_preset(name: str) -> Preset:
         folds=(*(base.folds if base else ()), *folds),
         runtimes={target: _runtime(table["runtimes"], **entry) for target, entry in table.get("runtimes", {}).items()},
         dialect=table.get("dialect"),
-        told_by=tuple(table.get("told_by", ())),
+        told_by={name: tuple(tensors) for name, tensors in table.get("told_by", {}).items()},
     )
 
 
@@ -166,11 +166,18 @@ def find_preset(class_name: str | None) -> Preset:
     return load_preset(GENERIC)
 
 
-def tell_preset(tensor_names: Collection[str]) -> Preset | None:
-    """Return the preset of which a checkpoint without config.json has all telling names, None where there is none.
+def tell_classes(tensor_names: Collection[str]) -> dict[str, str]:
+    """Return class -> preset of those that a checkpoint without config.json may be of: it has all their telling names.
 
-    Of several the one with most: a class that adds to another's has the other's names too.
+    A class that adds to another's has the other's names too, so that of several those with most count.
     """
+    names = set(tensor_names)
     presets = map(load_preset, preset_names())
-    told = [preset for preset in presets if preset.told_by and set(preset.told_by) <= set(tensor_names)]
-    return max(told, key=lambda preset: len(preset.told_by), default=None)
+    told = [
+        (len(tensors), kind, preset.name)
+        for preset in presets
+        for kind, tensors in preset.told_by.items()
+        if names.issuperset(tensors)
+    ]
+    most = max((count for count, _, _ in told), default=0)
+    return {kind: preset for count, kind, preset in told if count == most}

@@ -19,7 +19,7 @@ from run_ckpt.contract.file_names import CARD_NAME, CONFIG_KEY, CONFIG_NAME, IND
 from run_ckpt.storage.files import leads_outside
 from run_ckpt.storage.foreign import is_about_quantization
 from run_ckpt.storage.json_files import read_json_object
-from run_ckpt.storage.shards import TensorFolder, read_folder
+from run_ckpt.storage.shards import TensorFolder, read_folder, shard_count
 from run_ckpt.storage.side_files import WEIGHT_SUFFIXES, is_side_file
 from run_ckpt.storage.views import View, whole_views
 
@@ -94,6 +94,8 @@ def open_component(path: Path) -> Component:
         config, faults = read_json_object(path / CONFIG_NAME)
         side_files = _find_side_files(path, folder, notes)
         faults += _link_faults([path / CONFIG_NAME, path / CARD_NAME, *side_files])
+    elif (count := shard_count(path.name)) > 1:
+        faults = [f"it is one of {count} shards. Give the folder that holds them all: {shown(path.parent)}."]
     faults += _name_faults(folder, config, side_files)
     name, revision = _identify(path)
     card = read_source_card(path) if path.is_dir() else {}

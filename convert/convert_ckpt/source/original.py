@@ -9,7 +9,7 @@ from typing import Any
 
 from convert_ckpt.source.original_configs import config_of
 from convert_ckpt.source.toml_files import read_toml
-from run_ckpt.contract.errors import FaultsError
+from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME
 from run_ckpt.contract.module_names import fill_pattern, pattern_regex
 from run_ckpt.storage.views import Rows, View, make_view
@@ -78,7 +78,8 @@ def translate(name: str, views: Iterable[View], class_name: str | None) -> Trans
     original, prefix = _find_original(whole.keys())
     if original is None or original.class_name == class_name:
         return None
-    hidden = whole[prefix + original.hidden].n_rows if original.hidden else 0
+    # A part of the checkpoint may lack it: config_of says so.
+    hidden = whole[prefix + original.hidden].n_rows if prefix + original.hidden in whole else 0
     translated: list[View] = []
     unused: list[View] = []
     unknown: list[str] = []
@@ -102,10 +103,15 @@ def translate(name: str, views: Iterable[View], class_name: str | None) -> Trans
             ],
         )
     translated.sort(key=lambda view: (view.shard, view.offset))
-    shapes = {view.spec.name: view.spec.shape for view in translated}
+    shapes = {view.spec.name.removeprefix(prefix): view.spec.shape for view in unused}
+    shapes |= {view.spec.name: view.spec.shape for view in translated}
     left_out = f"; {len(unused)} tensors have no place there" if unused else ""
     note = f"read as {original.class_name}, with names and {CONFIG_NAME} as diffusers has them{left_out}"
-    return Translation(tuple(translated), config_of(original.class_name, shapes), tuple(unused), note)
+    try:
+        config = config_of(original.class_name, shapes)
+    except CheckpointError as error:
+        raise FaultsError(f"{name}: can't be converted", [str(error)]) from error
+    return Translation(tuple(translated), config, tuple(unused), note)
 
 
 def _halves(view: View) -> list[list[Rows]]:
@@ -142,5 +148,6 @@ def _read_original(path: Path) -> Original:
     rules += [Rule(pattern, (target,), is_swapped=True) for pattern, target in table.get("swapped", {}).items()]
     rules += [Rule(pattern, ()) for pattern in table.get("unused", ())]
     if base:
-        return Original(table["class"], (*base.known_by, *table["known_by"]), (*rules, *base.rules), base.hidden)
+        hidden = table.get("hidden", base.hidden)
+        return Original(table["class"], (*base.known_by, *table["known_by"]), (*rules, *base.rules), hidden)
     return Original(table["class"], tuple(table["known_by"]), tuple(rules), table.get("hidden", ""))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from run_ckpt.contract.errors import CheckpointError
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Wan's and LTX-2's norms of q and k are as wide as all heads, so that no shape tells these; all published models have
@@ -13,8 +15,22 @@ _LTX2_N_HEADS = 32
 
 
 def config_of(class_name: str, shapes: Shapes) -> dict[str, Any]:
-    """Return config.json. What no shape tells is what all published models of the class have."""
-    return {"_class_name": class_name, **_CONFIGS[class_name](shapes)}
+    """Return config.json. What no shape tells is what all published models of the class have.
+
+    shapes: of tensors that have no place in the class too. Raises CheckpointError where tensors of the class are
+    missing or have other shapes.
+    """
+    try:
+        return {"_class_name": class_name, **_CONFIGS[class_name](shapes)}
+    except KeyError as error:
+        raise CheckpointError(
+            f"nothing in it is the {error.args[0]} of a {class_name}, which the rest is of. Give the folder with all"
+            " shards, or fetch the file again."
+        ) from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"its tensors are named as a {class_name}'s, but have other shapes. Give a checkpoint in diffusers' form."
+        ) from error
 
 
 def _flux(shapes: Shapes) -> dict[str, Any]:
@@ -83,6 +99,7 @@ def _z_image(shapes: Shapes) -> dict[str, Any]:
 def _qwen_image(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels = shapes["img_in.weight"]
     (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    is_layered = "time_text_embed.addition_t_embedding.weight" in shapes
     return {
         "patch_size": 2,
         "in_channels": in_channels,
@@ -93,6 +110,9 @@ def _qwen_image(shapes: Shapes) -> dict[str, Any]:
         "joint_attention_dim": shapes["txt_in.weight"][1],
         "guidance_embeds": False,
         "axes_dims_rope": _axes_16(head_dim),
+        "zero_cond_t": "__index_timestep_zero__" in shapes,  # ComfyUI's mark of Edit-2511, which no shape tells
+        "use_additional_t_cond": is_layered,
+        "use_layer3d_rope": is_layered,
     }
 
 
@@ -129,6 +149,28 @@ def _wan_vace(shapes: Shapes) -> dict[str, Any]:
         **config,
         "vace_layers": list(range(0, config["num_layers"], step)),
         "vace_in_channels": shapes["vace_patch_embedding.weight"][1],
+    }
+
+
+def _wan_animate(shapes: Shapes) -> dict[str, Any]:
+    config = _wan(shapes)
+    encoder, n_blocks = "motion_encoder", _count(shapes, "motion_encoder.res_blocks")
+    widths = [shapes[f"{encoder}.res_blocks.{i}.conv2.weight"][0] for i in range(n_blocks)]
+    widths = [shapes[f"{encoder}.conv_in.weight"][0], *widths]  # of 2 ** (n_blocks + 2) pixels, ..., 8, 4
+    n_linears = _count(shapes, f"{encoder}.motion_network")
+    face_hidden = shapes["face_encoder.conv2.weight"][0]
+    return {
+        **config,
+        "latent_channels": shapes["pose_patch_embedding.weight"][1],
+        "motion_encoder_channel_sizes": {str(2 ** (n_blocks + 2 - i)): width for i, width in enumerate(widths)},
+        "motion_encoder_size": 2 ** (n_blocks + 2),
+        "motion_style_dim": shapes[f"{encoder}.conv_out.weight"][0],
+        "motion_dim": shapes[f"{encoder}.motion_network.{n_linears - 1}.weight"][0],
+        "motion_encoder_dim": shapes[f"{encoder}.motion_synthesis_weight"][0],
+        "face_encoder_hidden_dim": face_hidden,
+        "face_encoder_num_heads": shapes["face_encoder.conv1_local.weight"][0] // face_hidden,
+        # No shape tells which blocks they follow: in the published model they lie evenly.
+        "inject_face_latents_blocks": config["num_layers"] // _count(shapes, "face_adapter"),
     }
 
 
@@ -218,6 +260,7 @@ _CONFIGS: dict[str, Callable[[Shapes], dict[str, Any]]] = {
     "QwenImageTransformer2DModel": _qwen_image,
     "WanTransformer3DModel": _wan,
     "WanVACETransformer3DModel": _wan_vace,
+    "WanAnimateTransformer3DModel": _wan_animate,
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
     "LTX2VideoTransformer3DModel": _ltx2,
 }

@@ -71,7 +71,6 @@ _SIGNATURES = (
 # Names that other programs than diffusers give the tensors of a class; "*" may be their prefix. The first counts.
 _ORIGINAL_NAMES = {
     "LTX2VideoTransformer3DModel": "*audio_patchify_proj.weight",
-    "WanAnimateTransformer3DModel": "*face_adapter.fuser_blocks.0.linear1_kv.weight",
     "ChromaTransformer2DModel": "*distilled_guidance_layer.norms.0.scale",
     "LTXVideoTransformer3DModel": "*patchify_proj.weight",
     "Lumina2Transformer2DModel": "*layers.0.adaLN_modulation.1.weight",

@@ -120,6 +120,12 @@ def _find_files(folder: Path, faults: list[str], notes: list[str]) -> list[str]:
     return names
 
 
+def shard_count(name: str) -> int:
+    """Return of how many shards a file is one, by its name: 1 for a whole checkpoint."""
+    match = _NUMBERED.fullmatch(name)
+    return int(match["total"]) if match else 1
+
+
 def _missing_number_faults(names: list[str]) -> list[str]:
     present: dict[tuple[str, int], set[int]] = {}
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,10 @@ def all_rows(view: View) -> Rows:
 
 
 def make_view(name: str, rows: Sequence[Rows], whole: Mapping[str, View]) -> View:
-    """Return the tensor ``name`` that ``rows`` of whole tensors, all in one shard, make one below the other."""
+    """Return the tensor ``name`` that ``rows`` of whole tensors, all in one shard, make one below the other.
+
+    A bias is a vector, also where it is stored as [1, C, 1, 1]; Wan Animate's are.
+    """
     first = whole[rows[0].tensor]
     if rows[0].matrix is not None:
         return _matrix_view(name, rows, first)
@@ -161,6 +165,7 @@ def make_view(name: str, rows: Sequence[Rows], whole: Mapping[str, View]) -> Vie
         (whole[part.tensor].offset + part.start * row_nbytes, (part.stop - part.start) * row_nbytes) for part in rows
     )
     shape = (sum(part.stop - part.start for part in rows), *first.spec.shape[1:]) if first.spec.shape else ()
+    shape = (math.prod(shape),) if name.endswith(".bias") else shape
     return View(TensorSpec(name, first.spec.dtype, shape), first.shard, ranges, tuple(rows))
 
 
