@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
-from run_ckpt import CheckpointError, FaultsError, UsageError, load_quantized
+from run_ckpt import FaultsError, UsageError, load_quantized
 from run_ckpt.contract.codec import dequantize as decode
 from run_ckpt.contract.codec import quantize
 from run_ckpt.contract.formats import PLAIN_MXFP4
+from run_ckpt.contract.kept import kept_groups
+from run_ckpt.integrations.transformers import register
+from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.progress import Silent
 from run_ckpt.storage.manifest_file import read_manifest
+from run_ckpt.tools.bench import bench_component
+from run_ckpt.tools.explain import explain
+from run_ckpt.tools.publish.rows import read_result
 from run_ckpt.tools.rewrite.dequantize import dequantize
+from run_ckpt.tools.rewrite.relayout import relayout
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import load_all
@@ -32,6 +39,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(source: Path) -> Path:
     return convert(source, source.parent / "out", format="mxfp4")
+
+
+@pytest.fixture(scope="module")
+def foreign(converted: Path) -> Path:
+    """What OpenAI publishes: the result without its manifest."""
+    folder = converted.parent / "foreign"
+    folder.mkdir()
+    for path in converted.iterdir():
+        if path.name != "quantization_manifest.json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
 
 
 def rounded(stored: Tensor) -> Tensor:
@@ -82,13 +100,7 @@ def test_slabs_that_reach_over_experts_give_the_same_bytes(
     assert len(report.measured) == 4
 
 
-def test_codes_of_a_source_are_passed_through(converted: Path, tmp_path: Path) -> None:
-    # Without its manifest it is what OpenAI publishes.
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    for path in converted.iterdir():
-        if path.name != "quantization_manifest.json":
-            (foreign / path.name).write_bytes(path.read_bytes())
+def test_codes_of_a_source_are_passed_through(converted: Path, foreign: Path, tmp_path: Path) -> None:
     out = convert(foreign, tmp_path / "out", format="mxfp4")
     passed = load_all(out)
     for name, tensor in load_all(converted).items():
@@ -118,6 +130,57 @@ def test_the_layers_beside_experts_stay(source: Path, tmp_path: Path) -> None:
     assert all(layer.n_stacked == 4 for layer in read_manifest(out).layers.values())
 
 
-def test_our_loader_says_who_loads_it(converted: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"its experts are stacked .* vLLM, SGLang and transformers read them"):
-        load_quantized(converted)
+@pytest.mark.parametrize("folder", ["converted", "foreign"])
+@pytest.mark.parametrize("backend", ["reference", "dequantize"])
+def test_our_loader_runs_the_rounded_source(
+    source: Path, folder: str, backend: str, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(folder)
+    loaded = load_quantized(path, dtype=torch.float32, backend=backend)
+    expected = GptOssForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.testing.assert_close(run_logits(loaded), run_logits(expected), rtol=1e-5, atol=1e-5)
+    stored = load_all(source)
+    for leaf in ("gate_up_proj", "down_proj"):
+        weights = rounded(stored[f"{EXPERTS}.{leaf}"])
+        for number, weight in enumerate(weights):
+            linear: Any = loaded.get_submodule(f"{EXPERTS}.{number}.{leaf}")
+            assert linear.backend == backend
+            assert_bits_equal(linear(torch.eye(linear.layer.K)) - linear.bias, (weight + linear.bias) - linear.bias)
+
+
+def test_what_our_loader_saves_is_the_result(converted: Path, tmp_path: Path) -> None:
+    loaded: Any = load_quantized(converted)
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = load_all(tmp_path / "saved")
+    stored = load_all(converted)
+    assert saved.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert_bits_equal(saved[name], tensor)
+    assert run_logits(GptOssForCausalLM.from_pretrained(tmp_path / "saved")).isfinite().all()
+
+
+@pytest.mark.usefixtures("own_tables")
+def test_transformers_keeps_its_own_way_beside_our_plug_in(converted: Path) -> None:
+    register()
+    model = GptOssForCausalLM.from_pretrained(converted)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert_bits_equal(run_logits(model), run_logits(GptOssForCausalLM.from_pretrained(converted)))
+
+
+@pytest.mark.parametrize(("layout", "dialect"), [("aiter", None), ("plain", None), ("plain", "quark")])
+def test_relayout_is_refused(converted: Path, tmp_path: Path, layout: str, dialect: str | None) -> None:
+    with pytest.raises(UsageError, match="nobody reads in another layout or dialect than gpt-oss"):
+        relayout(converted, tmp_path / "out", layout=layout, dialect=dialect, progress=Silent())
+
+
+def test_no_option_is_offered_that_would_be_refused(converted: Path) -> None:
+    assert {group.remedy for group in kept_groups(read_manifest(converted))} == {""}
+    (found,) = explain(read_result(converted), f"{EXPERTS}.down_proj")
+    assert found.changes == ("nothing does: a GptOssForCausalLM is read with all experts in this format alone",)
+
+
+def test_bench_times_the_layers_of_single_experts(foreign: Path) -> None:
+    say: list[str] = []
+    found = bench_component(foreign, device="cpu", backend=None, rows=(1,), dtype=torch.float32, say=say.append)
+    assert [(row.N, row.K, row.count) for row in found.layers] == [(256, 512, 8), (1024, 256, 8)]
+    assert found.load is not None

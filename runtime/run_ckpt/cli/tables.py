@@ -121,6 +121,7 @@ def _summary_table(summary: CheckpointSummary) -> Table:
     table = Table(title=plain(summary.component) or None, show_header=False, box=None, title_justify="left")
     source = summary.source + (f" @ {summary.source_revision[:12]}" if summary.source_revision else "")
     saved = summary.source_nbytes / max(1, summary.output_nbytes)
+    sqnr = f"mean {_number(summary.mean_sqnr_db, '.2f')} dB, worst {_number(summary.worst_sqnr_db, '.2f')} dB"
     rows = {
         "source": source,
         **({"it was": summary.source_quantization} if summary.source_quantization else {}),
@@ -131,14 +132,17 @@ def _summary_table(summary: CheckpointSummary) -> Table:
         f" ({saved:.2f} times smaller)",
         "quantized": f"{summary.n_layers} of {summary.n_tensors} tensors, {summary.share_of_parameters:.1%} of the"
         " parameters",
-        "SQNR": f"mean {_number(summary.mean_sqnr_db, '.2f')} dB, worst {_number(summary.worst_sqnr_db, '.2f')} dB"
-        f" ({summary.worst_layer})",
-        "right for": ", ".join(name for name, reason in summary.targets.items() if reason is None),
+        **({"SQNR": f"{sqnr} ({summary.worst_layer})"} if summary.worst_layer else {}),
+        **({"right for": _right_for(summary)} if summary.targets else {}),
         **{f"not for {name}": reason for name, reason in summary.targets.items() if reason},
     }
     for key, value in rows.items():
         table.add_row(key, plain(value))
     return table
+
+
+def _right_for(summary: CheckpointSummary) -> str:
+    return ", ".join(name for name, reason in summary.targets.items() if reason is None)
 
 
 def make_table(title: str | None, columns: tuple[str, ...]) -> Table:

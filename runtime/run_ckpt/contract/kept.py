@@ -18,6 +18,7 @@ from run_ckpt.contract.decided_by import (
     TARGET,
     UNKNOWN_CLASS,
 )
+from run_ckpt.contract.dialects.table import DIALECTS
 from run_ckpt.contract.formats import FORMATS, Scheme
 from run_ckpt.contract.manifest import KeptTensor, Manifest
 from run_ckpt.contract.shape_limits import reason_to_keep
@@ -73,6 +74,8 @@ def remedies(kept: KeptTensor, recipe: Mapping[str, Any]) -> Iterator[Remedy]:
 
     recipe: the manifest's, which says what was asked for.
     """
+    if DIALECTS[recipe["dialect"]].experts_only:
+        return
     rule = kept.decided_by.rule
     if kept.decided_by.by == SHAPE:
         for option, scheme in _ways_to_take(kept.spec, recipe):

@@ -89,7 +89,7 @@ _ROWWISE = ("flux1", "flux2", "qwen-image")
 _OMNI_MODELOPT = ("flux1", "flux2", "hunyuan-video-1.5", "ltx2", "qwen-image", "z-image")
 _OMNI_FP8 = ("flux1", "hunyuan-video-1.5", "ltx2", "qwen-image", "wan", "wan-vace", "z-image")
 _OMNI = ("flux1", "flux2", "hunyuan-video-1.5", "ltx2", "qwen-image", "wan", "wan-vace", "z-image")
-# Whose experts lie in tensors that no layer of ours takes.
+# Whose experts servers read all in one tensor.
 _GPT_OSS = ("gpt-oss",)
 # Whose quantization_config may hold our key, by which our loader and plug-ins know what is quantized.
 _OWN = ("fp8", "mxfp4", "modelopt", "quark", "compressed-tensors")
@@ -243,10 +243,10 @@ _TARGETS = (
         "transformers",
         "transformers",
         (
-            Reading("transformers", "transformers", ("gpt-oss",), presets=_GPT_OSS),
+            Reading("transformers-own", "transformers", ("gpt-oss",), presets=_GPT_OSS),
             Reading("transformers", "transformers", ("compressed-tensors",), not_for=_FUSED, is_loud=False),
             Reading(
-                "transformers-fp8",
+                "transformers-own",
                 "transformers",
                 ("fp8",),
                 (BLOCK_FP8,),
@@ -261,7 +261,7 @@ _TARGETS = (
         "run-ckpt",
         (
             Reading("run-ckpt", "diffusers", (*_OWN, "vllm-omni")),
-            Reading("run-ckpt-llm", "transformers", (*_OWN, "vllm-omni")),
+            Reading("run-ckpt-llm", "transformers", (*_OWN, "vllm-omni", "gpt-oss")),
         ),
     ),
 )

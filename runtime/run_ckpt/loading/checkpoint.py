@@ -8,6 +8,7 @@ from run_ckpt.contract.errors import CheckpointError, FaultsError
 from run_ckpt.contract.file_names import CONFIG_NAME, INDEX_SUFFIX, SUFFIX
 from run_ckpt.contract.formats import FORMATS
 from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT_SCALE
+from run_ckpt.loading.stacked import unstacked
 from run_ckpt.storage.checks import config_faults
 from run_ckpt.storage.components import Checkpoint, open_checkpoint
 from run_ckpt.storage.foreign import open_foreign
@@ -20,30 +21,19 @@ def open_to_load(path: Path) -> Iterator[Checkpoint]:
 
     With a manifest: that, every header, every shard's size, and the hash of config.json and index are as it says.
     Without one (Quark, compressed-tensors, save_pretrained): config.json and the headers must agree.
-    Raises CheckpointError; FaultsError with every fault.
+    Experts that are stacked are seen one by one. Raises CheckpointError; FaultsError with every fault.
     """
     if (path / MANIFEST_NAME).exists():
         with open_checkpoint(path) as checkpoint:
             faults = _changed_files(checkpoint)
             if faults:
                 raise FaultsError(f"{path}: changed since its manifest was written", faults)
-            _refuse_stacked(checkpoint)
-            yield checkpoint
+            yield unstacked(checkpoint)
         return
     with open_foreign(path) as checkpoint:
-        _refuse_stacked(checkpoint)
         if why := _reason_not_to_load(checkpoint):
             raise CheckpointError(f"{path}: {why} run-ckpt dequantize writes them as numbers.")
-        yield checkpoint
-
-
-def _refuse_stacked(checkpoint: Checkpoint) -> None:
-    stacked = min((layer.module for layer in checkpoint.manifest.layers.values() if layer.n_stacked), default=None)
-    if stacked:
-        raise CheckpointError(
-            f"{checkpoint.path}: its experts are stacked ({stacked}), which no layer here takes. vLLM, SGLang and"
-            " transformers read them by themselves; run-ckpt dequantize writes them as numbers."
-        )
+        yield unstacked(checkpoint)
 
 
 def _reason_not_to_load(checkpoint: Checkpoint) -> str | None:

@@ -65,6 +65,10 @@ class TensorReader:
         """Return the spec of a tensor that is stored."""
         return self._views[name].spec
 
+    def view(self, name: str) -> View:
+        """Return where a tensor that is stored lies."""
+        return self._views[name]
+
     def specs(self) -> list[TensorSpec]:
         """Return the specs of all tensors."""
         return [view.spec for view in self._views.values()]
@@ -74,6 +78,10 @@ class TensorReader:
         views = [
             replace(view, spec=replace(view.spec, name=names.get(name, name))) for name, view in self._views.items()
         ]
+        return self.seen_as(views)
+
+    def seen_as(self, views: Iterable[View]) -> TensorReader:
+        """Return a reader of other parts of the same open files."""
         reader = TensorReader(self._folder, views)
         reader._fds, reader._mapped = self._fds, self._mapped
         return reader

@@ -119,6 +119,9 @@ def _decider(manifest: Manifest, stored: Layer | KeptTensor) -> str:
 
 def _changes(manifest: Manifest, row: TensorRow, stored: Layer | KeptTensor) -> Iterator[str]:
     if isinstance(stored, Layer):
+        if stored.n_stacked:  # all of the model are read in this format, or as numbers
+            yield f"nothing does: a {manifest.recipe.get('class_name')} is read with all experts in this format alone"
+            return
         yield f"--ignore {shlex.quote(row.name)} keeps it"
         yield "a rule in a --recipe gives it another format"
         return

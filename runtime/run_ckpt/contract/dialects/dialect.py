@@ -39,6 +39,7 @@ class Dialect:
     ``static``: the schemes whose activations are quantized by an input_scale.
     ``is_mixed``: layers may differ in format.
     ``file_name``: all tensors go into one file of this name; None where the shards stay those of the source.
+    ``experts_only``: of experts that are stored all in one tensor; its consumers read nothing else quantized.
     ``is_open``: config may hold keys of others too; ours lie there, and ``name`` is its quant_method.
     """
 
@@ -52,6 +53,7 @@ class Dialect:
     static: tuple[Scheme, ...] = ()
     is_mixed: bool = False
     file_name: str | None = None
+    experts_only: bool = False
     is_open: bool = True
     joint: str = "."
 

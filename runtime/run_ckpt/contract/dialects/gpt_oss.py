@@ -18,4 +18,4 @@ def _suffixes(scheme: Scheme, naming: str) -> dict[str, str]:
     return {WEIGHT: "_blocks", WEIGHT_SCALE: "_scales"}
 
 
-DIALECT = Dialect("gpt-oss", {PLAIN_MXFP4: ()}, _config, _suffixes, joint="", is_open=False)
+DIALECT = Dialect("gpt-oss", {PLAIN_MXFP4: ()}, _config, _suffixes, joint="", experts_only=True, is_open=False)

@@ -127,7 +127,7 @@ run-ckpt generate --model-path {base} {loader_paths} --prompt "{prompt}" --outpu
         "transformers with `pip install compressed-tensors accelerate`",
     ),
     Consumer(
-        "transformers-fp8", "transformers", "python", _FROM_PRETRAINED, "transformers with `pip install accelerate`"
+        "transformers-own", "transformers", "python", _FROM_PRETRAINED, "transformers with `pip install accelerate`"
     ),
     Consumer(
         "transformers-plugin",

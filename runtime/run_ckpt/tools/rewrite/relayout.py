@@ -35,6 +35,11 @@ def _plan(checkpoint: Checkpoint, *, layout: Layout, asked: str | None) -> Rewri
     moved = [layer for layer in old.layers.values() if len(layer.format.layouts) > 1]
     if not moved:
         raise UsageError(f"{checkpoint.path}: has no MXFP4 layer. Other formats have one layout; nothing to do.")
+    if stacked := next((layer for layer in moved if layer.n_stacked), None):
+        raise UsageError(
+            f"{checkpoint.path}: holds all experts of a block in one tensor ({stacked.module}), which nobody reads in"
+            f" another layout or dialect than {old.dialect}."
+        )
     new = _new_manifest(old, layout, asked)
     if new == old:
         raise UsageError(f"{checkpoint.path}: is in layout {layout}, dialect {old.dialect} already.")
