@@ -119,7 +119,7 @@ def test_a_folder_may_hold_one_file(tmp_path: Path) -> None:
     assert component.class_name == "FluxTransformer2DModel"
     assert not any("left out" in note for note in component.notes)
     file.with_name("flux-Q4_0.gguf").write_bytes(file.read_bytes())
-    with pytest.raises(FaultsError, match=r"flux-Q4_0\.gguf, flux-Q8_0\.gguf: give one of these files"):
+    with pytest.raises(FaultsError, match=r"flux-Q4_0\.gguf, flux-Q8_0\.gguf: each is a model of its own"):
         open_component(tmp_path / "folder")
 
 

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from convert_ckpt.run.partial_output import Staging
-from run_ckpt.contract.errors import CheckpointError, FetchError
+from run_ckpt.contract.errors import CheckpointError, FaultsError, FetchError
 from run_ckpt.progress import Silent
 from run_ckpt.tools.verify.component import verify_output
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
 from tests.foreign import write_foreign
 from tests.hub_fixtures import Lines, assert_same_but_for_the_source, convert_remote, hub, make_llm
 from tests.hub_server import TOKEN, Fault, HubServer, read_files
+from tests.test_gguf import write as write_gguf
 
 __all__ = ["hub"]
 COMMAND = "import sys; from convert_ckpt.cli import main; sys.argv[0] = 'convert-ckpt'; main()"
@@ -55,6 +57,47 @@ def test_a_quantized_repo_whose_scales_lie_in_another_shard_gives_the_bytes_of_t
     convert_remote("me/llm", tmp_path / "out", format=weight_format)
     convert(source, tmp_path / "local", format=weight_format)
     assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
+
+
+@pytest.mark.parametrize("reference", ["me/gguf", "hf://me/gguf/flux-Q8_0.gguf"])
+def test_a_gguf_file_gives_the_bytes_of_the_local_copy(
+    hub: HubServer, tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert_ckpt.source.skeleton._HEADER_GUESS_NBYTES", 1000)
+    pytest.importorskip("gguf")
+    file, _ = write_gguf(tmp_path / "flux-Q8_0.gguf", quantized="Q8_0")
+    hub.add_repo("me/gguf", {file.name: file.read_bytes(), "README.md": b"no card"})
+    lines = Lines()
+    convert_remote(reference, tmp_path / "out", format="fp8", preset=None, progress=lines)
+    (fetched,) = [line for line in lines.lines if line.startswith("fetched ")]
+    ranges = [request.range for request in hub.requests if request.path.endswith(".gguf") and request.range]
+    assert fetched.startswith("fetched flux-Q8_0.gguf")
+    assert {"bytes=0-999", "bytes=1000-1999"} <= set(ranges)
+    convert(file, tmp_path / "local", format="fp8", preset=None)
+    source = assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
+    assert source["name"] == reference.removeprefix("hf://")
+    assert not list(tmp_path.rglob("*.gguf"))[1:]
+
+
+def test_of_several_models_in_a_repo_one_has_to_be_named(hub: HubServer, tmp_path: Path) -> None:
+    names = [f"flux-{kind}" for kind in ("Q4_0", "Q8_0")]
+    hub.add_repo("me/gguf", {f"{name}.gguf": b"GGUF, not read" for name in names})
+    with pytest.raises(FaultsError, match=r"flux-Q4_0\.gguf, flux-Q8_0\.gguf: each is a model of its own"):
+        convert_remote("me/gguf", tmp_path / "out", format="fp8")
+    assert not any(request.path.endswith(".gguf") for request in hub.requests)
+    for name in names:
+        save_file({"x.weight": torch.ones(2, 2), name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "flux.safetensors")
+    hub.add_repo("me/flux", read_files(tmp_path))
+    with pytest.raises(FaultsError, match=r"Give one of these files: .*hf://owner/name/flux-Q4_0\.safetensors"):
+        convert_remote("me/flux", tmp_path / "out", format="fp8")
+
+
+@pytest.mark.parametrize("data", [b"GGUF", b"GGUF\3\0\0\0", b"not at all"])
+def test_a_gguf_file_that_is_none_is_refused_as_one_here_is(hub: HubServer, tmp_path: Path, data: bytes) -> None:
+    hub.add_repo("me/gguf", {"it.gguf": data})
+    with pytest.raises(FaultsError, match=r"it\.gguf: the header of this GGUF file"):
+        convert_remote("me/gguf", tmp_path / "out", format="fp8")
 
 
 @pytest.mark.parametrize("weight_format", ["mxfp4", "fp8"])

@@ -370,7 +370,7 @@ ODD_SOURCES = [
     Mistake(
         "convert-ckpt gguf-renamed OUT --format mxfp4",
         1,
-        "model.safetensors: GGUF. Its name has to end in .gguf, and it is read on the machine where it lies.",
+        "model.safetensors: GGUF. Its name has to end in .gguf.",
     ),
     Mistake(
         "convert-ckpt pickle OUT --format mxfp4",

@@ -10,6 +10,7 @@ import pytest
 from run_ckpt.contract.errors import CheckpointError, FetchError, UsageError
 from tests.checkpoints import convert, folder_bytes
 from tests.hub_fixtures import assert_same_but_for_the_source, convert_remote, make_llm
+from tests.test_gguf import write as write_gguf
 
 
 @pytest.fixture
@@ -27,6 +28,17 @@ def test_a_bucket_gives_the_bytes_of_the_local_copy(
     convert(llm, tmp_path / "local", format=weight_format)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "local")
     assert {path.name for path in tmp_path.iterdir()} == {"llm", "out", "local"}
+
+
+def test_a_gguf_file_in_a_bucket_gives_the_bytes_of_the_local_copy(
+    s3: fsspec.AbstractFileSystem, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf")
+    file, _ = write_gguf(tmp_path / "flux-Q4_K.gguf", quantized="Q4_K")
+    s3.put(str(file), "bucket/flux-Q4_K.gguf")
+    convert_remote("s3://bucket/flux-Q4_K.gguf", tmp_path / "out", format="fp8", preset=None)
+    convert(file, tmp_path / "local", format="fp8", preset=None)
+    assert_same_but_for_the_source(tmp_path / "out", tmp_path / "local")
 
 
 def test_a_pipeline_in_memory_and_a_component_of_it(llm: Path, tmp_path: Path) -> None:

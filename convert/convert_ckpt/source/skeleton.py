@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from convert_ckpt.source.store import Retry, Store, read_file, read_range
-from run_ckpt.contract.errors import CheckpointError
+from run_ckpt.contract.errors import HeaderError
 from run_ckpt.contract.file_names import (
     CARD_NAME,
     CONFIG_NAME,
@@ -16,6 +17,7 @@ from run_ckpt.contract.file_names import (
     unsafe_file_name,
 )
 from run_ckpt.storage.components import PIPELINE_INDEX_NAME
+from run_ckpt.storage.gguf import parse_gguf_header
 from run_ckpt.storage.header import LENGTH_NBYTES, MAX_HEADER_NBYTES
 from run_ckpt.storage.side_files import is_side_file
 
@@ -55,16 +57,12 @@ def fill_skeleton(store: Store, components: dict[str, Path], folder: Path, log: 
 
     def fill(path: Path) -> None:
         name = path.relative_to(folder).as_posix()
-        read = _read_header if path.name.endswith(SUFFIX) else read_file
+        read = next((read for suffix, read in _HEADER_READERS.items() if name.endswith(suffix)), read_file)
         data = read(store, name, retry)
         with open(path, "r+b") as file:
             file.write(data)
 
-    for component in components.values():
-        names = [path.name for path in _files_of(component)]
-        if any(name.endswith(GGUF_SUFFIX) for name in names) and not any(name.endswith(SUFFIX) for name in names):
-            raise CheckpointError(f"{names[0]}: GGUF is read where it lies. Fetch it first: hf download.")
-    paths = {path for component in components.values() for path in _files_of(component) if _is_read(path)}
+    paths = {path for component in components.values() for path in _files_to_read(component)}
     paths |= {folder / name for name in _pipeline_files(store)}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="header") as pool:
         try:
@@ -75,8 +73,14 @@ def fill_skeleton(store: Store, components: dict[str, Path], folder: Path, log: 
             raise
 
 
-def _files_of(component: Path) -> list[Path]:
-    return [component] if component.is_file() else [path for path in sorted(component.iterdir()) if path.is_file()]
+def _files_to_read(component: Path) -> list[Path]:
+    """Return the files that the plan is made from; of several GGUF files none, as it wants one."""
+    if component.is_file():
+        return [component]
+    files = [path for path in component.iterdir() if path.is_file()]
+    gguf = [path for path in files if path.name.endswith(GGUF_SUFFIX)]
+    has_safetensors = any(path.name.endswith(SUFFIX) for path in files)
+    return [path for path in files if _is_read(path)] + gguf * (len(gguf) == 1 and not has_safetensors)
 
 
 def _is_read(path: Path) -> bool:
@@ -91,3 +95,23 @@ def _read_header(store: Store, name: str, retry: Retry) -> bytearray:
     if len(data) < end <= min(nbytes, LENGTH_NBYTES + MAX_HEADER_NBYTES):
         data += read_range(store, name, len(data), end, retry)
     return data[:end]
+
+
+def _read_gguf_header(store: Store, name: str, retry: Retry) -> bytearray:
+    """Return the start of a GGUF file, its header or what shows that it has none. Nothing in it says how long it is."""
+    nbytes, data, taken = store.files[name].nbytes, bytearray(), 0
+
+    def take(count: int) -> bytes:
+        nonlocal taken
+        taken += count
+        while len(data) < min(taken, nbytes):
+            stop = min(max(taken, 2 * len(data), _HEADER_GUESS_NBYTES), nbytes)
+            data.extend(read_range(store, name, len(data), stop, retry))
+        return bytes(data[taken - count : taken])
+
+    with suppress(HeaderError):  # whoever parses it again says what is wrong with it
+        parse_gguf_header(name, take, nbytes)
+    return data
+
+
+_HEADER_READERS = {SUFFIX: _read_header, GGUF_SUFFIX: _read_gguf_header}

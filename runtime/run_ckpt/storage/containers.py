@@ -34,7 +34,7 @@ _CONTAINERS = (
     ),
     _Container(
         "GGUF",
-        f"Its name has to end in {GGUF_SUFFIX}, and it is read on the machine where it lies.",
+        f"Its name has to end in {GGUF_SUFFIX}.",
         magics=(b"GGUF",),
         suffixes=(GGUF_SUFFIX,),
     ),

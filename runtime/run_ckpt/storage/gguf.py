@@ -6,8 +6,8 @@ Source: ggml's docs/gguf.md, versions 2 and 3.
 import math
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from run_ckpt.contract.errors import HeaderError
 from run_ckpt.contract.ggml import GGML_TYPES, PADDING, GgmlType
@@ -34,20 +34,25 @@ def read_gguf_header(path: Path) -> Header:
     Bytes between tensors are tensors too, named by PADDING. Raises HeaderError.
     """
     with open(open_to_read(path), "rb") as file:
-        cursor = _Cursor(path.name, file)
-        try:
-            return _read(cursor)
-        except (struct.error, UnicodeDecodeError) as error:
-            raise cursor.error(f"is damaged ({error})") from error
+        return parse_gguf_header(path.name, file.read, os.fstat(file.fileno()).st_size)
+
+
+def parse_gguf_header(name: str, read: Callable[[int], bytes], file_nbytes: int) -> Header:
+    """Return what read_gguf_header does, of a file whose next bytes ``read`` returns, so many as it is asked for."""
+    cursor = _Cursor(name, read, file_nbytes)
+    try:
+        return _read(cursor)
+    except (struct.error, UnicodeDecodeError) as error:
+        raise cursor.error(f"is damaged ({error})") from error
 
 
 class _Cursor:
     """Reads a header from its start on, up to the end of the file or the largest that is taken."""
 
-    def __init__(self, name: str, file: BinaryIO):
+    def __init__(self, name: str, read: Callable[[int], bytes], file_nbytes: int):
         self.name, self.data = name, bytearray()
-        self._file = file
-        self.file_nbytes = os.fstat(file.fileno()).st_size
+        self._read = read
+        self.file_nbytes = file_nbytes
 
     def take(self, nbytes: int) -> bytes:
         end = len(self.data) + nbytes
@@ -55,7 +60,7 @@ class _Cursor:
             raise self.error(f"takes more than {MAX_HEADER_NBYTES:,} bytes")
         if end > self.file_nbytes:
             raise self.error("is truncated")
-        data = self._file.read(nbytes)
+        data = self._read(nbytes)
         self.data += data
         return data
 

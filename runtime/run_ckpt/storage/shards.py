@@ -74,7 +74,10 @@ def read_folder(path: Path, read: Callable[[Path], Header] = read_shard) -> Tens
             weight_map = None
             names = _find_files(path, faults, notes)
     shards = _read_shards(root, names, read, faults)
-    faults += _duplicate_faults(shards)
+    if weight_map is None and (copies := _same_tensors(shards)):
+        faults.append(_give_one(root, copies))
+    else:
+        faults += _duplicate_faults(shards)
     if weight_map is not None:
         faults += _index_faults(weight_map, shards, {shard.name for shard in shards})
     if faults:
@@ -110,7 +113,7 @@ def _find_files(folder: Path, faults: list[str], notes: list[str]) -> list[str]:
     if not names:
         if len(gguf := sorted(entry.name for entry in folder.glob("*" + GGUF_SUFFIX))) == 1:
             return gguf
-        other = f"{', '.join(gguf)}: give one of these files." if gguf else find_container(folder)
+        other = _give_one(folder, gguf) if gguf else find_container(folder)
         faults.append(other or f"it holds no .safetensors file. {_what_to_give(folder)}")
     for stem in MAIN_STEMS:
         if stem + SUFFIX in names:
@@ -160,8 +163,27 @@ def _read_shards(root: Path, names: list[str], read: Callable[[Path], Header], f
     return shards
 
 
+def _give_one(folder: Path, names: list[str]) -> str:
+    return (
+        f"{', '.join(names)}: each is a model of its own. Give one of these files: {folder.name}/{names[0]}, of a repo"
+        f" of the Hub hf://owner/name/{names[0]}."
+    )
+
+
+def _same_tensors(shards: list[Shard]) -> list[str]:
+    """Return the files that share tensors where one has none that the others lack; [] where there is no such file."""
+    counts = _count_holders(shards)
+    held = {shard.name: [counts[tensor.spec.name] > 1 for tensor in shard.header.tensors] for shard in shards}
+    is_copy = any(shared and all(shared) and not _NUMBERED.fullmatch(name) for name, shared in held.items())
+    return [name for name, shared in held.items() if any(shared)] if is_copy else []
+
+
+def _count_holders(shards: list[Shard]) -> Counter[str]:
+    return Counter(tensor.spec.name for shard in shards for tensor in shard.header.tensors)
+
+
 def _duplicate_faults(shards: list[Shard]) -> list[str]:
-    counts = Counter(tensor.spec.name for shard in shards for tensor in shard.header.tensors)
+    counts = _count_holders(shards)
     faults = []
     for name in sorted(name for name, count in counts.items() if count > 1):
         holders = [s.name for s in shards if any(t.spec.name == name for t in s.header.tensors)]
