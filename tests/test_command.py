@@ -1,7 +1,11 @@
 """What convert-ckpt and run-ckpt have in common on the command line."""
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import pytest
@@ -36,7 +40,7 @@ def failing(error: BaseException | None) -> click.Command:
     [
         (None, 0, ""),
         (CheckpointError("bad file. Fetch it again."), 1, "error: bad file. Fetch it again.\n"),
-        (FileNotFoundError(2, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'\n"),
+        (NotADirectoryError(20, "No such folder", "x"), 1, "error: [Errno 20] No such folder: 'x'\n"),
         (UsageError("no such thing."), 2, "error: no such thing.\n"),
         (KeyboardInterrupt(), 130, "stopped.\n"),
     ],
@@ -48,6 +52,41 @@ def test_the_exit_code_says_how_it_ended(
     assert exit_code(failing(error), "test") == code
     # After Ctrl-C click ends the line that the terminal shows ^C in.
     assert capsys.readouterr().err.removeprefix("\n") == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_a_command_lets_it_clear_up(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        with TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), number)
+
+    assert exit_code(click.Command("test", callback=run), "test") == 128 + number
+    assert capsys.readouterr().err.removeprefix("\n") == "stopped.\n"
+    assert not [*tmp_path.iterdir()]
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert exit_code(click.Command("test", callback=lambda: os.kill(os.getpid(), signal.SIGHUP)), "test") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_stops_nothing() -> None:
+    ours, theirs = os.openpty()
+    code = (
+        "import sys; from convert_ckpt.cli import main; sys.stdin.readline();"
+        f" sys.argv = ['convert-ckpt', {str(FLUX_DIGITS)!r}, '--dry-run', '--format', 'fp8']; main()"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.close(ours)
+    run.communicate(b"\n")
+    assert run.returncode == 0
 
 
 def test_a_fault_of_our_own_is_not_hidden() -> None:

@@ -160,7 +160,8 @@ def convert_checkpoint(
             if listener:
                 names = [join_names(planned.name, file.name) for planned in plans for file in planned.plan.files]
                 listener.start(names, {planned.name: planned.plan.manifest for planned in plans})
-            staging.adopt(fingerprint(opened, plans, options), restart=restart and not options.has_budget)
+            identity = fingerprint(opened, plans, options)
+            staging.adopt(identity, restart=restart and not options.has_budget)
             staging.share()
             try:
                 n_resumed = conversion.make(share)
@@ -176,7 +177,7 @@ def convert_checkpoint(
                         )
                     return summarize(plans, n_files_resumed=n_resumed, share=share, n_files_missing=len(missing))
                 conversion.make()  # nothing but a look at what the others made
-            manifests = conversion.complete()
+            manifests = conversion.complete(identity)
             if listener:
                 listener.stop()
             staging.publish()

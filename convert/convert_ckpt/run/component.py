@@ -68,15 +68,17 @@ class Conversion:
             for name in sorted({file.name for file in planned.plan.files} - self._records(planned).keys())
         ]
 
-    def complete(self) -> dict[str, Manifest]:
+    def complete(self, fingerprint: Mapping[str, Any]) -> dict[str, Manifest]:
         """Write the small files of the components, whose shards are all finished; return the manifests.
 
+        fingerprint: of the source as the run began with it; the small files that are copied must still be those.
         Raises CheckpointError for a result that run-ckpt verify would refuse without reading a tensor.
         """
         manifests = {}
         for planned in self.plans:
             with self.staging.open_result(planned.name) as folder:
-                side_files = write_side_files(folder, planned.source, planned.plan)
+                before = fingerprint["source"][planned.name]["side_files"]
+                side_files = write_side_files(folder, planned.source, planned.plan, before)
                 manifest = _complete_manifest(self.opened, planned, self._records(planned), side_files)
                 digest = write_parts(folder, MANIFEST_NAME, manifest.to_json())
                 headers = {file.name: file.header for file in planned.plan.files}

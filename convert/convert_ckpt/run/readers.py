@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from blake3 import blake3
 from convert_ckpt.run.schedule import Slab, list_fetches
 from convert_ckpt.run.wait import Signal
 from convert_ckpt.source.shards import ShardProvider
+from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.reader import read_fully, read_parts
 from run_ckpt.storage.shards import Shard
@@ -102,7 +104,7 @@ class ShardReaders:
             path = self._provider.wait(shard)
             with self._signal.notify():
                 if shard not in self._fds:
-                    self._fds[shard] = open_to_read(path)
+                    self._fds[shard] = _open_unchanged(self._shards[shard], path)
         return self._fds[shard]
 
     def _read_ahead(self, shard: str, slab: Slab, nbytes: int) -> None:
@@ -110,6 +112,15 @@ class ShardReaders:
         start = slab.offset + (_READ_AHEAD_NBYTES if slab.hash_order else 0)
         nbytes = nbytes if slab.hash_order else _READ_AHEAD_NBYTES
         os.posix_fadvise(self._open(shard), start, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _open_unchanged(shard: Shard, path: Path) -> int:
+    """Return a descriptor of the file whose header was read, on this machine or another, before the plan was made."""
+    fd, header = open_to_read(path), shard.header
+    if os.fstat(fd).st_size == header.file_nbytes and os.pread(fd, len(header.data), 0) == header.data:
+        return fd
+    os.close(fd)
+    raise CheckpointError(f"{shard.name}: is not the file whose header was read. Give the same command again.")
 
 
 def _neighbours(slabs: list[Slab], outs: list[np.ndarray]) -> Iterator[tuple[str, list[tuple[Slab, np.ndarray]]]]:

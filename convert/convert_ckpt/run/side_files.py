@@ -1,6 +1,6 @@
 """The small files of the result: config.json, the index, what SOURCE holds besides, the manifest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from convert_ckpt.plan.plan import Plan
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.table import DIALECTS, quantization_config
+from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.storage.files import read_small
@@ -21,15 +22,23 @@ def output_names(source: Component, plan: Plan) -> list[str]:
     return sorted({MANIFEST_NAME, *(file.name for file in plan.files), *_texts(source, plan), *_copied(source, plan)})
 
 
-def write_side_files(folder: Folder, source: Component, plan: Plan) -> dict[str, dict[str, Any]]:
-    """Write config.json, the index and the copies; return name -> what the manifest says of each."""
-    makers = _texts(source, plan)
-    makers |= {name: partial(read_small, path) for name, path in _copied(source, plan).items()}
+def write_side_files(
+    folder: Folder, source: Component, plan: Plan, blake3_before: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Write config.json, the index and the copies; return name -> what the manifest says of each.
+
+    blake3_before: of each file of ``source.side_files`` when the run began. Raises CheckpointError for one that is
+    another by now.
+    """
+    copied = _copied(source, plan)
+    makers = _texts(source, plan) | {name: partial(read_small, path) for name, path in copied.items()}
     described = {}
     for name in sorted(makers):
         data = makers[name]()
-        folder.write(name, data)
         described[name] = describe_bytes(data)
+        if name in copied and described[name]["blake3"] != blake3_before[name]:
+            raise CheckpointError(f"{name}: changed while the shards were converted. Start again with --restart.")
+        folder.write(name, data)
     return described
 
 

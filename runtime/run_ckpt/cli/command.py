@@ -8,11 +8,15 @@ from typing import NoReturn
 import click
 
 from run_ckpt.cli.lines import say
+from run_ckpt.cli.signals import ending_signals
 from run_ckpt.cli.streams import usable_streams
 from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.extras import naming_extras
 
-EXIT_CODES = "Exit code: 0 done, 1 it can't be done or a fault was found, 2 wrong usage, 130 stopped by Ctrl-C."
+EXIT_CODES = (
+    "Exit code: 0 done, 1 it can't be done or a fault was found, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM,"
+    " 129 by SIGHUP."
+)
 
 # What the operating system says, and what to do about it.
 _REMEDIES = {
@@ -26,6 +30,8 @@ _REMEDIES = {
     errno.ENFILE: "Raise the limit of open files of the machine.",
     errno.ENAMETOOLONG: "Choose shorter names.",
     errno.ELOOP: "Remove the links that lead to each other.",
+    errno.ENOENT: "It was taken away meanwhile. Put it back if it was yours, then give the same command again.",
+    errno.ESTALE: "It was taken away meanwhile. Put it back if it was yours, then give the same command again.",
 }
 _NO_MEMORY = "out of memory. Raise the limit (ulimit -v), or use a larger machine."
 
@@ -36,7 +42,7 @@ def run_command(
     """Run ``args`` (default: the process's). An error is one message on stderr and ends the process by EXIT_CODES."""
     args = sys.argv[1:] if args is None else list(args)
     subcommand = [arg for arg in args[:1] if arg in getattr(command, "commands", ())]
-    with usable_streams():
+    with usable_streams(), ending_signals() as ending:
         try:
             with naming_extras(" ".join([name, *subcommand])):
                 sys.exit(command.main(args, prog_name=name, standalone_mode=False))
@@ -45,7 +51,7 @@ def run_command(
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             click.echo(stopped, err=True)
-            sys.exit(130)
+            sys.exit(ending.exit_code)
         except CheckpointError as error:
             _fail(error, 2 if isinstance(error, UsageError) else 1)
         except OSError as error:

@@ -1,5 +1,6 @@
 """Standard output and error as they may be: closed, broken, full, or without the characters that are printed."""
 
+import errno
 import io
 import os
 import sys
@@ -35,7 +36,7 @@ def _prepare(stream: IO[str] | None, fd: int) -> Any:
 
 
 class _Unbroken:
-    """A stream that goes on, into nothing, when its reader has gone."""
+    """A stream that goes on, into nothing, when its reader or its terminal has gone."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -43,18 +44,20 @@ class _Unbroken:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._give_up()
+        except OSError as error:
+            self._give_up(error)
 
-    def _give_up(self) -> None:
-        """Let what is still in the stream's buffer go where it can."""
+    def _give_up(self, error: OSError) -> None:
+        """Let what is still in the stream's buffer go where it can. Raises an error that says something else."""
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())
         os.close(nothing)

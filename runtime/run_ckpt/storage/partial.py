@@ -1,6 +1,7 @@
 """TARGET.partial: the private folder in which a command builds TARGET, which so appears complete or not at all."""
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,8 @@ from run_ckpt.storage.folders import Folder, is_temporary, open_folder, relock, 
 
 SUFFIX = ".partial"
 _RESULT = "result"
+# What rename says where something, or more than an empty folder, has the name.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 # Others may put something into a folder of this mode.
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -83,7 +86,15 @@ class PartialFolder:
         """Give the finished folder ``name`` in it the name TARGET: durably, all of it at once."""
         with self.folder.open_folder(name) as result, open_folder(self.target.parent) as parent:
             result.sync()
-            self.folder.rename(name, self.target.name, parent)
+            try:
+                self.folder.rename(name, self.target.name, parent)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                raise CheckpointError(
+                    f"{self.target}: was made by somebody else meanwhile. Move that away, then give the same command"
+                    " again."
+                ) from error
 
     def discard(self, names: Iterable[str], *, parents: bool = False) -> None:
         """Remove what is called so in the folder, and the folder unless something else is in it.
