@@ -51,9 +51,11 @@ scale = per_tensor_amax_to_scale(weight.float().abs().amax())
 save("torchao-nvfp4", {"0.weight": NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=scale)})
 """
 COMFY = """
-import sys, torch
+import json, sys, torch
 import comfy_kitchen as kitchen
 from comfy_kitchen.tensor import TensorCoreFP8Layout, TensorCoreMXFP8Layout, TensorCoreNVFP4Layout
+from comfy_kitchen.tensor.int8 import TensorWiseINT8Layout
+from comfy_kitchen.tensor.int8_utils import _build_hadamard, _rotate_weight
 from safetensors.torch import save_file
 
 folder = sys.argv[1]
@@ -68,6 +70,21 @@ with kitchen.registry.use_backend("eager"):
         tensors["0.comfy_quant"] = torch.tensor(list(b'{"format": "?"}'), dtype=torch.uint8)
         save_file(tensors, f"{folder}/{name}.safetensors")
         save_file({"0.weight": layout.dequantize(codes, params).float().contiguous()}, f"{folder}/{name}.decoded")
+    for rotated in (False, True):
+        codes, params = TensorWiseINT8Layout.quantize(torch.randn(192, 512), per_channel=rotated, convrot=rotated)
+        mark = {"format": "int8_tensorwise", "convrot": rotated}
+        mark = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+        name = f"{folder}/comfy-int8{'-rotated' * rotated}"
+        save_file({"0.weight": codes, "0.weight_scale": params.scale, "0.comfy_quant": mark}, f"{name}.safetensors")
+        # Its own rotation in float64, so that it rounds once, as here; in float32 it sums what is rounded.
+        weight = codes.double() * params.scale.double()
+        if rotated:
+            weight = _rotate_weight(weight, _build_hadamard(256, dtype=torch.float64), 256)
+            loss = (weight - TensorWiseINT8Layout.dequantize(codes, params)).abs().max()
+            assert loss < 1e-5 * weight.abs().max(), loss
+        else:
+            assert torch.equal(weight.float(), TensorWiseINT8Layout.dequantize(codes, params))
+        save_file({"0.weight": weight.float()}, f"{name}.decoded")
 """
 
 
@@ -87,7 +104,7 @@ def main() -> None:
             is_same = ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
             n_faults += not is_same
             formats = ", ".join(sorted({layer.format.name for layer in layers}))
-            print(f"{file.stem:16} read as {formats:14} {'every value the same' if is_same else 'DIFFERS'}", flush=True)
+            print(f"{file.stem:18} read as {formats:14} {'every value the same' if is_same else 'DIFFERS'}", flush=True)
     sys.exit(n_faults > 0)
 
 

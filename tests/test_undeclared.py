@@ -1,5 +1,6 @@
 """FP8 files that no config declares: ComfyUI's, with and without scales, under BFL's names, in E4M3 and E5M2."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from run_ckpt.tools.summary import inspect_component
 from run_ckpt.tools.verify.component import verify_output
 from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, load_all, save_checkpoint
-from tests.foreign import Encoded, modelopt_nvfp4, mxfp8
+from tests.foreign import Encoded, modelopt_nvfp4, mxfp8, scales
 from tests.models import MODELS
 from tests.test_originals import PREFIX, map_of, to_original
 
@@ -90,6 +91,25 @@ def comfy_blocks(original: dict[str, Tensor], encode: Callable[[int, int, int], 
     return stored, values
 
 
+def comfy_int8(original: dict[str, Tensor], *, rotated: bool) -> Quantized:
+    """ComfyUI's INT8, with one scale; or by row, its columns rotated 256 at a time."""
+    stored, values = dict(original), {name: tensor.float() for name, tensor in original.items()}
+    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
+    rotation = torch.kron(torch.kron(h4, h4), torch.kron(h4, h4))
+    mark = {"format": "int8_tensorwise", **({"convrot": True, "convrot_groupsize": 256} if rotated else {})}
+    for seed, name in enumerate(key for key in original if key.endswith("blocks.0.linear1.weight")):
+        N, K = original[name].shape
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
+        scale = scales(N, 1, seed=seed) if rotated else scales(seed=seed)
+        whole = (codes.double().reshape(-1, 256) @ rotation).reshape(N, K) if rotated else codes.double()
+        values[name] = (whole * scale.double()).float()  # rounded once: codes and rotation are exact in float64
+        module = name.removesuffix(".weight")
+        stored |= {name: codes, f"{module}.weight_scale": scale}
+        stored[f"{module}.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+    return stored, values
+
+
 FILES: dict[str, tuple[str, Callable[[dict[str, Tensor]], Quantized]]] = {
     "cast": (CAST, cast),
     "cast-e5m2": (CAST, lambda original: cast(original, E5M2)),
@@ -97,6 +117,8 @@ FILES: dict[str, tuple[str, Callable[[dict[str, Tensor]], Quantized]]] = {
     "newer-comfy": (COMFYUI, newer_comfy),
     "comfy-nvfp4": (COMFYUI, lambda original: comfy_blocks(original, modelopt_nvfp4)),
     "comfy-mxfp8": (COMFYUI, lambda original: comfy_blocks(original, mxfp8)),
+    "comfy-int8": (COMFYUI, lambda original: comfy_int8(original, rotated=False)),
+    "comfy-int8-rotated": (COMFYUI, lambda original: comfy_int8(original, rotated=True)),
     "comfy-e5m2": (COMFYUI, lambda original: scaled(original, ("scale_weight", "scale_input"), E5M2)),
 }
 
@@ -106,6 +128,8 @@ STORED = {
     "comfy-e5m2": "fp8_e5m2",
     "comfy-nvfp4": "nvfp4_blocked",
     "comfy-mxfp8": "mxfp8_blocked",
+    "comfy-int8": "int8",
+    "comfy-int8-rotated": "int8",
 }
 
 
@@ -190,13 +214,13 @@ REFUSED = {
         {f"{Q}.weight": CODES, f"{Q}.weight_scale": torch.ones(256, 8, dtype=torch.uint8)},
         "nothing says in which order the scales",
     ),
-    "INT8, rotated or not": (
+    "INT8 with a scale for each 64": (
         {
             f"{Q}.weight": torch.ones(256, 256, dtype=torch.int8),
-            f"{Q}.weight_scale": torch.ones(256, 1),
+            f"{Q}.weight_scale": torch.ones(256, 4),
             f"{Q}.comfy_quant": torch.zeros(3, dtype=torch.uint8),
         },
-        "neither NVFP4 nor MXFP8 as ComfyUI stores it",
+        "no INT8 weight with a scale for each row",
     ),
     "Nunchaku": ({f"{Q}.qweight": torch.ones(8, 8).char(), f"{Q}.wscales": torch.ones(1, 8)}, "Nunchaku's SVDQuant"),
     "AWQ": ({f"{Q}.qweight": torch.ones(8, 8).int(), f"{Q}.qzeros": torch.ones(1, 8).int()}, "(AWQ, GPTQ)"),
@@ -213,3 +237,33 @@ def test_what_can_not_be_had_exactly_is_refused(tmp_path: Path, tensors: dict[st
         dequantize(source, tmp_path / "plain", dtype="bfloat16", progress=Silent())
     with pytest.raises(FaultsError, match=re.escape(message)):
         convert(source, tmp_path / "out", format="fp8")
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        (b"{}", "no mark of ComfyUI's"),
+        (b"\xff[", "no mark of ComfyUI's"),
+        (b'{"format": "convrot_w4a4"}', "'convrot_w4a4', I8 codes that are not read here"),
+        (
+            b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 32}',
+            "256 columns rotated 32 at a time",
+        ),
+        (
+            b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 1024}',
+            "256 columns rotated 1024 at a time",
+        ),
+    ],
+)
+def test_a_mark_that_says_something_else_is_refused(tmp_path: Path, mark: bytes, message: str) -> None:
+    tensors = {
+        f"{Q}.weight": torch.ones(256, 256, dtype=torch.int8),
+        f"{Q}.weight_scale": torch.ones(256, 1),
+        f"{Q}.comfy_quant": torch.tensor(list(mark), dtype=torch.uint8),
+    }
+    source = save_checkpoint(tmp_path / "source", [tensors], {"model_type": "llama"})
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        dequantize(source, tmp_path / "plain", dtype="bfloat16", progress=Silent())
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        convert(source, tmp_path / "out", format="fp8", preset="generic")
+    assert not (tmp_path / "plain").exists()

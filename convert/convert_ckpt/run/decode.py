@@ -45,10 +45,9 @@ def read_rows(weight: EncodedWeight, row: int, offset: int, raw: np.ndarray, rea
     layer, scheme, first = weight.layer, weight.layer.scheme, weight.stored_row(offset)
     if decoder := DECODERS.get(layer.format.name):
 
-        def read_part(role: str, start: int, count: int) -> np.ndarray:
+        def read_part(role: str, start: int, count: int, n_rows: int | None = None) -> np.ndarray:
             shard, stored = weight.parts[role]
-            n_rows = stored.spec.shape[0] if stored.spec.shape else 1
-            row_nbytes = stored.spec.nbytes // n_rows
+            row_nbytes = stored.spec.nbytes // (n_rows or (stored.spec.shape[0] if stored.spec.shape else 1))
             data = read(shard, stored.offset + start * row_nbytes, count * row_nbytes)
             return as_stored(data, stored.spec.dtype).reshape(count, -1)
 

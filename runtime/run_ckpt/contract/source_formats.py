@@ -23,8 +23,8 @@ from run_ckpt.contract.tensors import TensorSpec
 BY_ROW = "row"
 # The scale rule of a layer whose scales another tool chose.
 UNKNOWN_RULE = "unknown"
-# A role beside those of a layer: zero points.
-WEIGHT_OFFSET = "weight_offset"
+# Roles beside those of a layer: zero points, and JSON as bytes by which ComfyUI says how one weight is quantized.
+WEIGHT_OFFSET, COMFY_MARK = "weight_offset", "comfy_quant"
 
 
 def opaque_format(name: str, label: str, row_multiple: int = 1) -> QuantFormat:

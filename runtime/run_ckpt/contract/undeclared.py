@@ -12,14 +12,14 @@ from run_ckpt.contract.foreign import BEYOND, SCALE_SUFFIXES, ForeignTensors, re
 from run_ckpt.contract.formats import E4M3, F32, TENSOR_FP8
 from run_ckpt.contract.layouts import PLAIN
 from run_ckpt.contract.manifest import INPUT_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
-from run_ckpt.contract.source_formats import E5M2, FP8_E5M2, UNKNOWN_RULE, blocked_layer
+from run_ckpt.contract.source_formats import COMFY_MARK, E5M2, FP8_E5M2, UNKNOWN_RULE, blocked_layer, int8_layer
 from run_ckpt.contract.tensors import TensorSpec
 
 COMFYUI, CAST = "ComfyUI", "a cast to FP8"
 # ComfyUI's older names; its newer ones are those of ModelOpt.
 _SCALE_WEIGHT, _SCALE_INPUT = ".scale_weight", ".scale_input"
-# The first says of the whole file that it has such scales, the second, JSON as bytes, how one weight is quantized.
-_FILE_MARK, _MARK = "scaled_fp8", "comfy_quant"
+# Says of a whole file that it has such scales.
+_FILE_MARK = "scaled_fp8"
 _CASTS = {E4M3.dtype: TENSOR_FP8, E5M2.dtype: FP8_E5M2.scheme()}
 _SCALES = (*SCALE_SUFFIXES, _SCALE_WEIGHT)
 _INPUT_SCALES = (f".{INPUT_SCALE}", _SCALE_INPUT)
@@ -30,12 +30,12 @@ _UNREAD = {
     ".absmax": "codebooks (bitsandbytes)",
 }
 # What may lie beside a weight that has no scale.
-_PLAIN_LEAVES = {"weight", "bias", _MARK, _FILE_MARK, INPUT_SCALE, "scale_input"}
+_PLAIN_LEAVES = {"weight", "bias", COMFY_MARK, _FILE_MARK, INPUT_SCALE, "scale_input"}
 
 
 def is_undeclared(specs: Mapping[str, TensorSpec]) -> bool:
     """Return whether tensors are FP8, or named as ComfyUI and other tools name what they quantized."""
-    ends = (f".{_MARK}", *_UNREAD)
+    ends = (f".{COMFY_MARK}", *_UNREAD)
     return any(spec.dtype in _CASTS or name.endswith(ends) for name, spec in specs.items())
 
 
@@ -43,7 +43,7 @@ def read_undeclared(specs: Mapping[str, TensorSpec], source_dtype: str) -> tuple
     """Return what quantized a checkpoint, and what its tensors are, told by names, dtypes and shapes.
 
     A weight in F8_E4M3 or F8_E5M2 has a scale beside it, or stands for its codes' own values, as other tensors do. One
-    that ComfyUI marked may be NVFP4 or MXFP8 in its order.
+    that ComfyUI marked may be INT8, or NVFP4 or MXFP8 in its order.
     source_dtype: of the weights that they stand for. Raises FaultsError with a sentence for each that can't be read.
     """
     for end, why in _UNREAD.items():
@@ -53,7 +53,7 @@ def read_undeclared(specs: Mapping[str, TensorSpec], source_dtype: str) -> tuple
     for name in specs:
         module, _, leaf = name.rpartition(".")
         leaves[module].add(leaf)
-    marked = {module for module, found in leaves.items() if _MARK in found}
+    marked = {module for module, found in leaves.items() if COMFY_MARK in found}
     layers: dict[str, Layer] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     faults, claimed = [], set()
@@ -98,7 +98,7 @@ def read_undeclared(specs: Mapping[str, TensorSpec], source_dtype: str) -> tuple
 
 
 def _is_mark(name: str) -> bool:
-    return name.rpartition(".")[2] in (_FILE_MARK, _MARK)
+    return name.rpartition(".")[2] in (_FILE_MARK, COMFY_MARK)
 
 
 def _read_scaled(name: str, module: str, scale: str, specs: Mapping[str, TensorSpec], *, is_marked: bool) -> Layer:
@@ -113,6 +113,8 @@ def _read_scaled(name: str, module: str, scale: str, specs: Mapping[str, TensorS
         return read_layer(module, tensors, specs, PLAIN)
     if not is_marked:
         raise ValueError(f"nothing says in which order the scales in {scale} lie")
+    if specs[name].dtype == "I8":
+        return int8_layer(tensors | {COMFY_MARK: f"{module}.{COMFY_MARK}"}, specs, "BF16")
     second = f"{module}.{TENSOR_SCALE}"
     return blocked_layer(tensors | ({TENSOR_SCALE: second} if second in specs else {}), specs)
 

@@ -1,8 +1,10 @@
 """How rows of a weight become numbers in formats that are only read (contract/source_formats.py)."""
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -10,12 +12,28 @@ from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.formats import MX_BLOCK_SIZE, NVFP4_BLOCK_SIZE
 from run_ckpt.contract.ggml import GGML_FORMATS
 from run_ckpt.contract.manifest import TENSOR_SCALE, WEIGHT_SCALE, Layer
-from run_ckpt.contract.source_formats import BLOCKED_MXFP8, BLOCKED_NVFP4, BLOCKED_TILE, INT8, WEIGHT_OFFSET
+from run_ckpt.contract.source_formats import (
+    BLOCKED_MXFP8,
+    BLOCKED_NVFP4,
+    BLOCKED_TILE,
+    COMFY_MARK,
+    INT8,
+    WEIGHT_OFFSET,
+)
 from run_ckpt.extras import naming_extras
 from run_ckpt.storage.code_values import E2M1_PAIRS, E4M3_VALUES, E8M0_VALUES
 
-# Reads rows of the tensor that plays a role: role, first row, count. Returns [count, ...] as as_stored() does.
-ReadPart = Callable[[str, int, int], np.ndarray]
+
+class ReadPart(Protocol):
+    """Reads the tensors of a layer."""
+
+    def __call__(self, role: str, start: int, count: int, /, n_rows: int | None = None) -> np.ndarray:
+        """Return rows start.. of the tensor that plays a role, [count, ...] as as_stored() does.
+
+        n_rows: of how many it is, where not of as many as its first dimension says.
+        """
+
+
 # Returns float32 [n, K]: the rows from ``row`` on, whose codes are uint8 [n, bytes of a row].
 Decoder = Callable[[Layer, int, np.ndarray, ReadPart], np.ndarray]
 
@@ -46,8 +64,43 @@ def _decode_int8(layer: Layer, row: int, codes: np.ndarray, read: ReadPart) -> n
             f"{layer.tensors[WEIGHT_OFFSET]}: zero points that are not zero, which are not read here."
         )
     values: np.ndarray = codes.view(np.int8).astype(np.float32)
+    if COMFY_MARK in layer.tensors and (size := _rotated_columns(layer, read)) > 1:
+        values = _rotate_back(values, size)
     values *= read(WEIGHT_SCALE, *rows).reshape(-1, 1)
     return values
+
+
+def _rotated_columns(layer: Layer, read: ReadPart) -> int:
+    """Return how many columns next to each other ComfyUI's mark says were rotated together, 1 where none were.
+
+    Raises CheckpointError for a mark of another format than INT8. Source: comfy-kitchen 0.2.40, tensor/int8.py.
+    """
+    name = layer.tensors[COMFY_MARK]
+    try:
+        mark = json.loads(read(COMFY_MARK, 0, 1, n_rows=1).tobytes())
+        kind, size = mark["format"], int(mark.get("convrot_groupsize", 256)) if mark.get("convrot") else 1
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{name}: no mark of ComfyUI's ({error!r}). Fetch the checkpoint again.") from error
+    if kind != "int8_tensorwise":
+        raise CheckpointError(f"{name}: {kind!r}, I8 codes that are not read here. Convert the original checkpoint.")
+    if size not in _ROTATIONS or layer.K % size:
+        raise CheckpointError(f"{name}: {layer.K} columns rotated {size} at a time, which no matrix here does.")
+    return size
+
+
+def _rotate_back(values: np.ndarray, size: int) -> np.ndarray:
+    """Return each ``size`` columns times ComfyUI's Hadamard matrix, a Kronecker power of _H4 / 2, its own inverse.
+
+    values: float32 [n, K], integers of 8 bits: every step is exact.
+    """
+    for stride in (4**i for i in range(_ROTATIONS[size])):
+        values = np.einsum("naib,ij->najb", values.reshape(len(values), -1, 4, stride), _H4 / 2)
+    return values.reshape(len(values), -1)
+
+
+_H4 = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
+# Columns that are rotated together -> its power.
+_ROTATIONS = {1: 0, 4: 1, 16: 2, 64: 3, 256: 4, 1024: 5}
 
 
 def _decode_nvfp4(layer: Layer, row: int, codes: np.ndarray, read: ReadPart) -> np.ndarray:

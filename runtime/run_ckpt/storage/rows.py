@@ -76,9 +76,9 @@ def decode_rows(reader: TensorReader, layer: Layer, start: int, stop: int) -> Te
     """Return rows start..stop of a quantized weight as float32 [n, K]."""
     if decoder := DECODERS.get(layer.format.name):
 
-        def read(role: str, first: int, count: int) -> np.ndarray:
+        def read(role: str, first: int, count: int, n_rows: int | None = None) -> np.ndarray:
             spec = reader.stored_spec(layer.tensors[role])
-            row_nbytes = spec.nbytes // (spec.shape[0] if spec.shape else 1)
+            row_nbytes = spec.nbytes // (n_rows or (spec.shape[0] if spec.shape else 1))
             data = reader.read(spec.name, first * row_nbytes, count * row_nbytes).numpy()
             return as_stored(data, spec.dtype).reshape(count, -1)
 
