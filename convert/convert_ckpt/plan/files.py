@@ -7,7 +7,7 @@ from convert_ckpt.plan.plan import FilePlan, TensorPlan
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.dialects.table import DIALECTS, header_metadata
 from run_ckpt.contract.errors import UsageError
-from run_ckpt.contract.file_names import GGUF_SUFFIX, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX, as_safetensors
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.storage.header import build_header
@@ -49,9 +49,9 @@ def make_files(
     rest = tuple(shard.name for shard in source.folder.shards if source.quantization and shard.name not in outputs)
     first = next(iter(outputs))
     names = (
-        map(_as_safetensors, outputs)
+        map(as_safetensors, outputs)
         if n_files == len(outputs)
-        else _numbered(_stem(source, file_name or _as_safetensors(first)), n_files)
+        else _numbered(_stem(source, file_name or as_safetensors(first)), n_files)
     )
     return tuple(
         FilePlan(next(names), build_header(specs, metadata), (shard, *(rest if shard == first else ())))
@@ -72,10 +72,6 @@ def _cut(groups: Iterable[list[TensorSpec]], max_nbytes: int | None) -> Iterator
         specs.extend(group)
         nbytes += more
     yield specs
-
-
-def _as_safetensors(name: str) -> str:
-    return name.removesuffix(GGUF_SUFFIX) + SUFFIX if name.endswith(GGUF_SUFFIX) else name
 
 
 def _stem(source: Component, name: str) -> str:

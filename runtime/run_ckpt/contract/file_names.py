@@ -18,6 +18,11 @@ def join_names(*names: str) -> str:
     return "/".join(filter(None, names))
 
 
+def as_safetensors(name: str) -> str:
+    """Return what the file of safetensors is called that is made of a shard."""
+    return name.removesuffix(GGUF_SUFFIX) + SUFFIX if name.endswith(GGUF_SUFFIX) else name
+
+
 def unsafe_file_name(name: str) -> bool:
     """True where ``name`` is not the plain name of a file in the same folder."""
     parts = PurePosixPath(name).parts + PureWindowsPath(name).parts

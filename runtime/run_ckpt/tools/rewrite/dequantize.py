@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from run_ckpt.contract.dialects.table import DIALECTS
-from run_ckpt.contract.file_names import CONFIG_KEY, GGUF_SUFFIX, SUFFIX
+from run_ckpt.contract.file_names import CONFIG_KEY, SUFFIX, as_safetensors
 from run_ckpt.contract.manifest import WEIGHT, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS, PT_METADATA, TensorSpec
 from run_ckpt.progress import Progress
@@ -74,6 +74,6 @@ def _shard_name(checkpoint: Checkpoint, name: str) -> str:
     """A dialect may have a name of its own, which from_pretrained would not find."""
     dialect = DIALECTS.get(checkpoint.manifest.dialect)
     if not (dialect and dialect.file_name):
-        return name.removesuffix(GGUF_SUFFIX) + SUFFIX if name.endswith(GGUF_SUFFIX) else name
+        return as_safetensors(name)
     diffusers, transformers = MAIN_STEMS
     return (transformers if checkpoint.manifest.recipe["naming"] == "transformers" else diffusers) + SUFFIX
