@@ -109,7 +109,7 @@ def open_component(path: Path) -> Component:
     if faults:
         raise FaultsError(f"{path.name}: can't be converted", faults)
     if quantization:
-        plain = {key: value for key, value in (config or {}).items() if key != CONFIG_KEY} if config else None
+        plain = {key: value for key, value in config.items() if key != CONFIG_KEY} if config else None
         carried = tuple(file for file in side_files if not is_about_quantization(file.name))
         component = replace(component, config=plain, side_files=carried, quantization=quantization)
     translation = translate(path.name, component.views, component.class_name)

@@ -29,15 +29,12 @@ def unstacked(checkpoint: Checkpoint) -> Checkpoint:
     views = {spec.name: checkpoint.reader.view(spec.name) for spec in checkpoint.reader.specs()}
     for layer in stacked:
         del layers[layer.module]
-        for each in _layers(layer):
-            layers[each.module] = each
+        experts = list(_layers(layer))
+        layers |= {each.module: each for each in experts}
         for role, name in layer.tensors.items():
-            of_each = [each.tensors[role] for each in _layers(layer)]
-            shape = layers[of_each[0].rpartition(".")[0]].specs()[role].shape
-            views |= _cut(views.pop(name), of_each, shape)
+            views |= _cut(views.pop(name), [each.tensors[role] for each in experts], experts[0].specs()[role].shape)
         if bias := kept.pop(f"{layer.module}_bias", None):
-            of_each = [f"{each.module}.bias" for each in _layers(layer)]
-            cut = _cut(views.pop(bias.spec.name), of_each, bias.spec.shape[1:])
+            cut = _cut(views.pop(bias.spec.name), [f"{each.module}.bias" for each in experts], bias.spec.shape[1:])
             views |= cut
             kept |= {name: KeptTensor(view.spec, bias.reason, bias.decided_by) for name, view in cut.items()}
     manifest = replace(checkpoint.manifest, layers=layers, kept=kept)

@@ -92,9 +92,9 @@ def find_quantized(path: Path, config: dict[str, Any], folder: TensorFolder) -> 
     declared = declared_quantization(path, config) if path.is_dir() else None
     specs, dtype = {tensor.spec.name: tensor.spec for _, tensor in folder.tensors()}, weight_dtype(config)
     try:
-        if any(shard.path.suffix == GGUF_SUFFIX for shard in folder.shards):
-            return _read_gguf(folder, specs, dtype)
         metadata = {key: value for shard in folder.shards for key, value in shard.header.metadata.items()}
+        if any(shard.path.suffix == GGUF_SUFFIX for shard in folder.shards):
+            return _read_gguf(metadata, specs, dtype)
         if is_torchao(metadata):
             return TORCHAO, read_torchao(metadata, specs, dtype)
         if (description := _find_description(path)) is not None:
@@ -121,9 +121,8 @@ def _find_description(path: Path) -> dict[str, Any] | None:
     return description
 
 
-def _read_gguf(folder: TensorFolder, specs: dict[str, TensorSpec], dtype: str) -> tuple[str, ForeignTensors]:
+def _read_gguf(metadata: dict[str, str], specs: dict[str, TensorSpec], dtype: str) -> tuple[str, ForeignTensors]:
     require_packages("reading GGUF", "gguf")
-    metadata = {key: value for shard in folder.shards for key, value in shard.header.metadata.items()}
     types = {key.removeprefix(TYPE_KEY): value for key, value in metadata.items() if key.startswith(TYPE_KEY)}
     shapes = {name: tuple(map(int, metadata[SHAPE_KEY + name].split())) for name in types}
     return "GGUF", read_ggml(specs, types, shapes, dtype)

@@ -23,7 +23,6 @@ class Files(Protocol):
     """The files of a component, as they are made."""
 
     def open_shard(self, name: str, header: Header) -> TensorWriter: ...
-    def write(self, name: str, data: bytes) -> None: ...
     def write_parts(self, name: str, parts: Iterable[bytes]) -> None: ...
     def finish(self, names: Iterable[str]) -> None:
         """Take note that these are all."""
@@ -38,9 +37,6 @@ class NewFiles:
 
     def open_shard(self, name: str, header: Header) -> TensorWriter:
         return ShardWriter(self._folder, name, header, self._background)
-
-    def write(self, name: str, data: bytes) -> None:
-        self._folder.write(name, data)
 
     def write_parts(self, name: str, parts: Iterable[bytes]) -> None:
         self._folder.write_parts(name, parts)
@@ -61,9 +57,6 @@ class FinishedFiles:
 
     def open_shard(self, name: str, header: Header) -> TensorWriter:
         return _FinishedShard(self._folder.open_file(name), header)
-
-    def write(self, name: str, data: bytes) -> None:
-        self.write_parts(name, [data])
 
     def write_parts(self, name: str, parts: Iterable[bytes]) -> None:
         found = describe_entry(self._folder, name)

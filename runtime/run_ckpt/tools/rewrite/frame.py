@@ -131,7 +131,7 @@ def _write_component(checkpoint: Checkpoint, target: Files, steps: Rewrite, prog
         if name not in {*files, *contents, CONFIG_NAME} and not name.endswith((SUFFIX, INDEX_SUFFIX)):
             contents[name] = read_small(checkpoint.path / name)
     for name, data in contents.items():
-        target.write(name, data)
+        target.write_parts(name, [data])
         files[name] = describe_bytes(data)
     if steps.manifest:
         target.write_parts(MANIFEST_NAME, steps.manifest(files))

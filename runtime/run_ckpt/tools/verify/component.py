@@ -229,11 +229,10 @@ def _compare_source(
         progress.start(_label("compare", name), nbytes + sum(spec.nbytes for spec in kept))
         fold_of = folds_by_tensor(manifest.folds)
 
-        def decoded(name: str) -> Decoded | None:
-            return Decoded(codes, encoded[name], parts[name]) if name in encoded else None
+        decoded = {name: Decoded(codes, layer, parts[name]) for name, layer in encoded.items()}
 
         def original(layer: Layer) -> Original:
-            return Original(source, decoded(layer.source_tensor), fold_of.get(layer.source_tensor))
+            return Original(source, decoded.get(layer.source_tensor), fold_of.get(layer.source_tensor))
 
         measured = map_threads(lambda layer: measure(reader, original(layer), layer, progress), layers)
         if statistics:
@@ -249,8 +248,8 @@ def _compare_source(
         faults += [fault for fault in copied if fault]
         plain_now = [kept.spec for kept in manifest.kept.values() if reader.spec(kept.spec.name) == kept.spec]
         differing = map_threads(
-            lambda spec: decoded_fault(reader, spec, decoded(spec.name), progress),
-            [spec for spec in plain_now if spec.name in encoded],
+            lambda spec: decoded_fault(reader, spec, decoded[spec.name], progress),
+            [spec for spec in plain_now if spec.name in decoded],
         )
         faults += [fault for fault in differing if fault]
     return measured

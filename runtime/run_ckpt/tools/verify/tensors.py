@@ -186,9 +186,8 @@ def copy_fault(
     return None
 
 
-def decoded_fault(reader: TensorReader, spec: TensorSpec, decoded: Decoded | None, progress: Progress) -> str | None:
+def decoded_fault(reader: TensorReader, spec: TensorSpec, decoded: Decoded, progress: Progress) -> str | None:
     """Return a sentence if a plain tensor is not what the source's codes stand for, rounded to its dtype."""
-    assert decoded
     dtype, stored = TORCH_DTYPES[spec.dtype], decoded.stored
     row_nbytes = stored.K * dtype.itemsize
     n_rows = spec.nbytes // row_nbytes
