@@ -33,6 +33,7 @@ COMMAND_LINE = [
     Mistake("convert-ckpt", 2, "Missing argument 'SOURCE'."),
     Mistake("convert-ckpt good OUT", 2, "Missing option '--format'. Choose from: mxfp4, nvfp4, mxfp8, fp8"),
     Mistake("convert-ckpt good --format fp8", 2, "Missing argument 'OUTPUT' (only --dry-run goes without)."),
+    Mistake("convert-ckpt good OUT --format", 2, "Option '--format' requires an argument."),
     Mistake("convert-ckpt good OUT --fromat fp8", 2, "No such option '--fromat'. Did you mean '--format'?"),
     Mistake("convert-ckpt good OUT --format int4", 2, "'--format': 'int4' is not one of 'mxfp4', 'nvfp4', 'mxfp8',"),
     Mistake("convert-ckpt good OUT --format mxfp4 --layout flat", 2, "'--layout': 'flat' is not one of"),
@@ -189,6 +190,7 @@ SOURCE = [
 ]
 
 OUTPUT = [
+    Mistake("convert-ckpt OUT good --format fp8", 1, "good: is not empty. Choose another folder, or remove this one."),
     Mistake("convert-ckpt good good --format fp8", 1, "good: is the source. Choose another folder."),
     Mistake(
         "convert-ckpt good good/fp8 --format fp8", 1, "good/fp8: lies in the source. Choose a folder outside of it."
@@ -225,13 +227,17 @@ RESULTS = [
     Mistake("run-ckpt verify result-with-extra", 1, "fault: notes.txt: not listed in the manifest. Remove it."),
     Mistake("run-ckpt verify result --source nowhere", 1, "nowhere: no such file or folder."),
     Mistake("run-ckpt verify result --source other", 1, "source other: the checkpoint was not made from it: 4 of 4"),
+    Mistake("run-ckpt verify good --source result", 2, "write run-ckpt verify result --source good."),
     Mistake("run-ckpt verify result --min-sqnr high", 2, "'--min-sqnr': 'high' is not a valid float."),
     Mistake("run-ckpt verify result --source empty", 1, "fault: source empty: it holds no .safetensors file."),
     Mistake("run-ckpt explain result decoder", 2, "decoder: no such layer or tensor."),
+    Mistake("run-ckpt explain result", 2, "Missing argument 'LAYER'."),
+    Mistake("run-ckpt explain result model.layers.0.self_attn.q_prj", 2, "Nearest: model.layers.0.self_attn.q_proj"),
     Mistake("run-ckpt diff result", 2, "Missing argument 'B'."),
     Mistake("run-ckpt diff result good", 1, "good: no quantization_manifest.json."),
     Mistake("run-ckpt dequantize result full", 1, "full: is not empty. Choose another folder, or remove this one."),
     Mistake("run-ckpt dequantize result result", 1, "result: is the source. Choose another folder."),
+    Mistake("run-ckpt dequantize result", 2, "Missing argument 'DIR'."),
     Mistake("run-ckpt dequantize result-flipped OUT", 1, "nothing was written: the checkpoint is damaged"),
     Mistake("run-ckpt dequantize result OUT --dtype int8", 2, "'--dtype': 'int8' is not one of 'bfloat16', 'source'."),
     Mistake("run-ckpt relayout result OUT", 2, "Missing option '--layout'."),
@@ -245,6 +251,7 @@ RESULTS = [
     Mistake("run-ckpt report good", 1, "good: no quantization_manifest.json."),
     Mistake("run-ckpt push result me/digits", 2, "a placeholder. Give --tool-url URL, or set CONVERT_CKPT_URL."),
     Mistake("run-ckpt push result digits", 2, "digits: not the name of a repo. Give owner/name."),
+    Mistake("run-ckpt push result", 2, "Missing argument 'OWNER/NAME'."),
 ]
 
 RUNNING = [
@@ -390,19 +397,7 @@ ODD_SOURCES = [
         "Did you mean hub-cache/models--me--flux/snapshots/0123456789012345678901234567890123456789?",
     ),
     Mistake("convert-ckpt hub-cache OUT --format mxfp4", 1, "Did you mean hub-cache/models--me--flux/snapshots/01234"),
-    Mistake("convert-ckpt good OUT --format", 2, "Option '--format' requires an argument."),
-    Mistake("convert-ckpt --format fp8 good", 2, "Missing argument 'OUTPUT' (only --dry-run goes without)."),
-    Mistake("convert-ckpt OUT good --format fp8", 1, "good: is not empty. Choose another folder, or remove this one."),
-    Mistake("convert-ckpt good OUT --format fp4", 2, "'fp4' is not one of 'mxfp4', 'nvfp4', 'mxfp8', 'fp8'."),
-    Mistake("convert-ckpt good OUT --format fp8 --ingore x", 2, "Did you mean"),
-    Mistake("convert-ckpt good OUT --format fp8 --preset flux", 2, "'--preset': 'flux' is not one of"),
-    Mistake("convert-ckpt pipeline OUT --format fp8 --component transfromer", 2, "transfromer: not in SOURCE. Its"),
     Mistake("run-ckpt inspect archive/flux.zip", 1, "flux.zip: a zip archive. Unpack it, and give the folder"),
-    Mistake("run-ckpt verify good --source result", 2, "write run-ckpt verify result --source good."),
-    Mistake("run-ckpt explain result", 2, "Missing argument 'LAYER'."),
-    Mistake("run-ckpt explain result model.layers.0.self_attn.q_prj", 2, "Nearest: model.layers.0.self_attn.q_proj"),
-    Mistake("run-ckpt dequantize result", 2, "Missing argument 'DIR'."),
-    Mistake("run-ckpt push result", 2, "Missing argument 'OWNER/NAME'."),
     Mistake("convert-ckpt onnx OUT --format mxfp4", 1, "model.onnx: an ONNX model. Give the model's safetensors files"),
     Mistake(
         "convert-ckpt pipeline-unet OUT --format mxfp4",
