@@ -23,6 +23,10 @@ from tests.bits import assert_bits_equal
 from tests.checkpoints import convert, folder_bytes, load_all, save_checkpoint
 from tests.converted import FLUX_DIGITS, SCHEMES
 from tests.foreign import CONFIG, FOREIGN, MODULES, write_foreign
+from tests.hub_fixtures import convert_remote, hub
+from tests.hub_server import HubServer, read_files
+
+__all__ = ["hub"]
 
 TARGETS: dict[str, dict[str, str]] = {
     "mxfp4": {"format": "mxfp4", "layout": "aiter"},
@@ -218,6 +222,17 @@ def test_layers_that_a_consumer_multiplies_by_one_scale_need_one(tmp_path: Path)
     convert(source, tmp_path / "mxfp8", format="mxfp8")  # whose scales are of their own making
 
 
+def test_one_scale_is_needed_of_a_source_on_the_hub_too(hub: HubServer, tmp_path: Path) -> None:
+    source, _ = write_foreign(tmp_path / "source", "modelopt-nvfp4")
+    hub.add_repo("me/right", read_files(source))
+    edit_source(source, {f"{Q}.weight_scale_2": torch.tensor(2e-5)})
+    hub.add_repo("me/wrong", read_files(source))
+    convert_remote("me/right", tmp_path / "right", format="nvfp4")
+    with pytest.raises(FaultsError, match=r"q_proj\+.*different scales of the whole tensor"):
+        convert_remote("me/wrong", tmp_path / "wrong", format="nvfp4")
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_static_scales_of_the_source_are_carried_over(tmp_path: Path) -> None:
     source, _ = write_foreign(tmp_path / "source", "modelopt-fp8")
     edit_source(source, {f"{Q}.input_scale": torch.tensor(0.0123)})
@@ -232,6 +247,13 @@ def test_static_scales_need_a_source_that_has_them(tmp_path: Path) -> None:
     source, _ = write_foreign(tmp_path / "source", "fp8-block")
     with pytest.raises(UsageError, match="or a source with static scales of its own"):
         convert(source, tmp_path / "out", format="fp8", static=True)
+
+
+def test_static_scales_are_read_of_a_source_that_is_here(hub: HubServer, tmp_path: Path) -> None:
+    source, _ = write_foreign(tmp_path / "source", "modelopt-fp8")
+    hub.add_repo("me/llm", read_files(source))
+    with pytest.raises(UsageError, match=r"--static: the scales of hf://me/llm .*\. Fetch it first"):
+        convert_remote("me/llm", tmp_path / "out", format="fp8", static=True)
 
 
 def test_a_budget_wants_numbers(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from convert_ckpt.plan.policy import Assignment, Choice, curve, least_damage, le
 from convert_ckpt.plan.recipe import Decision
 from convert_ckpt.plan.sensitivities import read_sensitivities
 from convert_ckpt.run.identity import check_identity
-from convert_ckpt.run.shared_scales import check_shared_scales
+from convert_ckpt.run.shared_scales import check_shared_scales, in_source
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.decided_by import BUDGET, DecidedBy
 from run_ckpt.contract.errors import FaultsError, UsageError
@@ -62,6 +62,11 @@ def plan_checkpoint(opened: OpenedSource, options: Options, predict: Predict) ->
 
     predict: measures damages; called only where a budget is to be met.
     """
+    if opened.store and options.static and not options.calibration:
+        raise UsageError(
+            f"--static: the scales of {opened.reference} are read where it lies on a disk. Fetch it first, or give"
+            " --calibration DIR."
+        )
     components: list[ComponentPlan] = []
     faults: list[str] = []
     usage_errors: list[UsageError] = []
@@ -71,7 +76,7 @@ def plan_checkpoint(opened: OpenedSource, options: Options, predict: Predict) ->
             plan = make_plan(source, options)
             if not opened.store:
                 check_identity(plan, source.folder)
-                check_shared_scales(plan, source.folder)
+            check_shared_scales(plan, None if opened.store else in_source(source.folder))
             components.append(ComponentPlan(name, source, plan))
         except FaultsError as error:
             faults += error.faults

@@ -13,6 +13,7 @@ from convert_ckpt.run.output_files import FileRecord
 from convert_ckpt.run.partial_output import Staging
 from convert_ckpt.run.schedule import narrow
 from convert_ckpt.run.share import Share, files_of_share
+from convert_ckpt.run.shared_scales import check_shared_scales, in_result
 from convert_ckpt.run.side_files import write_side_files
 from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.file_names import join_names
@@ -77,6 +78,8 @@ class Conversion:
         manifests = {}
         for planned in self.plans:
             with self.staging.open_result(planned.name) as folder:
+                if self.opened.store and planned.source.quantization:  # a source that is here was looked at before
+                    check_shared_scales(planned.plan, in_result(planned.plan, folder.path))
                 before = fingerprint["source"][planned.name]["side_files"]
                 side_files = write_side_files(folder, planned.source, planned.plan, before)
                 manifest = _complete_manifest(self.opened, planned, self._records(planned), side_files)
