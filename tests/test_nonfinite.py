@@ -73,3 +73,19 @@ def test_in_a_tensor_that_is_copied_they_are_a_note(tmp_path: Path, dtype: torch
     place = [index // 21, index % 21]
     assert f"note: model.safetensors: model.mask{place} is -inf; copied as it is" in lines.lines
     assert_bits_equal(load_all(tmp_path / "out")["model.mask"], mask)
+
+
+def test_of_small_tensors_that_are_copied_together_each_is_named(tmp_path: Path) -> None:
+    norms = {f"model.norm_{i}.weight": torch.arange(21 + i).bfloat16() for i in range(5)}
+    norms["model.norm_1.weight"][5] = -INF
+    norms["model.norm_3.weight"][-2:] = INF
+    tensors = {f"{_UP}.weight": random_weight(256, 256), **norms}
+    source = save_checkpoint(tmp_path / "in", [tensors], LLAMA)
+    lines = Lines()
+    convert_remote(str(source), tmp_path / "out", format="mxfp4", progress=lines)
+    assert [line for line in lines.lines if line.startswith("note: ")] == [
+        "note: model.safetensors: model.norm_1.weight[5] is -inf; copied as it is",
+        "note: model.safetensors: model.norm_3.weight[22] is inf, the first of 2; copied as it is",
+    ]
+    copied = load_all(tmp_path / "out")
+    assert all(torch.equal(copied[name], norm) for name, norm in norms.items())

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from convert_ckpt.options import Options
 from convert_ckpt.plan.make_plan import make_plan
@@ -95,6 +96,21 @@ def test_turns_keep_the_order_and_take_small_slabs_together(plan: Plan) -> None:
     assert [slab for turn in turns for slab in turn] == slabs
     assert [len(turn) for turn in turns[:2]] == [128, 73]  # the 72 that are left, and one of 16 KiB
     assert all(len(turn) == 1 for turn in turns[2:])
+
+
+def test_small_tensors_that_lie_behind_each_other_here_and_there_are_one_slab(tmp_path: Path) -> None:
+    weight, norms = "model.layers.0.mlp.down_proj.weight", [f"model.{part}_{i}" for part in "an" for i in range(20)]
+    tensors = {name: torch.ones(4, dtype=torch.bfloat16) for name in norms}
+    tensors |= {weight: random_weight(256, 256), "model.a_2": torch.ones(4)}
+    source = open_component(save_checkpoint(tmp_path / "in", [tensors], {"architectures": ["LlamaForCausalLM"]}))
+    slabs = list_slabs(make_plan(source, Options(format="fp8")), set())
+    assert [(slab.action, slab.tensor.spec.name, len(slab.others)) for slab in slabs] == [
+        ("copy", "model.a_2", 0),  # of another dtype
+        ("copy", "model.a_0", 18),
+        ("scan", weight, 0),
+        ("encode", weight, 0),
+        ("copy", "model.n_0", 19),
+    ]
 
 
 def test_parts_of_a_file_are_read_one_after_the_other_however_little_a_call_gives(

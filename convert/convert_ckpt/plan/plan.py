@@ -49,6 +49,11 @@ class TensorPlan:
         return sum(spec.nbytes for spec in self.layer.specs().values()) if self.layer else self.spec.nbytes
 
     @property
+    def is_copy(self) -> bool:
+        """True where its bytes lie in the shard as they will in the output."""
+        return not (self.layer or self.encoded or self.fold or self.view.rows)
+
+    @property
     def is_passed_through(self) -> bool:
         """True where its codes are in the layer's format already and stay what they are."""
         return bool(self.layer and self.encoded and is_stored_alike(self.encoded.layer, self.layer))

@@ -42,14 +42,18 @@ class NonFiniteElements:
         self._found: dict[str, _Found] = {}
 
     def look_at_copy(self, slab: Slab, raw: np.ndarray) -> None:
-        """Look at the bytes of a tensor that is only copied."""
+        """Look at the bytes of tensors that are only copied."""
         if slab.tensor.spec.dtype not in _FLOATS or not slab.nbytes:
             return
         bits = weight_bits(raw, slab.tensor.spec.dtype, 1)
         whole = len(bits) // _STEP * _STEP
         largest = largest_magnitude(bits[:whole].reshape(1, -1)) if whole else 0
-        if not (is_finite(largest) and np.isfinite(to_float(bits[whole:])).all()):
-            self.add(slab, bits)
+        if is_finite(largest) and np.isfinite(to_float(bits[whole:])).all():
+            return
+        for part, data in slab.separate(raw):
+            bits = weight_bits(data, part.tensor.spec.dtype, 1)
+            if not np.isfinite(to_float(bits)).all():
+                self.add(part, bits)
 
     def add(self, slab: Slab, bits: np.ndarray) -> None:
         """Note what a slab holds; bits as from weight_bits."""

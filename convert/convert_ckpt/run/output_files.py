@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from convert_ckpt.plan.plan import FilePlan, Plan
-from convert_ckpt.run.schedule import Places, Slab
+from convert_ckpt.run.places import Places
+from convert_ckpt.run.schedule import Slab
 from convert_ckpt.run.wait import Signal
 from run_ckpt.storage.folders import Folder
 from run_ckpt.storage.writer import ShardWriter
@@ -60,7 +61,7 @@ class OutputFiles:
             self.write(name, 0, data)
 
     def write(self, tensor: str, offset: int, data: np.ndarray) -> None:
-        """Write to byte ``offset`` of an output tensor, wherever a file of the plan has it."""
+        """Write to byte ``offset`` of an output tensor, and over its end, wherever a file of the plan has it."""
         for place in self._places.find(tensor):
             self._writer(place.file).write(place.tensor, place.offset + offset, data.data)
 

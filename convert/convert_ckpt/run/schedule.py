@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from convert_ckpt.plan.plan import Plan, TensorPlan
+from convert_ckpt.run.copies import join_copies
+from convert_ckpt.run.places import Places
 from convert_ckpt.source.shards import FetchStep
 from run_ckpt.contract.manifest import WEIGHT
 from run_ckpt.storage.reader import cut_bytes
@@ -37,7 +41,8 @@ class Slab:
     is no file of the plan. A weight that is stored transposed is read twice, as its rows are no bytes in order: its
     matrix is hashed, then its columns are read. ``outputs`` are the files it writes to, or that wait for its hash: none
     if only the scan is needed, two where another file repeats its scale. A layer with statistics is quantized or
-    encoded as one slab.
+    encoded as one slab. ``others`` are whole tensors that are copied with it: in the shard and in the file they lie one
+    behind the other, and have the same dtype.
     """
 
     action: Action
@@ -48,6 +53,19 @@ class Slab:
     offset: int
     hash_order: int | None
     outputs: tuple[str, ...]
+    others: tuple[TensorPlan, ...] = ()
+
+    def separate(self, data: np.ndarray) -> Iterator[tuple["Slab", np.ndarray]]:
+        """Yield a slab for each tensor, with its part of ``data``, uint8, which was made of the slab."""
+        if not self.others:
+            yield self, data
+            return
+        start = 0
+        for tensor in (self.tensor, *self.others):
+            nbytes = tensor.view.nbytes
+            part = replace(self, tensor=tensor, nbytes=nbytes, offset=self.offset + start, others=())
+            yield part, data[start : start + nbytes]
+            start += nbytes
 
     @property
     def shards(self) -> frozenset[str]:
@@ -59,36 +77,6 @@ class Slab:
     def work_nbytes(self) -> int:
         """What it counts for in the progress: what is only scanned or hashed is no work of its own."""
         return 0 if self.action in ("scan", "hash") else self.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the bytes of an output tensor are stored: from byte ``offset`` of ``tensor`` in ``file`` on."""
-
-    file: str
-    tensor: str
-    offset: int = 0
-
-
-class Places:
-    """Where the output tensors are in the files of ``plan``: each in its own place, some in one that repeats it too."""
-
-    def __init__(self, plan: Plan):
-        self._file_of = plan.file_of_tensors()
-        self._repeated: dict[str, list[Place]] = {}
-        for fused in plan.manifest.fused_scales.values():
-            offset = 0
-            for member in fused.members:
-                spec = plan.manifest.layers[member].specs()[fused.role]
-                place = Place(self._file_of[fused.spec.name], fused.spec.name, offset)
-                self._repeated.setdefault(spec.name, []).append(place)
-                offset += spec.nbytes
-
-    def find(self, tensor: str) -> Iterator[Place]:
-        """Yield the places of an output tensor."""
-        if file := self._file_of.get(tensor):
-            yield Place(file, tensor)
-        yield from self._repeated.get(tensor, ())
 
 
 def narrow(plan: Plan, names: Collection[str], known_groups: Collection[str]) -> Plan:
@@ -143,7 +131,7 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     slabs: list[Slab] = []
     encodes: dict[str, list[Slab]] = {}
     n_hashed: Counter[str] = Counter()
-    for tensor in sorted([*plan.tensors, *plan.unused], key=lambda tensor: (tensor.shard, tensor.view.offset)):
+    for tensor, *others in join_copies(plan, SLAB_NBYTES):
         names = tensor.layer.tensors.values() if tensor.layer else [tensor.spec.name]
         files = tuple(dict.fromkeys(place.file for name in names for place in places.find(name)))
         is_unused = tensor.spec.name in unused
@@ -167,9 +155,9 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
                 n_hashed[tensor.shard] += 1
             if action == "hash":
                 continue
-        for part in split(tensor, whole=whole):
+        for part in split(tensor, others, whole=whole):
             order = n_hashed[tensor.shard] if tensor.shard in hashed and not tensor.view.columns else None
-            slabs.append(Slab(action, tensor, *part, order, waiting))
+            slabs.append(Slab(action, tensor, *part, order, waiting, tuple(others)))
             n_hashed[tensor.shard] += order is not None
     return _with_encodes(slabs, encodes)
 
@@ -271,11 +259,16 @@ def _with_encodes(slabs: list[Slab], encodes: dict[str, list[Slab]]) -> list[Sla
     return [*merged, *waiting]
 
 
-def split(tensor: TensorPlan, *, whole: bool = False) -> Iterator[tuple[int, int, int, int]]:
+def split(
+    tensor: TensorPlan, others: Sequence[TensorPlan] = (), *, whole: bool = False
+) -> Iterator[tuple[int, int, int, int]]:
     """Yield (start, nbytes, row, offset in the shard) of the slabs of a tensor, in the order of the shard.
 
-    whole: as one slab. An empty tensor is one too.
+    others: those of the one slab that it is copied in. whole: as one slab. An empty tensor is one too.
     """
+    if others:
+        yield 0, sum(each.view.nbytes for each in (tensor, *others)), 0, tensor.view.offset
+        return
     if len(tensor.view.ranges) == 1 and 2 * max(tensor.view.nbytes, tensor.spec.nbytes) <= SLAB_NBYTES:
         yield 0, tensor.view.nbytes, 0, tensor.view.offset
         return
