@@ -93,6 +93,12 @@ def test_little_memory_is_an_error_of_one_line(tmp_path: Path, megabytes: int) -
     assert "Traceback" not in done.stderr
 
 
+def test_too_little_memory_for_torch_is_an_error_of_one_line(output: Path) -> None:
+    command = ["bash", "-c", 'ulimit -v 300000; exec "$0" -c "$1" verify "$2"', sys.executable, RUN, output]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.partition(". ")[0]) == (1, "error: out of memory")
+
+
 HOSTILE = 'a`</code></table><script>alert(1)</script>[x](javascript:1)"; import os; $(reboot) ${x} |'
 
 

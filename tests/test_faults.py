@@ -105,6 +105,8 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert_refused(source, tmp_path / "out", "1 kB free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 2**20))
+    convert(source, tmp_path / "out", format="mxfp4")
 
 
 def test_a_refused_run_leaves_no_folder_and_nothing_of_others_goes(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from convert_ckpt.run.partial_output import Staging
 from run_ckpt.contract.errors import CheckpointError, PartialRunError
 from run_ckpt.storage.partial import PartialFolder
 from tests.checkpoints import convert, folder_bytes, random_weight, save_checkpoint
+from tests.test_resume import COMMAND
 
 OPTIONS = {"format": "mxfp4"}
 
@@ -55,7 +58,7 @@ def whole(source: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 def finished_shard(partial: Path) -> Path:
-    return min((partial / "result").glob("*.safetensors"))
+    return partial / "result" / min((partial / "records" / "root").iterdir()).stem
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -302,6 +305,18 @@ def test_a_source_shard_replaced_by_one_of_the_same_size_and_time_is_noticed(
 def test_output_where_a_disk_is_mounted_is_refused_at_once(source: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is mounted|is not empty"):
         convert(source, Path("/proc"), **OPTIONS)
+
+
+def test_a_partial_folder_where_a_disk_is_mounted_is_refused_at_once(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir(0o700)
+    unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*unshare, "true"], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    script = 'mount -t tmpfs -o mode=700 none "$1" && shift && exec "$@"'
+    options = [str(source), str(tmp_path / "out"), "--format", "mxfp4", "--preset", "generic", "--quiet"]
+    command = [*unshare, script, "sh", str(tmp_path / "out.partial"), sys.executable, "-c", COMMAND, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "out.partial: is in the way" in done.stderr) == (1, True), done.stderr
 
 
 def test_output_that_cannot_be_a_folder_is_refused(source: Path, tmp_path: Path) -> None:

@@ -82,7 +82,10 @@ def test_a_bad_output_is_refused_before_anything_is_loaded(
     assert says in str(result.exception)
 
 
-def test_a_base_that_is_no_pipeline_is_named(pipeline: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", [None, "[]", '{"_class_name": "FluxPipeline", "transformer": 5, "vae": [[[]]]}'])
+def test_a_base_that_is_no_pipeline_is_named(pipeline: tuple[Path, Path], tmp_path: Path, index: str | None) -> None:
+    if index:
+        (tmp_path / "model_index.json").write_text(index)
     result = run_generate(tmp_path, pipeline[1], tmp_path / "cat.png")
     assert isinstance(result.exception, CheckpointError)
     assert "no pipeline that diffusers can load" in str(result.exception)

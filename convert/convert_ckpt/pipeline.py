@@ -146,7 +146,7 @@ def convert_checkpoint(
                 staging.remove()
                 return summarize(plans)
             check_output(reference, output)
-            check_disk(opened, plans, staging)
+            check_disk(opened, plans, staging, fetches=cluster is None)
             check_memory(plans, max_memory)
             for line in run_notes(opened, checkpoint):
                 progress.log(line)

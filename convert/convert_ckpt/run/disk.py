@@ -12,13 +12,17 @@ from convert_ckpt.source.opened import OpenedSource
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.storage.units import format_nbytes
 
-# Room for the small files beside the shards.
-_SPARE_NBYTES = 64 * 2**20
+# Index, manifest and records: 300,000 tensors had 37 MB, up to 240 MB and less than that.
+_TENSOR_NBYTES = 2048
+_SPARE_NBYTES = 2**20
 
 
-def check_disk(opened: OpenedSource, plans: Sequence[ComponentPlan], staging: Staging) -> None:
-    """Raise FaultsError with every disk that can't hold what is still to come."""
-    faults = _disk_faults(opened, plans, staging)
+def check_disk(opened: OpenedSource, plans: Sequence[ComponentPlan], staging: Staging, *, fetches: bool = True) -> None:
+    """Raise FaultsError with every disk that can't hold what is still to come.
+
+    fetches: this machine fetches the shards of a remote source, if it is one.
+    """
+    faults = _disk_faults(opened, plans, staging, fetches=fetches)
     if faults:
         raise FaultsError("nothing was written", faults)
 
@@ -32,12 +36,11 @@ def source_nbytes_here(opened: OpenedSource, plans: Sequence[ComponentPlan]) -> 
     )
 
 
-def _disk_faults(opened: OpenedSource, plans: Sequence[ComponentPlan], staging: Staging) -> list[str]:
-    output = sum(planned.plan.output_nbytes for planned in plans) + _SPARE_NBYTES
-    needed = {staging.folder: output - _nbytes_of(staging.result)}
-    if opened.store:
+def _disk_faults(opened: OpenedSource, plans: Sequence[ComponentPlan], staging: Staging, *, fetches: bool) -> list[str]:
+    needed = {staging.folder: sum(map(_output_nbytes, plans)) - _nbytes_of(staging.result)}
+    if opened.store and fetches:
         needed[staging.fetched] = source_nbytes_here(opened, plans) - _nbytes_of(staging.fetched)
-    if opened.store and opened.store.cache and opened.keep_source:
+    if opened.store and fetches and opened.store.cache and opened.keep_source:
         needed[opened.store.cache.folder] = _uncached_nbytes(opened, plans)
     on_disk: dict[int, list[tuple[Path, int]]] = {}
     for folder, nbytes in needed.items():
@@ -51,6 +54,11 @@ def _disk_faults(opened: OpenedSource, plans: Sequence[ComponentPlan], staging: 
             sizes = f"{format_nbytes(nbytes)} needed, {format_nbytes(free)} free"
             faults.append(f"{where}: {sizes}. Make room or choose another disk.")
     return faults
+
+
+def _output_nbytes(planned: ComponentPlan) -> int:
+    side_files = sum(path.stat().st_size for path in planned.source.side_files)
+    return planned.plan.output_nbytes + side_files + _TENSOR_NBYTES * len(planned.plan.tensors) + _SPARE_NBYTES
 
 
 def _shard_nbytes(opened: OpenedSource, planned: ComponentPlan) -> dict[str, int]:

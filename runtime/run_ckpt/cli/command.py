@@ -30,6 +30,7 @@ _REMEDIES = {
     errno.ENFILE: "Raise the limit of open files of the machine.",
     errno.ENAMETOOLONG: "Choose shorter names.",
     errno.ELOOP: "Remove the links that lead to each other.",
+    errno.EFBIG: "Use a smaller --shard-size, or raise the limit of file sizes (ulimit -f).",
     errno.ENOENT: "It was taken away meanwhile. Put it back if it was yours, then give the same command again.",
     errno.ESTALE: "It was taken away meanwhile. Put it back if it was yours, then give the same command again.",
 }
@@ -58,6 +59,10 @@ def run_command(
             remedy = _REMEDIES.get(error.errno or 0)
             _fail(f"{error}. {remedy}" if remedy else error)
         except MemoryError:
+            _fail(_NO_MEMORY)
+        except ImportError as error:
+            if "failed to map segment" not in str(error):  # what the loader says of a library as large as torch's
+                raise
             _fail(_NO_MEMORY)
         except RuntimeError as error:
             if "allocate memory" in str(error):  # torch's, which is no MemoryError

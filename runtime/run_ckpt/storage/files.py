@@ -46,7 +46,7 @@ def read_small(
             data = file.read(max_nbytes + 1)
             nbytes = len(data)
     if nbytes > max_nbytes:
-        raise OSError(errno.EFBIG, f"holds {nbytes:,} bytes, more than the {max_nbytes:,} of any such file", str(path))
+        raise OSError(errno.EINVAL, f"holds {nbytes:,} bytes, more than the {max_nbytes:,} of any such file", str(path))
     return data
 
 

@@ -139,7 +139,7 @@ class PartialFolder:
             ) from error
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.folder.close)
-            if not (is_new or self._is_private()) or not self._is_ours():
+            if not (is_new or self._is_private()) or not self._is_ours() or os.path.ismount(self.path):
                 raise CheckpointError(
                     f"{self.path}: is in the way and not ours: it holds no unfinished run of {self._tool}, or others"
                     " may write to it. Remove it, or choose another name for the result."

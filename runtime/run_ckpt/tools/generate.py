@@ -77,7 +77,7 @@ def load_pipeline(base: str, loaded: Mapping[str, nn.Module], placement: Placeme
             # diffusers 0.42 would have it called dtype, which 0.37 does not know.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=placement.dtype, **loaded)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # of a model_index.json that is none
         raise CheckpointError(f"--model-path {base}: no pipeline that diffusers can load ({error}).") from error
     pipeline.to(placement.device)
     others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name not in loaded]
