@@ -100,6 +100,16 @@ def test_help_documents_the_exit_codes(name: str, capsys: pytest.CaptureFixture[
     assert EXIT_CODES in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["convert-ckpt"], ["run-ckpt"], *(["run-ckpt", name] for name in run_ckpt.cli.main.run_ckpt.commands)],
+    ids=" ".join,
+)
+def test_help_fits_a_terminal_of_80_columns(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(COMMANDS[words[0]], *words, "--help") == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_completion_script_is_for_this_command(name: str, shell: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,8 @@ from run_ckpt.contract.decided_by import IGNORE, PRESET, RECIPE, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import AITER_MXFP4, BLOCK_FP8, CHANNEL_FP8, PLAIN_MXFP4, TENSOR_FP8, Scheme
 from run_ckpt.contract.module_names import split_name
+from run_ckpt.contract.reading import NAME, PART
 from run_ckpt.contract.shape_limits import reason_to_keep
-from run_ckpt.contract.targets import NAME, PART
 from run_ckpt.contract.tensors import TensorSpec
 
 QKV = FusedPattern(("*.to_q", "*.to_k", "*.to_v"))

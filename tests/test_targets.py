@@ -18,7 +18,9 @@ from run_ckpt.loading.load import load_quantized
 from run_ckpt.progress import Silent
 from run_ckpt.storage.manifest_file import read_manifest
 from run_ckpt.tools.assemble import assemble
+from run_ckpt.tools.publish.card import make_card
 from run_ckpt.tools.publish.consumers import _CONSUMERS
+from run_ckpt.tools.publish.rows import read_result
 from run_ckpt.tools.rewrite.relayout import relayout
 from tests.checkpoints import FLUX_DIGITS, convert, folder_bytes, random_weight, save_checkpoint
 from tests.model_classes import CLASSES
@@ -310,12 +312,55 @@ def test_a_result_says_which_servers_have_its_class(
         assert (reason or "") in (targets[server] or "")
 
 
-@pytest.mark.parametrize(("granularity", "targets"), [("channel", {"sglang"}), ("block", set())])
-def test_a_text_encoder_is_for_who_has_its_class(tmp_path: Path, granularity: str, targets: set[str]) -> None:
-    convert(language_model(tmp_path, "UMT5EncoderModel"), tmp_path / "out", format="fp8", granularity=granularity)
+SERVERS = {"sglang", "vllm", "vllm-omni", "vllm+plugin", "sglang+plugin"}
+CHANNEL = {"format": "fp8", "granularity": "channel"}
+BLOCK = {"format": "fp8", "granularity": "block"}
+MXFP4_CT = {"format": "mxfp4", "layout": "plain", "dialect": "compressed-tensors"}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "options", "servers"),
+    [
+        ("UMT5EncoderModel", CHANNEL, {"sglang"}),
+        ("UMT5EncoderModel", BLOCK, set()),
+        ("Qwen3ForCausalLM", CHANNEL, {"sglang"}),
+        ("Qwen3ForCausalLM", BLOCK, set()),
+        ("Qwen3ForCausalLM", MXFP4_CT, {"sglang"}),
+        ("Qwen3ForCausalLM", {"format": "mxfp4"}, set()),
+    ],
+)
+def test_a_text_encoder_of_a_pipeline_is_for_who_was_seen_to_load_it(
+    tmp_path: Path, class_name: str, options: dict[str, str], servers: set[str]
+) -> None:
+    """As scripts/encoder_sglang.py found it; the same folder as a language model is for others too."""
+    language_model(tmp_path, class_name).rename(tmp_path / "text_encoder")
+    convert(tmp_path / "text_encoder", tmp_path / "out", **options)
     found = read_manifest(tmp_path / "out").targets
-    assert {name for name, reason in found.items() if reason is None} == {"transformers", "run-ckpt"} | targets
-    assert found["vllm"] == "vLLM has no such class"
+    assert {name for name, reason in found.items() if reason is None} & SERVERS == servers
+    assert found["transformers"] is found["diffusers"] is None
+    assert found["vllm"] == "vLLM was not seen to load a quantized text encoder of a pipeline"
+    assert ("--component-paths.text_encoder me/it" in card(tmp_path / "out")) == bool(servers)
+    assert "vllm serve" not in card(tmp_path / "out")
+
+
+def card(output: Path) -> str:
+    return make_card(read_result(output), "me/it")
+
+
+def test_codes_that_t5_asks_for_as_weights_are_refused_or_said(tmp_path: Path) -> None:
+    source = language_model(tmp_path, "T5EncoderModel")
+    with pytest.raises(FaultsError, match="fails on packed codes, as transformers' T5 asks for a"):
+        plan_conversion(source, Options("mxfp4", layout="plain", target="transformers"))
+    assert plan_conversion(source, Options("mxfp4")).components[0]["targets"]["transformers"] is None
+
+
+def test_a_t5_whose_config_has_it_built_whole_is_not_for_sglang(tmp_path: Path) -> None:
+    source = language_model(tmp_path, "T5EncoderModel")
+    path = source / CONFIG_NAME
+    for value, reason in ((True, None), (False, "builds the decoder of this class too")):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "is_encoder_decoder": value}))
+        found = plan_conversion(source, Options("fp8")).components[0]["targets"]["sglang"]
+        assert found is None if reason is None else reason in found
 
 
 # By their names alone these are one of several classes.

@@ -33,11 +33,11 @@ Examples:
   convert-ckpt Z-Image-Turbo/transformer OUT --format fp8
   convert-ckpt FLUX.2-dev/transformer OUT --format nvfp4
   convert-ckpt Qwen-Image OUT --format fp8 --target vllm-omni
-  convert-ckpt Qwen3-8B OUT --format mxfp4 --layout plain --ignore "*.down_proj"
+  convert-ckpt Qwen3-8B OUT --format mxfp4 --target vllm
   convert-ckpt black-forest-labs/FLUX.2-dev@main OUT --format mxfp4
   convert-ckpt hf://Qwen/Qwen-Image OUT --format fp8 --component transformer
   convert-ckpt s3://bucket/FLUX.1-dev/transformer OUT --format mxfp4
-  convert-ckpt FLUX.1-dev OUT --format mxfp4 --push-to-hub me/flux-mxfp4 --private
+  convert-ckpt FLUX.1-dev OUT --format mxfp4 --push-to-hub me/flux --private
 
 A run that was stopped is continued by the same command. Look at the result with
 run-ckpt inspect OUT, check it with run-ckpt verify OUT --source SOURCE.
@@ -62,7 +62,10 @@ class _NewFolder(click.Path):
     "--format", type=click.Choice(FORMATS, case_sensitive=False), required=True, help="Format of linear weights."
 )
 @click.option(
-    "--target", type=click.Choice(TARGETS), help="Who will run it.  [default: SGLang, or vLLM and SGLang for an LLM]"
+    "--target",
+    type=click.Choice(TARGETS),
+    metavar="NAME",
+    help=f"Who will run it: {', '.join(TARGETS)}.  [default: SGLang, or vLLM and SGLang for an LLM]",
 )
 @click.option("--layout", type=click.Choice(LAYOUTS), help="MXFP4 byte order.  [default: by target, else aiter]")
 @click.option(
@@ -70,10 +73,16 @@ class _NewFolder(click.Path):
 )
 @click.option("--scale-rule", type=click.Choice(SCALE_RULES), help="How MXFP4 picks a scale.  [default: even]")
 @click.option(
-    "--dialect", type=click.Choice(DIALECTS), help="Consumer's vocabulary.  [default: by target, format and model]"
+    "--dialect",
+    type=click.Choice(DIALECTS),
+    metavar="NAME",
+    help=f"Consumer's vocabulary: {', '.join(DIALECTS)}.  [default: by target, format and model]",
 )
 @click.option(
-    "--preset", type=click.Choice(preset_names()), help="Model facts.  [default: by the class in config.json]"
+    "--preset",
+    type=click.Choice(preset_names()),
+    metavar="NAME",
+    help=f"Model facts: {', '.join(preset_names())}.  [default: by the class in config.json]",
 )
 @click.option("--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="TOML file of rules.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep matching modules as they are. Repeatable.")

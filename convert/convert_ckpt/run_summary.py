@@ -66,8 +66,8 @@ class RunSummary:
             lines.append(
                 f"SQNR mean {self.mean_sqnr_db:.2f} dB, worst {self.worst_sqnr_db:.2f} dB in {self.worst_layer}"
             )
-        if len(self.n_layers) > 1:
-            lines.append(f"Formats are mixed; right for: {', '.join(self.targets)}")
+        mixed = "Formats are mixed; right" if len(self.n_layers) > 1 else "Right"
+        lines.append(f"{mixed} for: {', '.join(self.targets)}")
         expect = f"A copy is this result if run-ckpt verify COPY --expect {self.hash} finds no fault"
         if "://" in self.output:
             return "\n".join([*lines, f"It is in {self.output}.", expect])

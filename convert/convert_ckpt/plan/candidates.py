@@ -148,7 +148,7 @@ def _cast_at_load(context: PlanContext, dialect: Dialect, formats: Sequence[str]
     """Return the modules that the target would cast without scales if they stayed, as no ignore list reaches them."""
     schemes = {context.options.scheme(name) for name in formats}
     class_name = context.source.class_name or ""
-    reading = context.target.find_reading(context.naming, context.preset.name, class_name, dialect.name, schemes)
+    reading = context.target.find_reading(context.kind, context.preset.name, class_name, dialect.name, schemes)
     if isinstance(reading, str) or not reading.matching or context.runtime.ignores:
         return set()
     return {module for module, name in context.names(context.linears).items() if name is not None}

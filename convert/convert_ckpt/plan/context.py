@@ -15,7 +15,8 @@ from run_ckpt.contract.dialects.table import DIALECTS, choose_dialect, dialect_f
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, PLAIN_NVFP4, Scheme
 from run_ckpt.contract.layouts import AITER
-from run_ckpt.contract.targets import SGLANG_DIALECTS, TARGETS, USUAL_TARGETS, Target
+from run_ckpt.contract.reading import Target, model_kind
+from run_ckpt.contract.targets import SGLANG_DIALECTS, TARGETS, USUAL_TARGETS
 from run_ckpt.contract.tensors import TensorSpec
 
 
@@ -48,9 +49,14 @@ class PlanContext:
         return self.source.naming if self.source.config else self.preset.naming
 
     @property
+    def kind(self) -> str:
+        """Its model_kind."""
+        return model_kind(self.naming, self.preset.name, self.source.name)
+
+    @property
     def target(self) -> Target:
-        """What was asked for, or the usual one of the naming."""
-        return TARGETS[self.options.target or USUAL_TARGETS[self.naming]]
+        """What was asked for, or the usual one of the kind."""
+        return TARGETS[self.options.target or USUAL_TARGETS[self.kind]]
 
     @property
     def runtime(self) -> Runtime:
@@ -111,7 +117,7 @@ def find_dialect(context: PlanContext, formats: Collection[str]) -> Dialect:
 
 
 def _dialect_of_target(context: PlanContext, schemes: Sequence[Scheme]) -> Dialect:
-    for reading in context.target.of(context.naming, context.preset.name):
+    for reading in context.target.of(context.kind, context.preset.name):
         for dialect in map(DIALECTS.__getitem__, reading.dialects):
             fault = dialect_fault(dialect, schemes, static=context.options.has_static_scales)
             if reading.says(schemes) and not fault:
@@ -127,7 +133,7 @@ def has_experts(linears: Iterable[str]) -> bool:
 def _ways(context: PlanContext) -> Iterator[tuple[str, Scheme]]:
     """Yield (dialect, scheme) in which the target reads the format that was asked for, the best first."""
     options, static = context.options, context.options.has_static_scales
-    for reading in context.target.of(context.naming, context.preset.name):
+    for reading in context.target.of(context.kind, context.preset.name):
         if reading.no_experts and has_experts(context.linears):
             continue
         for dialect in map(DIALECTS.__getitem__, reading.dialects):

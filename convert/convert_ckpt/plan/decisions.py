@@ -24,7 +24,7 @@ from convert_ckpt.plan.recipe import (
 )
 from convert_ckpt.plan.shape_rules import linear_module
 from convert_ckpt.source.component import Component
-from run_ckpt.contract.decided_by import PRESET, RECIPE, SHAPE, TARGET, UNKNOWN_CLASS, DecidedBy
+from run_ckpt.contract.decided_by import BOTH, RECIPE, SHAPE, TARGET, UNKNOWN_CLASS, DecidedBy
 from run_ckpt.contract.dialects.dialect import Dialect
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.file_names import CONFIG_NAME
@@ -117,7 +117,7 @@ def _standing_rules(context: PlanContext) -> list[Rule]:
     kept_anyway = {module for rule in sensitive for module in rule.matching(plain)}
     return [
         *keep_rules(context.runtime.keep, TARGET),
-        *(Rule(module, KEEP, reason, PRESET if module in kept_anyway else TARGET) for module in plain),
+        *(Rule(module, KEEP, reason, BOTH if module in kept_anyway else TARGET) for module in plain),
         *sensitive,
     ]
 

@@ -102,7 +102,7 @@ def _nothing_to_convert(decisions: Mapping[str, Decision]) -> str:
 def _takes_fused_scales(context: PlanContext, manifest: Manifest) -> bool:
     schemes = {layer.scheme for layer in manifest.layers.values()}
     reading = context.target.find_reading(
-        context.naming, context.preset.name, context.source.class_name or "", manifest.dialect, schemes
+        context.kind, context.preset.name, context.source.class_name or "", manifest.dialect, schemes
     )
     return isinstance(reading, str) or reading.fused_scales is not False
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from convert_ckpt.plan.preset import FusedPattern, Preset
 from convert_ckpt.source.toml_files import read_toml
-from run_ckpt.contract.decided_by import BY_FORMAT, EDGE, FUSED, IGNORE, PRESET, RECIPE, TARGET, DecidedBy
+from run_ckpt.contract.decided_by import BOTH, BY_FORMAT, EDGE, FUSED, IGNORE, PRESET, RECIPE, TARGET, DecidedBy
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS
 from run_ckpt.contract.module_names import fill_pattern, matching_names, pattern_regex, split_name
@@ -35,7 +35,7 @@ class Rule:
 
     @property
     def by_user(self) -> bool:
-        return self.by not in (PRESET, TARGET)
+        return self.by not in (PRESET, TARGET, BOTH)
 
     def matching(self, modules: Collection[str]) -> list[str]:
         return matching_names(self.pattern, modules, _in_block if self.in_block else None)

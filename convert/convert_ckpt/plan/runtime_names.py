@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Set, Sized
 
 from convert_ckpt.plan.preset import PLAIN_RUNTIME, Runtime
 from run_ckpt.contract.module_names import fill_pattern, pattern_regex
-from run_ckpt.contract.targets import PART, TEXT
+from run_ckpt.contract.reading import PART, TEXT
 
 
 def runtime_names(modules: Iterable[str], runtime: Runtime, linears: Collection[str]) -> dict[str, str | None]:

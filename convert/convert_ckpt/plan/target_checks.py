@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 
 from convert_ckpt.plan.context import PlanContext, has_experts
@@ -11,7 +10,8 @@ from convert_ckpt.plan.runtime_names import find_entries, ignore_entries, overma
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, Scheme
 from run_ckpt.contract.manifest import Manifest
 from run_ckpt.contract.module_names import matches_pattern
-from run_ckpt.contract.targets import TARGETS, Reading, Target
+from run_ckpt.contract.reading import Reading, Target
+from run_ckpt.contract.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,12 @@ class _Judge:
             if any(matches_pattern(pattern, view.spec.name) for view in context.source.views):
                 return Verdict(refusal=f"{target.title} {reason}")
         schemes = self.schemes
-        reading = target.find_reading(context.naming, preset, class_name, manifest.dialect, schemes)
+        reading = target.find_reading(context.kind, preset, class_name, manifest.dialect, schemes)
         if isinstance(reading, str):
             return Verdict(refusal=reading)
         faults = [
             f"dialect {manifest.dialect}: {target.title} {fault}."
-            for pattern, fault in reading.not_for.items()
-            if fnmatchcase(class_name, pattern)
+            for fault in reading.faults(class_name, context.source.config or {})
         ]
         faults += self._plain(target, reading)
         if reading.no_experts and has_experts(manifest.layers):

@@ -49,8 +49,10 @@ def calibrate(
 
     \b
     Examples:
-      run-ckpt calibrate --model-path Tongyi-MAI/Z-Image-Turbo --steps 9 --guidance-scale 0 --output stats
-      run-ckpt calibrate --model-path LLAMA --text wiki.txt --output stats --memory 16GB
+      run-ckpt calibrate --model-path Tongyi-MAI/Z-Image-Turbo \\
+        --steps 9 --guidance-scale 0 --output stats
+      run-ckpt calibrate --model-path LLAMA --text wiki.txt --output stats \\
+        --memory 16GB
     """
     from run_ckpt.tools.calibrate import DEFAULT_PROMPTS, Recording, calibrate_pipeline, calibrate_text
 

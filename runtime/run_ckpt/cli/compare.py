@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from run_ckpt.cli.lines import say
 from run_ckpt.cli.model_options import pipeline_arguments, pipeline_options, placement, placement_options
 from run_ckpt.contract.errors import UsageError
 
@@ -61,14 +62,17 @@ def compare(
     """Compare what BASE and converted models make of the same prompts and seeds, or of a text.
 
     \b
-    Pipelines: the latents after every step, the frames, a picture of both and of what differs.
+    Pipelines: latents after every step, frames, a picture of what differs.
     Language models: perplexity and KL divergence.
 
     \b
     Examples:
-      run-ckpt compare --model-path FLUX --transformer-path flux-mxfp4 flux-fp8 --prompts prompts.txt --output cmp
-      run-ckpt compare --model-path FLUX --transformer-path flux-mxfp4 --prompts prompts.txt --fail-under psnr=30
-      run-ckpt compare --model-path LLAMA --transformer-path llama-mxfp4 --text wiki.txt --fail-over kl=0.05
+      run-ckpt compare --model-path FLUX --transformer-path flux-mxfp4 flux-fp8 \\
+        --prompts prompts.txt --output cmp
+      run-ckpt compare --model-path FLUX --transformer-path flux-mxfp4 \\
+        --prompts prompts.txt --fail-under psnr=30
+      run-ckpt compare --model-path LLAMA --transformer-path llama-mxfp4 \\
+        --text wiki.txt --fail-over kl=0.05
     """
     if bool(options["prompts"]) == bool(options["text"]):
         raise UsageError("give either --prompts FILE, for a pipeline, or --text FILE, for a language model.")
@@ -96,7 +100,7 @@ def compare(
         print_comparison(make_console(), found)
     beyond = faults(found.results, limits)
     for fault in beyond:
-        click.echo(f"fault: {fault}", err=True)
+        say(f"fault: {fault}", err=True)
     if beyond:
         sys.exit(1)
 

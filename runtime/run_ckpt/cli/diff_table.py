@@ -27,8 +27,7 @@ def print_diff(console: Console, found: ResultDiff, names: tuple[Path, Path]) ->
             f"{a} -> {b}: {sum(row.count for row in found.differences)} tensors differ, {found.n_same} are alike;"
             f" {format_nbytes(found.a_nbytes)} -> {format_nbytes(found.b_nbytes)}"
             f" ({'-' if change < 0 else '+'}{format_nbytes(abs(change))})"
-        ),
-        soft_wrap=True,
+        )
     )
 
 

@@ -39,8 +39,10 @@ def run_ckpt() -> None:
       run-ckpt assemble flux-fp8 flux-pipeline --model-path FLUX
       run-ckpt report flux-mxfp4 --output report.html
       run-ckpt calibrate --model-path FLUX --output stats
-      run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 --prompt "a cat" --output cat.png
-      run-ckpt compare --model-path FLUX --transformer-path flux-mxfp4 --prompts prompts.txt
+      run-ckpt generate --model-path FLUX --transformer-path flux-mxfp4 \\
+        --prompt "a cat" --output cat.png
+      run-ckpt compare --model-path FLUX --transformer-path flux-mxfp4 \\
+        --prompts prompts.txt
       run-ckpt push flux-mxfp4 me/flux-mxfp4
     """
 

@@ -46,7 +46,12 @@ def dequantize(output: str, folder: Path, dtype: str) -> None:
 @click.argument("output", type=_NAME)
 @click.argument("folder", metavar="DIR", type=_FOLDER)
 @click.option("--layout", type=click.Choice(LAYOUTS), required=True, help="Storage order of MXFP4 weights and scales.")
-@click.option("--dialect", type=click.Choice(DIALECTS), help="Default: mxfp4 for aiter, quark for plain.")
+@click.option(
+    "--dialect",
+    type=click.Choice(DIALECTS),
+    metavar="NAME",
+    help=f"One of {', '.join(DIALECTS)}.  [default: mxfp4 for aiter, quark for plain]",
+)
 def relayout(output: str, folder: Path, layout: str, dialect: str | None) -> None:
     """Write OUTPUT to DIR with its MXFP4 layers in another layout.
 
@@ -55,7 +60,8 @@ def relayout(output: str, folder: Path, layout: str, dialect: str | None) -> Non
     \b
     Examples:
       run-ckpt relayout flux-mxfp4 flux-mxfp4-plain --layout plain
-      run-ckpt relayout llama-mxfp4 llama-vllm --layout plain --dialect compressed-tensors
+      run-ckpt relayout llama-mxfp4 llama-vllm --layout plain \\
+        --dialect compressed-tensors
     """
     from run_ckpt.cli.progress import show_progress
     from run_ckpt.storage.snapshots import local_path

@@ -57,10 +57,12 @@ def generate(
 
     \b
     Examples:
-      run-ckpt generate --model-path Tongyi-MAI/Z-Image-Turbo --transformer-path OUT/transformer \\
-          --prompt "a lighthouse at dusk" --steps 9 --guidance-scale 0 --output image.png
-      run-ckpt generate --model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers --transformer-path OUT/transformer \\
-          --transformer-2-path OUT/transformer_2 --prompt "a cat walks" --output video.mp4
+      run-ckpt generate --model-path Tongyi-MAI/Z-Image-Turbo \\
+        --transformer-path OUT/transformer --prompt "a lighthouse at dusk" \\
+        --steps 9 --guidance-scale 0 --output image.png
+      run-ckpt generate --model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers \\
+        --transformer-path OUT/transformer --prompt "a cat walks" \\
+        --transformer-2-path OUT/transformer_2 --output video.mp4
     """
     from run_ckpt.cli.progress import show_progress
     from run_ckpt.storage.snapshots import local_path
@@ -101,7 +103,7 @@ def bench(
     \b
     Examples:
       run-ckpt bench flux-mxfp4
-      run-ckpt bench flux-mxfp4 --device cuda --backend triton --rows 1,16,4096 --json
+      run-ckpt bench flux-mxfp4 --device cuda --backend triton --rows 1,4096
     """
     import torch
 

@@ -7,6 +7,7 @@ IGNORE = "ignore"
 RECIPE = "recipe"
 PRESET = "preset"
 TARGET = "target"
+BOTH = "preset and target"
 SHAPE = "shape"
 UNKNOWN_CLASS = "unknown class"
 FUSED = "fused"
@@ -20,6 +21,7 @@ DECIDERS = {
     RECIPE: "a rule of the recipe; its pattern",
     PRESET: "a rule of the preset; its pattern",
     TARGET: "that the target does not run it quantized; the preset's pattern for that",
+    BOTH: "a rule of the preset, and that the target does not run it quantized; its pattern",
     SHAPE: "its shape or dtype, which the format does not take",
     UNKNOWN_CLASS: "that no preset knows the class, and it lies outside of the numbered blocks",
     FUSED: "a layer that it is fused with at load; that layer",

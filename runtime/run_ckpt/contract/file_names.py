@@ -10,6 +10,8 @@ CARD_NAME = "README.md"
 MAP_NAME = "sqnr_map.svg"
 SUFFIX = ".safetensors"
 GGUF_SUFFIX = ".gguf"
+# How the names of a pipeline's text encoders begin.
+TEXT_ENCODER = "text_encoder"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 

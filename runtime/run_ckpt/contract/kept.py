@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from run_ckpt.contract.decided_by import (
+    BOTH,
     BUDGET,
     EDGE,
     FUSED,
@@ -86,6 +87,7 @@ def remedies(kept: KeptTensor, recipe: Mapping[str, Any]) -> Iterator[Remedy]:
         RECIPE: f"another rule than {rule} in the recipe",
         PRESET: "a rule in a --recipe",
         TARGET: "--target run-ckpt",
+        BOTH: "--target run-ckpt with a rule in a --recipe",
         UNKNOWN_CLASS: "a rule in a --recipe",
         FUSED: f"quantizing {rule} too",
         EDGE: "fewer blocks by --keep-first and --keep-last",

@@ -1,8 +1,5 @@
 """Who a result is for: the targets, the results that each of them reads, and the reason where it does not."""
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
-
 from run_ckpt.contract.formats import (
     AITER_MXFP4,
     BLOCK_FP8,
@@ -11,75 +8,9 @@ from run_ckpt.contract.formats import (
     PLAIN_MXFP8,
     PLAIN_NVFP4,
     TENSOR_FP8,
-    Scheme,
 )
 from run_ckpt.contract.manifest import Manifest
-
-# How a runtime matches an entry of the ignore list with a linear's name: all of it, any run of its dotted parts, or any
-# part of its text.
-NAME, PART, TEXT = "name", "part", "text"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Results that a target reads in one way. ``way`` is the key of its commands in tools/publish/consumers.py.
-
-    ``schemes`` is None for all that the dialects say, ``presets`` where it builds any class. ``not_for`` maps a pattern
-    on class names to what goes wrong there, ``no_experts`` says what does in a mixture of experts.
-    ``matching`` says how the ignore list is matched with a linear's name, None where the manifest decides.
-    Codes of a linear that it builds as a plain one become its right BF16 weight in the schemes that it ``dequantizes``;
-    in all others they are loaded silently wrong, or refused where it ``is_loud``.
-    ``fused_scales``: True where scales must be there under fused names too, False where they must not.
-    ``keeps_names``: a quantized linear must have the checkpoint's name in the runtime.
-    """
-
-    way: str
-    naming: str
-    dialects: tuple[str, ...]
-    schemes: tuple[Scheme, ...] | None = None
-    presets: tuple[str, ...] | None = None
-    not_for: dict[str, str] = field(default_factory=dict, hash=False)
-    no_experts: str | None = None
-    matching: str | None = None
-    dequantizes: tuple[Scheme, ...] = ()
-    is_loud: bool = True
-    fused_scales: bool | None = None
-    keeps_names: bool = False
-
-    def says(self, schemes: Iterable[Scheme]) -> bool:
-        return self.schemes is None or set(schemes) <= set(self.schemes)
-
-    def builds(self, preset: str) -> bool:
-        return self.presets is None or preset in self.presets
-
-
-@dataclass(frozen=True)
-class Target:
-    """A program that runs results: its name in options and manifests, its title, and what it reads, best first."""
-
-    name: str
-    title: str
-    readings: tuple[Reading, ...]
-
-    def of(self, naming: str, preset: str) -> Iterator[Reading]:
-        """Yield how it reads results for models of this naming and preset."""
-        return (reading for reading in self.readings if reading.naming == naming and reading.builds(preset))
-
-    def find_reading(
-        self, naming: str, preset: str, class_name: str, dialect: str, schemes: Collection[Scheme]
-    ) -> Reading | str:
-        """Return how it reads a result, if only into wrong weights, or a sentence that says why it does not."""
-        readings = list(self.of(naming, preset))
-        if not readings:
-            return f"{self.title} was not seen to load a {class_name}"
-        readings = [reading for reading in readings if dialect in reading.dialects]
-        if not readings:
-            return f"{self.title} does not read the {dialect} dialect of a {class_name}"
-        readings = [reading for reading in readings if reading.says(schemes)]
-        if not readings:
-            return f"{self.title} was not seen to read {' and '.join(map(str, schemes))} in the {dialect} dialect"
-        return readings[0]
-
+from run_ckpt.contract.reading import ENCODER, NAME, PART, TEXT, Reading, Target, model_kind
 
 # Where SGLang and diffusers both find the names of a row-wise FP8 file. Ran: SGLang 0.5.23 --transformer-weights-path
 # and diffusers 0.42.1 from_single_file.
@@ -93,12 +24,21 @@ _OMNI = ("flux1", "flux2", "hunyuan-video-1.5", "ltx2", "qwen-image", "wan", "wa
 _GPT_OSS = ("gpt-oss",)
 # Whose quantization_config may hold our key, by which our loader and plug-ins know what is quantized.
 _OWN = ("fp8", "mxfp4", "modelopt", "quark", "compressed-tensors")
-_FP8_SCHEMES = (TENSOR_FP8, CHANNEL_FP8, BLOCK_FP8)
+# Of which a weight has one byte.
+_BYTES = (TENSOR_FP8, CHANNEL_FP8, PLAIN_MXFP8)
 _LLAMA = {"LlamaForCausalLM": "loads no block scales of a Llama, silently: its llama.py renames weight_scale_inv"}
-# SGLang 0.5.23, scripts/encoder_sglang.py: transformers, which it hands a text encoder to, then refuses them.
-_ENCODERS = dict.fromkeys(
-    ("T5EncoderModel", "UMT5EncoderModel", "MT5EncoderModel", "CLIPTextModel*"), "was seen to refuse FP8 blocks of it"
-)
+# transformers' own code of these reads the dtype of .weight, and packed codes have another name (ran, 5.19 and 5.23).
+_PACKED = {
+    "*T5EncoderModel": "fails on packed codes, as transformers' T5 asks for a .weight. Use --dialect mxfp4, or"
+    " --format fp8"
+}
+# What transformers 5 writes for an encoder without its decoder, and 4 did not.
+_HALF: dict[tuple[str, str, object], str] = {
+    ("*T5EncoderModel", "is_encoder_decoder", False): (
+        "builds the decoder of this class too, and fails to make up its weights. Write is_encoder_decoder: true into"
+        " config.json, as published ones have it"
+    )
+}
 _INPUT_SCALE = {
     "*": "multiplies by an input_scale, which NVFP4 here has not. Use --dialect compressed-tensors, whose activations"
     " stay as they are"
@@ -116,6 +56,14 @@ _FUSED_FAULT = (
 _FUSED = {"Qwen3VLMoe*": _FUSED_FAULT}
 _NO_EXPERTS = (
     "its mixture of experts takes no FP8 by tensor with activations by token; use --granularity channel or block"
+)
+
+# DiffusionPipeline loads text encoders by transformers.
+_ENCODERS = (
+    Reading("transformers", ENCODER, ("compressed-tensors",), _BYTES),
+    Reading("transformers", ENCODER, ("compressed-tensors",), not_for=_PACKED),
+    Reading("transformers-fp8", ENCODER, ("fp8",), (BLOCK_FP8,)),
+    Reading("transformers-plugin", ENCODER, ("mxfp4",)),
 )
 
 _TARGETS = (
@@ -158,8 +106,11 @@ _TARGETS = (
             Reading("sglang-llm", "transformers", ("quark",)),
             Reading("sglang-llm", "transformers", ("compressed-tensors",), (TENSOR_FP8, CHANNEL_FP8)),
             Reading("sglang-llm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
-            Reading("sglang-llm", "transformers", ("fp8",), (BLOCK_FP8,), not_for=_LLAMA | _ENCODERS, is_loud=False),
+            Reading("sglang-llm", "transformers", ("fp8",), (BLOCK_FP8,), not_for=_LLAMA, is_loud=False),
             Reading("sglang-llm", "transformers", ("fp8", "modelopt"), (TENSOR_FP8,)),
+            # Ran, scripts/encoder_sglang.py: it hands these to transformers, and refuses what it takes for its own.
+            Reading("sglang-encoder", ENCODER, ("compressed-tensors",), _BYTES, not_with=_HALF),
+            Reading("sglang-encoder", ENCODER, ("compressed-tensors",), not_for=_PACKED, not_with=_HALF),
         ),
     ),
     # Where SGLang builds a plain linear in these classes, the plug-in puts its own.
@@ -237,6 +188,7 @@ _TARGETS = (
             Reading("diffusers-plugin", "diffusers", ("fp8", "mxfp4", "modelopt", "compressed-tensors")),
             Reading("diffusers-quark", "diffusers", ("quark",), (PLAIN_MXFP4,)),
             Reading("diffusers-plugin", "diffusers", ("quark",)),
+            *_ENCODERS,
         ),
     ),
     Target(
@@ -254,6 +206,7 @@ _TARGETS = (
                 is_loud=False,
             ),
             Reading("transformers-plugin", "transformers", ("mxfp4",)),
+            *_ENCODERS,
         ),
     ),
     Target(
@@ -262,6 +215,7 @@ _TARGETS = (
         (
             Reading("run-ckpt", "diffusers", (*_OWN, "vllm-omni")),
             Reading("run-ckpt-llm", "transformers", (*_OWN, "vllm-omni", "gpt-oss")),
+            Reading("run-ckpt-llm", ENCODER, (*_OWN, "vllm-omni")),
         ),
     ),
 )
@@ -271,15 +225,16 @@ SGLANG_DIALECTS = [
     dialect for reading in TARGETS["sglang"].readings if reading.way == "sglang" for dialect in reading.dialects
 ]
 # Whose names and rules hold where no target was asked for.
-USUAL_TARGETS = {"diffusers": "sglang", "transformers": "vllm"}
+USUAL_TARGETS = {"diffusers": "sglang", "transformers": "vllm", ENCODER: "sglang"}
 
 
 def find_readings(manifest: Manifest) -> dict[str, Reading | str]:
     """Return target -> how it reads a result, or why it does not, by its dialect, schemes and class alone."""
     recipe = manifest.recipe
     schemes = {layer.scheme for layer in manifest.layers.values()}
-    kind = (recipe["naming"], recipe["preset"], recipe.get("class_name") or "", manifest.dialect, schemes)
-    return {name: target.find_reading(*kind) for name, target in TARGETS.items()}
+    kind = model_kind(recipe["naming"], recipe["preset"], manifest.source["name"])
+    model = (kind, recipe["preset"], recipe.get("class_name") or "", manifest.dialect, schemes)
+    return {name: target.find_reading(*model) for name, target in TARGETS.items()}
 
 
 def judge_again(new: Manifest, old: Manifest) -> dict[str, str | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from re import fullmatch
 
 from run_ckpt.contract.errors import CheckpointError, FaultsError
-from run_ckpt.contract.file_names import CONFIG_NAME, GGUF_SUFFIX, INDEX_SUFFIX, SUFFIX
+from run_ckpt.contract.file_names import CONFIG_NAME, GGUF_SUFFIX, INDEX_SUFFIX, SUFFIX, TEXT_ENCODER
 from run_ckpt.contract.foreign import ForeignTensors
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.storage.checks import header_faults
@@ -20,8 +20,6 @@ from run_ckpt.storage.shards import TensorFolder, read_folder
 
 # What diffusers writes at the root of a pipeline.
 PIPELINE_INDEX_NAME = "model_index.json"
-# How the names of its text encoders begin.
-TEXT_ENCODER = "text_encoder"
 
 
 def find_components(path: Path, *, with_text_encoders: bool = False) -> dict[str, Path]:

@@ -108,6 +108,7 @@ def _decider(manifest: Manifest, stored: Layer | KeptTensor) -> str:
         words.RECIPE: f"the rule {decided.rule} of {recipe['recipe']}" + (f": {reason}" if reason else ""),
         words.PRESET: f"the rule {decided.rule} of preset {recipe['preset']}: {reason}",
         words.TARGET: reason,
+        words.BOTH: f"the rule {decided.rule} of preset {recipe['preset']}, and the target: {reason}",
         words.SHAPE: f"its shape: {reason}",
         words.UNKNOWN_CLASS: reason,
         words.FUSED: reason,

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from run_ckpt.contract.file_names import SUFFIX
-from run_ckpt.contract.targets import Reading, find_readings
-from run_ckpt.storage.components import TEXT_ENCODER
+from run_ckpt.contract.file_names import SUFFIX, TEXT_ENCODER
+from run_ckpt.contract.reading import Reading
+from run_ckpt.contract.targets import find_readings
 from run_ckpt.storage.manifest_file import hash_of_manifests
 from run_ckpt.tools.publish.rows import ConvertedComponent
 
@@ -151,6 +151,13 @@ model = {auto_class}.from_pretrained("{repo}"{subfolder}, dtype="auto")""",
     ),
     Consumer("sglang-llm", "SGLang", "sh", "python -m sglang.launch_server --model-path {repo}", classes=_GENERATES),
     Consumer(
+        "sglang-encoder",
+        "SGLang",
+        "sh",
+        'sglang generate --model-path {base} --component-paths.{component} {repo} --prompt "{prompt}" --save-output',
+        "sglang >= 0.5.23 with `pip install compressed-tensors accelerate`",
+    ),
+    Consumer(
         "run-ckpt",
         "Our loader, in Python",
         "python",
@@ -202,6 +209,7 @@ def commands(consumer: Consumer, components: Sequence[ConvertedComponent], repo_
         repo=repo_id + (inside if consumer.language == "sh" else ""),
         repo_id=repo_id,
         base=base,
+        component=first.name or _component_of(first),
         folder=folder,
         prompt="a red bicycle leaning on a white wall",
         output="video.mp4" if first.manifest.recipe["preset"] in _VIDEO else "image.png",
@@ -230,6 +238,12 @@ def _for_our_loader(component: ConvertedComponent) -> str:
 
 def _class_of(component: ConvertedComponent) -> str:
     return component.manifest.recipe.get("class_name") or ""
+
+
+def _component_of(component: ConvertedComponent) -> str:
+    """Return the name of a text encoder in its pipeline, as its source has it."""
+    name = str(component.manifest.source["name"]).rpartition("/")[2]
+    return name if name.startswith(TEXT_ENCODER) else TEXT_ENCODER
 
 
 def _takes(consumer: Consumer, class_name: str) -> bool:

@@ -4,11 +4,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from run_ckpt.contract.file_names import join_names
+from run_ckpt.contract.file_names import TEXT_ENCODER, join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Layer, Manifest
 from run_ckpt.contract.module_names import block_pattern, split_name
 from run_ckpt.contract.tensors import DTYPE_BITS
-from run_ckpt.storage.components import TEXT_ENCODER, find_components
+from run_ckpt.storage.components import find_components
 from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.tools.summary import CheckpointSummary, summarize
