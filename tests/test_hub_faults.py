@@ -63,6 +63,23 @@ BEFORE: dict[str, tuple[str, Callable[[HubServer, dict[str, bytes]], object], st
         lambda hub, _: hub.lies.update({SHARD.format(2): {"size": 10_000_000}}),
         "bytes, but the repo lists 10,000,000",
     ),
+    **{
+        f"a listing of {lie}": (
+            "me/llm",
+            lambda hub, _, name=name, lie=lie: hub.lies.update({name: lie}),
+            rf"{name}: listed with .* bytes and the checksum .*, which the Hub does not do",
+        )
+        for name, lie in (
+            *(("config.json", {"size": size}) for size in ("2", -5, 2**63, 1e300)),
+            ("config.json", {"blobId": 7}),
+            (SHARD.format(1), {"lfs": {"sha256": 5, "size": 1, "pointerSize": 1}}),
+        )
+    },
+    "a small file of a terabyte": (
+        "me/llm",
+        lambda hub, _: hub.lies.update({"config.json": {"size": 2**40}}),
+        "config.json: listed with 1,099,511,627,776 bytes, more than any such file has",
+    ),
     "damaged config": (
         "me/llm",
         lambda hub, _: hub.faults.append(Fault("config.json", edit=lambda data: data.replace(b"l", b"x"))),

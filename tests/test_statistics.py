@@ -252,6 +252,7 @@ BROKEN = {
     "other version": ({}, {"statistics_version": "9"}, "this version reads 1"),
     "no layers": ({}, {"layers": "{}"}, "layers"),
     "damaged layers": ({}, {"layers": "[1]"}, "no header of statistics"),
+    "deep layers": ({}, {"layers": "[" * 10**5}, "no header of statistics"),
     "several models": ({}, {"model": "Other"}, "several models"),
     "layer in two files": ({}, {"layers": '{"q": {"N": 1, "first_row_sha256": null}}'}, "q: in "),
 }

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+# No file system has a file of more.
+_LARGEST_NBYTES = 2**43
 _CONTENT_RANGE = re.compile(r"bytes (?P<start>\d+)-\d+/(?P<total>\d+)")
 
 
@@ -162,9 +164,12 @@ def _ask(client: "HfApi", repo_id: str, revision: str | None) -> "ModelInfo":
 
 
 def _remote_file(sibling: "RepoSibling") -> RemoteFile:
-    checksum = None
-    if sibling.lfs:
-        checksum = SHA256, sibling.lfs.sha256
-    elif sibling.blob_id:
-        checksum = GIT_BLOB, sibling.blob_id
-    return RemoteFile(sibling.size or 0, checksum[1] if checksum else "", checksum)
+    """Return what the listing says of a file, whose types the Hub's client does not check. Raises FetchError."""
+    kind, digest = (SHA256, sibling.lfs.sha256) if sibling.lfs else (GIT_BLOB, sibling.blob_id or "")
+    nbytes: object = sibling.size or 0
+    if not (isinstance(nbytes, int) and 0 <= nbytes <= _LARGEST_NBYTES and isinstance(digest, str)):
+        raise FetchError(
+            f"{sibling.rfilename}: listed with {nbytes!r} bytes and the checksum {digest!r}, which the Hub does not do."
+            " Is a proxy in between?"
+        )
+    return RemoteFile(nbytes, digest, (kind, digest) if digest else None)

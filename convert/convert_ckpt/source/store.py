@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from run_ckpt.contract.errors import FetchError, TransientError
+from run_ckpt.storage.files import MAX_INDEX_NBYTES
 from run_ckpt.storage.hashing import add_file
 from run_ckpt.storage.hub_client import new_git_blob_hash
 
@@ -138,8 +139,10 @@ def read_range(store: Store, path: str, start: int, stop: int, retry: Retry) -> 
 
 
 def read_file(store: Store, path: str, retry: Retry) -> bytearray:
-    """Return a small file, its checksum compared."""
+    """Return a small file, its checksum compared. Raises FetchError, also for one that no such file is as large as."""
     file = store.files[path]
+    if file.nbytes > MAX_INDEX_NBYTES:
+        raise FetchError(f"{path}: listed with {file.nbytes:,} bytes, more than any such file has. Tell the owner.")
     data = read_range(store, path, 0, file.nbytes, retry)
     checksum = Checksum(path, file)
     checksum.update(data)

@@ -249,7 +249,7 @@ def _read_input(path: Path) -> InputStatistics:
         layers = {name: LayerIdentity(**entry) for name, entry in json.loads(metadata["layers"]).items()}
         block_size, settings, model = int(metadata["block_size"]), json.loads(metadata["settings"]), metadata["model"]
         (K,) = stored["mean"].shape
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fault = f"{type(error).__name__}: {error}"
         raise HeaderError(f"{path.name}: no header of statistics ({fault}). {_REMEDY}") from error
     expected = _specs(K, block_size, layers, has_fisher=any(name.startswith(fisher_name("")) for name in stored))
