@@ -57,6 +57,11 @@ BEFORE: dict[str, tuple[str, Callable[[HubServer, dict[str, bytes]], object], st
         lambda hub, _: hub.faults.append(Fault("/api/models", status=200, body=b'{"error": "no such route"}')),
         "does not answer as the Hub does",
     ),
+    "a repo without a commit": (
+        "me/llm",
+        lambda hub, _: hub.faults.append(Fault("/api/models", status=200, body=b'{"id": "me/llm", "siblings": []}')),
+        "does not answer as the Hub does",
+    ),
     "unreachable": ("me/llm", lambda hub, _: hub.stop(), "no full answer from .*refused"),
     "wrong size in the listing": (
         "me/llm",

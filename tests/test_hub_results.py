@@ -13,7 +13,7 @@ from run_ckpt.storage.snapshots import local_path
 from tests.bits import assert_bits_equal
 from tests.converted import FLUX_DIGITS, convert, make_linear
 from tests.hub_fixtures import convert_remote, hub
-from tests.hub_server import HubServer, read_files
+from tests.hub_server import Fault, HubServer, read_files
 
 __all__ = ["hub"]
 
@@ -121,3 +121,11 @@ def test_a_path_that_is_not_there_is_told_the_one_that_is(
     path, says = CASES[case]
     with pytest.raises(CheckpointError, match=says):
         find_components(Path(path))
+
+
+@pytest.mark.parametrize("answer", ["[]", "null", '{"id": "me/digits", "siblings": []}', '{"siblings": [5]}', "<html>"])
+def test_what_answers_in_place_of_the_hub_is_named(hub: HubServer, digits: Path, answer: str) -> None:
+    hub.faults = [Fault("/api/models", status=200, body=answer.encode())]
+    result = run("inspect", "me/digits")
+    assert isinstance(result.exception, FetchError)
+    assert "does not answer as the Hub does" in str(result.exception)

@@ -160,7 +160,10 @@ def _ask(client: "HfApi", repo_id: str, revision: str | None) -> "ModelInfo":
 
     with hub_errors(repo_id, revision=revision):
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        return client.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+        info = client.model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+        if not isinstance(info.sha, str):
+            raise ValueError("no commit")
+        return info
 
 
 def _remote_file(sibling: "RepoSibling") -> RemoteFile:

@@ -76,8 +76,12 @@ def hub_errors(
     except OfflineModeIsEnabled as error:
         text = f"{what}: HF_HUB_OFFLINE is set. Unset it to reach the Hub."
         raise (PublishError if writes else FetchError)(text) from error
-    # Some of the client's errors are OSError; a failed upload is RuntimeError, a refused README.md ValueError.
-    except (HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    # Some of the client's errors are OSError; a failed upload is RuntimeError, a refused README.md ValueError. An
+    # answer of other JSON is any of the second line.
+    except (
+        *(HTTPError, OSError, RuntimeError),
+        *(ValueError, KeyError, TypeError, AttributeError, AssertionError),
+    ) as error:
         answer = _find_answer(error)
         if answer is None and isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's, not the network's
