@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from run_ckpt.tools.rewrite.relayout import relayout
 from run_ckpt.tools.verify.component import verify_output
 from tests.codec import dequantize_fp8, dequantize_mxfp4, dequantize_mxfp8
 from tests.converted import FLUX_DIGITS, LINEAR, SCHEMES, convert, edit_tensor, make_linear, reseal
+from tests.experts import BUILDERS, save_experts
+from tests.models import MODELS, save
 
 MXFP4_SCHEMES = [name for name in SCHEMES if name.startswith("mxfp4")]
 
@@ -326,6 +329,30 @@ def decode_with_codec(layer: Layer, stored: dict[str, torch.Tensor]) -> torch.Te
 def dequantize_nvfp4(layer: Layer, stored: dict[str, torch.Tensor]) -> torch.Tensor:
     tensors = {role: stored[name] for role, name in layer.tensors.items()}
     return codec.dequantize(tensors[WEIGHT], tensors[WEIGHT_SCALE], PLAIN_NVFP4, codec.tensor_scale(tensors))
+
+
+RELAID = [("aiter", "mxfp4"), ("plain", "mxfp4"), ("plain", "quark"), ("plain", "compressed-tensors")]
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-moe", "t5"])
+def test_a_relaid_language_model_is_for_whom_a_converted_one_is(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "source"
+    if name in BUILDERS:
+        save_experts(name, source)
+    else:
+        save(MODELS[name], MODELS[name].build(), str(source))
+    made = {
+        (layout, dialect): convert(
+            source, tmp_path / f"{layout}-{dialect}", format="mxfp4", layout=layout, dialect=dialect
+        )
+        for layout, dialect in RELAID
+    }
+    for before, after in permutations(RELAID, 2):
+        relaid = to_layout(made[before], tmp_path / "-".join([*before, *after]), *after)
+        found, expected = read_manifest(relaid).targets, read_manifest(made[after]).targets
+        assert {target: reason is None for target, reason in found.items()} == {
+            target: reason is None for target, reason in expected.items()
+        }, (before, after)
 
 
 def convert_pipeline(folder: Path) -> Path:

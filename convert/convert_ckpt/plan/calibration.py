@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convert_ckpt.plan.context import PlanContext, has_experts
+from convert_ckpt.plan.context import PlanContext
 from convert_ckpt.plan.runtime_names import runtime_names
 from convert_ckpt.source.component import Component
 from run_ckpt.contract.errors import CheckpointError, MissingPackageError, UsageError
@@ -19,6 +19,7 @@ from run_ckpt.contract.file_names import SUFFIX
 from run_ckpt.contract.folds import Fold
 from run_ckpt.contract.formats import E4M3_MAX
 from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, Layer
+from run_ckpt.contract.module_names import has_experts
 from run_ckpt.storage.decoders import as_stored
 from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.hashing import hash_parts, hash_path

@@ -15,6 +15,7 @@ from run_ckpt.contract.dialects.table import DIALECTS, choose_dialect, dialect_f
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.formats import FORMATS, GRANULARITIES, PLAIN_NVFP4, Scheme
 from run_ckpt.contract.layouts import AITER
+from run_ckpt.contract.module_names import has_experts
 from run_ckpt.contract.reading import Target, model_kind
 from run_ckpt.contract.targets import SGLANG_DIALECTS, TARGETS, USUAL_TARGETS
 from run_ckpt.contract.tensors import TensorSpec
@@ -125,16 +126,11 @@ def _dialect_of_target(context: PlanContext, schemes: Sequence[Scheme]) -> Diale
     raise UsageError(_nothing_to_read(context))
 
 
-def has_experts(linears: Iterable[str]) -> bool:
-    """Return whether these are linears of a mixture of experts, one for each expert."""
-    return any(".experts." in linear for linear in linears)
-
-
 def _ways(context: PlanContext) -> Iterator[tuple[str, Scheme]]:
     """Yield (dialect, scheme) in which the target reads the format that was asked for, the best first."""
     options, static = context.options, context.options.has_static_scales
     for reading in context.target.of(context.kind, context.preset.name):
-        if reading.no_experts and has_experts(context.linears):
+        if reading.refusal(context.linears):
             continue
         for dialect in map(DIALECTS.__getitem__, reading.dialects):
             for scheme in filter(partial(_is_asked, options), dialect.schemes):

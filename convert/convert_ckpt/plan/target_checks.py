@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from convert_ckpt.plan.context import PlanContext, has_experts
+from convert_ckpt.plan.context import PlanContext
 from convert_ckpt.plan.preset import GENERIC
 from convert_ckpt.plan.runtime_names import find_entries, ignore_entries, overmatched
 from run_ckpt.contract.formats import BLOCK_FP8, PLAIN_NVFP4, Scheme
@@ -100,8 +100,8 @@ class _Judge:
             for fault in reading.faults(class_name, context.source.config or {})
         ]
         faults += self._plain(target, reading)
-        if reading.no_experts and has_experts(manifest.layers):
-            return Verdict(refusal=f"{target.title}: {reading.no_experts}")
+        if refusal := reading.refusal(manifest.layers):
+            return Verdict(refusal=f"{target.title}: {refusal}")
         overmatches = self._overmatches(target, reading)
         if reading.matching:
             faults += self._cast(target, reading.matching)

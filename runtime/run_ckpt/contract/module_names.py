@@ -1,7 +1,7 @@
 """Names of modules and tensors: their numbered block (``transformer_blocks.3.attn.to_q``), and patterns on them."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import cache, lru_cache
 
 _IN_BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?(?P<block>\d+)\.(?P<projection>.+)")
@@ -20,6 +20,11 @@ def block_pattern(name: str) -> str:
     """Return the name with its block number as ``*``, which like modules of all blocks share."""
     stack, block, projection = split_name(name)
     return name if block is None else ".".join(filter(None, (stack, "*", projection)))
+
+
+def has_experts(linears: Iterable[str]) -> bool:
+    """Return whether these are linears of a mixture of experts, one for each expert."""
+    return any(".experts." in linear for linear in linears)
 
 
 @cache

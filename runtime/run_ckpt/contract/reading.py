@@ -7,6 +7,7 @@ from typing import Any
 
 from run_ckpt.contract.file_names import TEXT_ENCODER
 from run_ckpt.contract.formats import Scheme
+from run_ckpt.contract.module_names import has_experts
 
 # A transformers model that encodes the text of a pipeline: servers load it in another way than a language model.
 ENCODER = "encoder"
@@ -45,6 +46,10 @@ class Reading:
 
     def says(self, schemes: Iterable[Scheme]) -> bool:
         return self.schemes is None or set(schemes) <= set(self.schemes)
+
+    def refusal(self, linears: Iterable[str]) -> str | None:
+        """Return why no result is read with these linears quantized, None where it is."""
+        return self.no_experts if has_experts(linears) else None
 
     def faults(self, class_name: str, config: Mapping[str, Any]) -> Iterator[str]:
         """Yield what goes wrong with a class and its config.json."""

@@ -1,5 +1,8 @@
 """Who a result is for: the targets, the results that each of them reads, and the reason where it does not."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from run_ckpt.contract.formats import (
     AITER_MXFP4,
     BLOCK_FP8,
@@ -237,15 +240,33 @@ def find_readings(manifest: Manifest) -> dict[str, Reading | str]:
     return {name: target.find_reading(*model) for name, target in TARGETS.items()}
 
 
-def judge_again(new: Manifest, old: Manifest) -> dict[str, str | None]:
-    """Return ``targets`` of a result that was made of another by a change of dialect or layout.
+def judge_again(new: Manifest, old: Manifest, config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return ``targets`` of a result that was made of another by a change of dialect or layout. config: config.json.
 
-    What was said against single layers of the old one holds for the new one too. Whoever could not read the old one at
-    all was asked about no layer: that matters for diffusion models, some of whose layers a server builds as plain ones.
+    What was said against single layers of the old one holds for the new one too, and what a preset said against the
+    class. Whoever could not read the old one at all was asked about no layer: that matters for diffusion models, some
+    of whose layers a server builds as plain ones.
     """
-    before, after = find_readings(old), find_readings(new)
+    before, after = _reasons(old, config), _reasons(new, config)
     unasked = "its layers were not looked at one by one" if old.recipe["naming"] == "diffusers" else None
-    reasons = {name: old.targets.get(name) for name, reading in before.items() if isinstance(reading, Reading)}
-    return {
-        name: reading if isinstance(reading, str) else reasons.get(name, unasked) for name, reading in after.items()
-    }
+    targets: dict[str, str | None] = {}
+    for name, reason in after.items():
+        said = old.targets.get(name, before[name] or unasked)
+        is_of_class = before[name] and said not in (None, before[name])
+        targets[name] = said if is_of_class else reason or (unasked if before[name] else said)
+    return targets
+
+
+def _reasons(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return target -> why no result of the kind is for it, None where its layers decide."""
+    class_name = manifest.recipe.get("class_name") or ""
+    reasons: dict[str, str | None] = {}
+    for name, reading in find_readings(manifest).items():
+        if isinstance(reading, str):
+            reasons[name] = reading
+            continue
+        title = TARGETS[name].title
+        refusal, fault = reading.refusal(manifest.layers), next(reading.faults(class_name, config), None)
+        sentence = f"dialect {manifest.dialect}: {title} {fault}" if fault else None
+        reasons[name] = f"{title}: {refusal}" if refusal else sentence and sentence + "." * (not reading.is_loud)
+    return reasons

@@ -49,7 +49,9 @@ def _plan(checkpoint: Checkpoint, *, layout: Layout, asked: str | None) -> Rewri
     replaced = {
         spec.name: (new.layers[layer.module].specs()[role],) for layer in moved for role, spec in layer.specs().items()
     }
-    config = {**(read_config(checkpoint.path) or {}), CONFIG_KEY: quantization_config(new)}
+    config = read_config(checkpoint.path) or {}
+    new = replace(new, targets=judge_again(new, old, config))
+    config |= {CONFIG_KEY: quantization_config(new)}
     return Rewrite(
         replaced,
         {layer.tensors[WEIGHT]: partial(_write_layer, checkpoint, layer, new.layers[layer.module]) for layer in moved},
@@ -68,8 +70,7 @@ def _new_manifest(manifest: Manifest, layout: Layout, asked: str | None) -> Mani
     dialect = choose_dialect(sorted(set(schemes.values()), key=str), naming, asked=asked)
     layers = {module: _new_layer(layer, schemes[module], dialect, naming) for module, layer in manifest.layers.items()}
     recipe = {**manifest.recipe, "layout": layout.name, "dialect": dialect.name}
-    new = replace(manifest, layers=layers, recipe=recipe)
-    return replace(new, targets=judge_again(new, manifest))
+    return replace(manifest, layers=layers, recipe=recipe)
 
 
 def _new_layer(layer: Layer, scheme: Scheme, dialect: Dialect, naming: str) -> Layer:
