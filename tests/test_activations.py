@@ -63,13 +63,13 @@ def test_fp8_has_one_scale_for_each_token_or_that_of_the_layer() -> None:
     assert_bits_equal(round_rows(x, "fp8", torch.tensor([2.0])), torch.tensor([[448.0, 16.0], [4.5, 0.171875]]))
 
 
-@pytest.mark.parametrize("activations", ["mxfp8", "mxfp4", "fp8"])
+@pytest.mark.parametrize("activations", ["mxfp8", "nvfp4", "mxfp4", "fp8"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_what_has_no_code_becomes_nan_and_not_a_number(activations: str, value: float) -> None:
     x = torch.ones(2, 64)
     x[1, 40] = value
     rounded = round_rows(x, activations, None)
-    assert rounded[1, 40 if activations == "fp8" else slice(32, 64)].isnan().all()
+    assert rounded[1, {"fp8": slice(40, 41), "nvfp4": slice(32, 48)}.get(activations, slice(32, 64))].isnan().all()
     assert torch.equal(rounded[0], x[0])
 
 
@@ -98,11 +98,12 @@ def test_static_scale_of_the_layer_is_used() -> None:
     assert_bits_equal(choose_backend(layer, CPU, activations="fp8").matmul(layer, x, tensors, None), expected)
 
 
-def test_no_weight_of_8_bits_takes_activations_of_4() -> None:
+@pytest.mark.parametrize("activations", ["nvfp4", "mxfp4"])
+def test_no_weight_of_8_bits_takes_activations_of_4(activations: str) -> None:
     layer, tensors = make_layer("fp8-tensor", random_weight(64, 256))
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = REFERENCE.matmul(layer, x, tensors, None)
-    assert_bits_equal(choose_backend(layer, CPU, activations="mxfp4").matmul(layer, x, tensors, None), expected)
+    assert_bits_equal(choose_backend(layer, CPU, activations=activations).matmul(layer, x, tensors, None), expected)
 
 
 def test_layer_says_what_it_multiplies_and_keeps_its_bytes() -> None:
@@ -127,7 +128,7 @@ def test_nothing_is_trained_through_rounded_activations() -> None:
         linear(torch.randn(2, 256, requires_grad=True))
 
 
-@pytest.mark.parametrize("activations", ["fp8", "mxfp8", "mxfp4"])
+@pytest.mark.parametrize("activations", ["fp8", "mxfp8", "nvfp4", "mxfp4"])
 def test_compile_takes_the_product_whole(activations: str) -> None:
     layer, tensors = make_layer("mxfp4-plain", random_weight(64, 256))
     choice = choose_backend(layer, CPU, activations=activations)
@@ -144,12 +145,12 @@ def test_compile_takes_the_product_whole(activations: str) -> None:
 # Machine with AMD's packages -> scheme -> activations -> backend.
 CHOICES = {
     "gfx950": {
-        "mxfp4-aiter": {"bf16": "triton", "fp8": "triton", "mxfp8": "triton", "mxfp4": "aiter"},
-        "fp8-tensor": {"bf16": "triton", "fp8": "aiter", "mxfp8": "triton", "mxfp4": "aiter"},
+        "mxfp4-aiter": {"bf16": "triton", "fp8": "triton", "mxfp8": "triton", "nvfp4": "triton", "mxfp4": "aiter"},
+        "fp8-tensor": {"bf16": "triton", "fp8": "aiter", "mxfp8": "triton", "nvfp4": "aiter", "mxfp4": "aiter"},
     },
     "gfx942": {
-        "mxfp4-aiter": {"bf16": "petit", "fp8": "triton", "mxfp8": "triton", "mxfp4": "triton"},
-        "fp8-tensor": {"bf16": "triton", "fp8": "aiter", "mxfp8": "triton", "mxfp4": "aiter"},
+        "mxfp4-aiter": {"bf16": "petit", "fp8": "triton", "mxfp8": "triton", "nvfp4": "triton", "mxfp4": "triton"},
+        "fp8-tensor": {"bf16": "triton", "fp8": "aiter", "mxfp8": "triton", "nvfp4": "aiter", "mxfp4": "aiter"},
     },
 }
 
@@ -189,7 +190,7 @@ def test_blocks_have_to_be_whole() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"no activations 'int8'\. Choose one of bf16, fp8, mxfp8, mxfp4"):
+    with pytest.raises(UsageError, match=r"no activations 'int8'\. Choose one of bf16, fp8, mxfp8, nvfp4, mxfp4"):
         choose_backend(describe_layer("fp8-tensor", 256, 256), CPU, activations="int8")
 
 

@@ -45,7 +45,7 @@ COLUMN = {"mxfp4-aiter": 0, "mxfp4-plain": 0, "fp8-tensor": 1, "fp8-channel": 1,
 
 
 def test_backends_stand_in_order_of_preference() -> None:
-    assert BACKEND_NAMES == ("aiter", "scaled_mm", "petit", "triton", "reference", "dequantize")
+    assert BACKEND_NAMES == ("aiter", "scaled_mm", "block_scaled_mm", "petit", "triton", "reference", "dequantize")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -89,7 +89,7 @@ def test_backend_asked_for_by_name_is_never_another(name: str, reason: str) -> N
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="aiter, scaled_mm, petit, triton, reference, dequantize"):
+    with pytest.raises(UsageError, match="aiter, scaled_mm, block_scaled_mm, petit, triton, reference, dequantize"):
         choose_backend(describe_layer("fp8-tensor", 256, 256), Device("cpu"), "cutlass")
 
 

@@ -144,7 +144,7 @@ def test_inspect_says_which_backend_would_run_on_a_device(digits: Path) -> None:
     rows = {row["name"]: row for row in survey["rows"]}
     assert rows["reference"]["n_layers"] == 23
     assert sum(rows["dequantize"]["reasons"].values()) == 23
-    assert rows["reference"]["activations"] == {"mxfp4": ["bf16", "fp8", "mxfp8", "mxfp4"]}
+    assert rows["reference"]["activations"] == {"mxfp4": ["bf16", "fp8", "mxfp8", "nvfp4", "mxfp4"]}
     assert rows["aiter"]["activations"] == {}
     assert "reference" in run("inspect", digits, "--device", "cpu").stdout
 

@@ -13,8 +13,9 @@ Tensors = dict[str, Tensor]
 
 # What a product makes of its activations. BF16: they stay as they come, in 16 or 32 bits.
 # FP8: E4M3 with one F32 scale for each token, or with the layer's input_scale.
-# MXFP8, MXFP4: blocks of 32 along K under an E8M0 scale. ACTIVATIONS: from most bits to fewest.
-BF16, FP8, MXFP8, MXFP4 = ACTIVATIONS = ("bf16", "fp8", "mxfp8", "mxfp4")
+# MXFP8, MXFP4: blocks of 32 along K under an E8M0 scale. NVFP4: blocks of 16 under an E4M3 scale, in units of one F32
+# scale for all tokens of a product. ACTIVATIONS: from most bits to fewest.
+BF16, FP8, MXFP8, NVFP4, MXFP4 = ACTIVATIONS = ("bf16", "fp8", "mxfp8", "nvfp4", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Backend:
     """One way to multiply by a quantized weight.
 
     ``unsupported`` says why a layer can't run on a device, None where it can. It touches no device.
-    ``only_if_named`` says why the backend is taken only if asked for by name, None where it is not so.
+    ``only_if_asked`` says why the backend is taken only if asked for, by name or by other activations (the second
+    argument, None for none), None where it is not so.
     ``prepare`` turns the tensors as on disk (role -> tensor, all on their device) into operands; where
     bytes serve as they are it makes no copy. It may use up its argument.
     ``restore`` is the exact inverse, None where there is none.
@@ -54,7 +56,7 @@ class Backend:
     prepare: Callable[[Layer, Tensors], Tensors]
     matmul: Callable[[Layer, Tensor, Tensors, Tensor | None], Tensor]
     restore: Callable[[Layer, Tensors], Tensors] | None
-    only_if_named: Callable[[Device], str | None] = lambda device: None
+    only_if_asked: Callable[[Device, str | None], str | None] = lambda device, activations: None
     has_gradient: bool = False
     activations: Callable[[Layer], str] = lambda layer: BF16
     round_rows: Callable[[Tensor, str, Tensor | None], Tensor] | None = None

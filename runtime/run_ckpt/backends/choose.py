@@ -8,16 +8,16 @@ from torch import Tensor
 
 from run_ckpt.backends.activations import BLOCKED
 from run_ckpt.backends.aiter import AITER
-from run_ckpt.backends.backend import ACTIVATIONS, MXFP4, Backend, Device, Tensors
+from run_ckpt.backends.backend import ACTIVATIONS, MXFP4, NVFP4, Backend, Device, Tensors
+from run_ckpt.backends.block_scaled_mm import BLOCK_SCALED_MM
 from run_ckpt.backends.petit import PETIT
 from run_ckpt.backends.reference import DEQUANTIZE, REFERENCE
 from run_ckpt.backends.scaled_mm import SCALED_MM
 from run_ckpt.backends.triton.backend import TRITON
 from run_ckpt.contract.errors import BackendError, UsageError
-from run_ckpt.contract.formats import MX_BLOCK_SIZE
 from run_ckpt.contract.manifest import INPUT_SCALE, Layer
 
-BACKENDS: tuple[Backend, ...] = (AITER, SCALED_MM, PETIT, TRITON, REFERENCE, DEQUANTIZE)
+BACKENDS: tuple[Backend, ...] = (AITER, SCALED_MM, BLOCK_SCALED_MM, PETIT, TRITON, REFERENCE, DEQUANTIZE)
 BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
 
 
@@ -67,8 +67,8 @@ def choose_backend(layer: Layer, device: Device, name: str | None = None, activa
 
 
 def why_not(backend: Backend, layer: Layer, device: Device, activations: str | None = None) -> str | None:
-    """Return why a backend is not taken for a layer unless it is asked for by name, None where it is."""
-    return _unsupported(backend, layer, device, activations) or backend.only_if_named(device)
+    """Return why a backend is not taken for a layer unless it is asked for, None where it is."""
+    return _unsupported(backend, layer, device, activations) or backend.only_if_asked(device, activations)
 
 
 def taken_activations(backend: Backend, layer: Layer) -> tuple[str, ...]:
@@ -118,8 +118,8 @@ def _unsupported_activations(backend: Backend, layer: Layer, asked: str | None) 
         return None
     if backend.round_rows is None:
         return f"it multiplies {layer.format} weights by {backend.activations(layer)} activations"
-    if rounded_to in BLOCKED and layer.K % MX_BLOCK_SIZE:
-        return f"K = {layer.K} is not a multiple of {MX_BLOCK_SIZE}, the block of {rounded_to} activations"
+    if rounded_to in BLOCKED and layer.K % (block_size := BLOCKED[rounded_to][0].block[1] or 1):
+        return f"K = {layer.K} is not a multiple of {block_size}, the block of {rounded_to} activations"
     return None
 
 
@@ -128,7 +128,7 @@ def _rounded_to(backend: Backend, layer: Layer, asked: str | None) -> str | None
 
     No weight of 8 bits takes activations of 4: a folder may mix both.
     """
-    is_too_few = asked == MXFP4 and layer.format.element.per_byte == 1
+    is_too_few = asked in (NVFP4, MXFP4) and layer.format.element.per_byte == 1
     return None if is_too_few or asked == backend.activations(layer) else asked
 
 

@@ -96,7 +96,7 @@ def _multiply_dequantized(layer: Layer, x: Tensor, operands: Tensors, bias: Tens
     return F.linear(x, operands[WEIGHT].to(x.dtype), bias)
 
 
-def _slow_on_a_gpu(device: Device) -> str | None:
+def _slow_on_a_gpu(device: Device, activations: str | None) -> str | None:
     return None if device.kind == "cpu" else "it decodes the weight for each product, which is slow on a GPU"
 
 
@@ -107,7 +107,7 @@ REFERENCE = Backend(
     prepare=_as_they_are,
     matmul=_multiply_decoding,
     restore=_as_they_are,
-    only_if_named=_slow_on_a_gpu,
+    only_if_asked=_slow_on_a_gpu,
     has_gradient=True,
     round_rows=round_rows,
 )
@@ -117,7 +117,7 @@ DEQUANTIZE = Backend(
     prepare=_dequantize,
     matmul=_multiply_dequantized,
     restore=None,
-    only_if_named=lambda device: "it holds each weight in BF16, which takes two to four times the memory",
+    only_if_asked=lambda device, activations: "it holds each weight in BF16, which takes two to four times the memory",
     has_gradient=True,
     round_rows=round_rows,
 )

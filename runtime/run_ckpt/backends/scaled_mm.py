@@ -65,7 +65,7 @@ def _multiply(layer: Layer, x: Tensor, operands: Tensors, bias: Tensor | None) -
     return finish(product, x, None if is_fused else bias)
 
 
-def _inexact_on_a_cpu(device: Device) -> str | None:
+def _inexact_on_a_cpu(device: Device, activations: str | None) -> str | None:
     return "on a CPU the reference is as fast and leaves activations as they are" if device.kind == "cpu" else None
 
 
@@ -75,6 +75,6 @@ SCALED_MM = Backend(
     prepare=_prepare,
     matmul=_multiply,
     restore=_restore,
-    only_if_named=_inexact_on_a_cpu,
+    only_if_asked=_inexact_on_a_cpu,
     activations=lambda layer: layer.format.name,
 )

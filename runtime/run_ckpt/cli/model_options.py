@@ -29,7 +29,7 @@ device_option = click.option("--device", callback=_check_device, help="[default:
 activations_option = click.option(
     "--activations",
     metavar="FORMAT",
-    help="Multiply the inputs of quantized layers in bf16 (as they come), fp8 (by token), mxfp8 or mxfp4."
+    help="Multiply the inputs of quantized layers in bf16 (as they come), fp8 (by token), mxfp8, nvfp4 or mxfp4."
     "  [default: as the backend does by itself]",
 )
 _PIPELINE_OPTIONS = (

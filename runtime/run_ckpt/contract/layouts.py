@@ -83,6 +83,9 @@ AITER_WEIGHT = TileLayout("aiter_weight_16x16", (16,), (2, 16), order=(0, 2, 3, 
 # leaves the padding uninitialised; here it is 0x00, since kernels read padded K columns.
 AITER_SCALE = TileLayout("aiter_scale_32x8", (2, 16), (2, 4), order=(0, 3, 5, 2, 4, 1), pad_to=(256, 8))
 
+# "1D Block Scaling Factors Layout" of cuBLAS: in each tile of [128, 4] the rows 32 i + j lie at [j, i].
+CUBLAS_SCALE = TileLayout("cublas_scale_128x4", (4, 32), (4,), order=(0, 3, 2, 1, 4), pad_to=(128, 4))
+
 
 @dataclass(frozen=True, repr=False)
 class Layout:

@@ -41,8 +41,8 @@ def load_quantized(
     the diffusers or transformers class that config.json names.
     dtype: what floating tensors that are not quantized become; default: as stored. Those which the class keeps in
     float32 become that, as in from_pretrained. backend: one of run_ckpt.backends.choose, default: the first that runs.
-    activations: what the inputs of quantized layers are multiplied in, "bf16" (as they come), "fp8" (by token), "mxfp8"
-    or "mxfp4"; default: the backend's own. Layers in 8 bits never take "mxfp4".
+    activations: what the inputs of quantized layers are multiplied in, "bf16" (as they come), "fp8" (by token),
+    "mxfp8", "nvfp4" or "mxfp4"; default: the backend's own. Layers in 8 bits never take those of 4.
 
     Shards are read straight to a GPU, and mapped for the CPU as safetensors does: don't overwrite them
     in place while the model lives. A quantized weight is decoded by nothing but its backend.

@@ -55,7 +55,8 @@ _linear = define_operator(
 
 
 def _round(x: Tensor, activations: str, input_scale: Tensor | None) -> Tensor:
-    return _round_rows(x, activations) if activations in BLOCKED else round_rows(x, activations, input_scale)
+    has_kernel = activations in BLOCKED and not BLOCKED[activations][0].format.is_two_level
+    return _round_rows(x, activations) if has_kernel else round_rows(x, activations, input_scale)
 
 
 def _round_blocks(x: Tensor, activations: str) -> Tensor:
