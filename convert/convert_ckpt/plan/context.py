@@ -37,7 +37,7 @@ class PlanContext:
     @cached_property
     def swapped(self) -> set[str]:
         """The linear modules whose rows are not in the order in which the source stores them."""
-        return {module for view in self.source.views if len(view.ranges) > 1 and (module := linear_module(view.spec))}
+        return {module for view in self.source.views if view.pieces and (module := linear_module(view.spec))}
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:

@@ -24,23 +24,21 @@ def make_files(
     max_nbytes: of tensors in a file; a source shard that gives more becomes several files. The tensors of a layer stay
     together, and one that is larger is a file of its own. A translated file gets the name that diffusers looks for.
     """
-    outputs: dict[str, dict[str, list[TensorSpec]]] = {}
-    shard_of: dict[str, str] = {}
+    fused: dict[str, list[TensorSpec]] = {}
+    for scale in manifest.fused_scales.values():
+        fused.setdefault(scale.members[0], []).append(scale.spec)
+    outputs: dict[str, list[tuple[TensorSpec, ...]]] = {}
     for tensor in tensors:
-        specs = tensor.layer.specs().values() if tensor.layer else [tensor.spec]
-        module = tensor.layer.module if tensor.layer else tensor.spec.name
-        outputs.setdefault(tensor.shard, {})[module] = list(specs)
-        shard_of[module] = tensor.shard
-    for fused in manifest.fused_scales.values():
-        first_member = fused.members[0]
-        outputs[shard_of[first_member]][first_member].append(fused.spec)
+        layer = tensor.layer
+        specs = (*layer.specs().values(), *fused.get(layer.module, ())) if layer else (tensor.spec,)
+        outputs.setdefault(tensor.shard, []).append(specs)
     metadata = header_metadata(manifest)
     file_name = DIALECTS[manifest.dialect].file_name
     if file_name and max_nbytes is not None:
         raise UsageError(f"--shard-size: dialect {manifest.dialect} is one file, {file_name}. Leave it out.")
     if source.translation and source.naming == "diffusers" and len(outputs) == 1:
         file_name = file_name or MAIN_STEMS[0] + SUFFIX
-    parts = {shard: list(_cut(groups.values(), max_nbytes)) for shard, groups in outputs.items()}
+    parts = {shard: list(_cut(groups, max_nbytes)) for shard, groups in outputs.items()}
     n_files = sum(map(len, parts.values()))
     if (file_name and n_files == 1) or (file_name and max_nbytes is None):
         merged = [spec for cut in parts.values() for specs in cut for spec in specs]
@@ -60,12 +58,12 @@ def make_files(
     )
 
 
-def _cut(groups: Iterable[list[TensorSpec]], max_nbytes: int | None) -> Iterator[list[TensorSpec]]:
+def _cut(groups: Iterable[tuple[TensorSpec, ...]], max_nbytes: int | None) -> Iterator[list[TensorSpec]]:
     """Yield the tensors of each file, none of ``groups`` divided."""
     specs: list[TensorSpec] = []
     nbytes = 0
     for group in groups:
-        more = sum(spec.nbytes for spec in group)
+        more = 0 if max_nbytes is None else sum(spec.nbytes for spec in group)
         if specs and max_nbytes is not None and nbytes + more > max_nbytes:
             yield specs
             specs, nbytes = [], 0

@@ -1,5 +1,7 @@
 """Which tensors are weights of linear layers."""
 
+from functools import cache
+
 from run_ckpt.contract.tensors import TensorSpec
 
 WEIGHT_SUFFIX = ".weight"
@@ -16,4 +18,9 @@ def reason_not_linear(spec: TensorSpec) -> str:
     """Return why a tensor is no linear weight."""
     if not spec.name.endswith(WEIGHT_SUFFIX):
         return "not a weight"
-    return f"not a linear weight ({len(spec.shape)}-D)"
+    return _not_linear(len(spec.shape))
+
+
+@cache  # one text for all of them, in a checkpoint of very many
+def _not_linear(n_dims: int) -> str:
+    return f"not a linear weight ({n_dims}-D)"

@@ -28,9 +28,10 @@ def join_copies(plan: Plan, max_nbytes: int) -> Iterator[list[TensorPlan]]:
 def _is_behind(before: TensorPlan, tensor: TensorPlan, behind: Mapping[str, str]) -> bool:
     """True where both are copied as they are, and the second lies right behind the first in its shard and its file."""
     return (
-        behind.get(before.spec.name) == tensor.spec.name
-        and tensor.is_copy
-        and before.is_copy
+        before.view.offset + before.view.nbytes == tensor.view.offset
+        and before.shard == tensor.shard
         and before.spec.dtype == tensor.spec.dtype
-        and (before.shard, before.view.offset + before.view.nbytes) == (tensor.shard, tensor.view.offset)
+        and before.is_copy
+        and tensor.is_copy
+        and behind.get(before.spec.name) == tensor.spec.name
     )

@@ -269,7 +269,7 @@ def split(
     if others:
         yield 0, sum(each.view.nbytes for each in (tensor, *others)), 0, tensor.view.offset
         return
-    if len(tensor.view.ranges) == 1 and 2 * max(tensor.view.nbytes, tensor.spec.nbytes) <= SLAB_NBYTES:
+    if not tensor.view.pieces and 2 * max(tensor.view.nbytes, tensor.spec.nbytes) <= SLAB_NBYTES:
         yield 0, tensor.view.nbytes, 0, tensor.view.offset
         return
     step, row_nbytes = SLAB_NBYTES, 0

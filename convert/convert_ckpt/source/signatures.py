@@ -1,11 +1,11 @@
 """Checkpoints that can't be converted, told by class and tensor names: what each is, and the way from there."""
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from fnmatch import fnmatchcase, translate
+from fnmatch import fnmatchcase
 
 from convert_ckpt.source.original import originals
+from run_ckpt.contract.module_names import matching_names
 
 _BESIDE = "It runs as it is beside a converted transformer: give both to the pipeline."
 _NO_CONVOLUTIONS = "no format here stores convolutions"
@@ -26,7 +26,7 @@ class _Signature:
     def matches(self, names: Collection[str], class_name: str | None) -> bool:
         if class_name and any(fnmatchcase(class_name, pattern) for pattern in self.classes):
             return True
-        return any(all(_is_there(pattern, names) for pattern in patterns) for patterns in self.tensors)
+        return any(all(matching_names(pattern, names) for pattern in patterns) for patterns in self.tensors)
 
 
 # The first that matches counts.
@@ -89,14 +89,10 @@ def find_refusal(names: Collection[str], class_name: str | None) -> str | None:
     found = next((signature for signature in _SIGNATURES if signature.matches(names, class_name)), None)
     if found:
         return f"it is {found.kind}. {found.way}"
-    original = next((name for name, pattern in _ORIGINAL_NAMES.items() if _is_there(pattern, names)), None)
+    original = next((name for name, pattern in _ORIGINAL_NAMES.items() if matching_names(pattern, names)), None)
     if original in (None, class_name, *(mapped.class_name for mapped in originals())):
         return None
     return (
         f"it is a {original} under other names than diffusers'. Write it in diffusers' form first:"
         f" diffusers.{original}.from_single_file(FILE).save_pretrained(DIR), and convert DIR."
     )
-
-
-def _is_there(pattern: str, names: Collection[str]) -> bool:
-    return any(map(re.compile(translate(pattern)).match, names))

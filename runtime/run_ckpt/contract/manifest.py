@@ -2,9 +2,10 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from run_ckpt.contract.folds import Fold, FoldedRows
 from run_ckpt.contract.formats import QuantFormat, Scheme, read_scheme
 from run_ckpt.contract.manifest_text import is_sealed, seal_manifest
 from run_ckpt.contract.manifest_types import type_faults
-from run_ckpt.contract.tensors import TensorSpec
+from run_ckpt.contract.tensors import TensorSpec, one_shape
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "quantization_manifest.json"
@@ -240,7 +241,7 @@ def _from_json(document: dict[str, Any]) -> Manifest:
         recipe=document["recipe"],
         layers={name: _layer_from_json(entry) for name, entry in document["layers"].items()},
         kept={
-            name: KeptTensor(_spec(name, entry), entry["reason"], DecidedBy(**entry["decided_by"]))
+            name: KeptTensor(_spec(name, entry), sys.intern(entry["reason"]), _decided_by(**entry["decided_by"]))
             for name, entry in document["kept"].items()
         },
         fused_scales={
@@ -261,7 +262,7 @@ def _layer_from_json(entry: dict[str, Any]) -> Layer:
     parsed = {
         "scheme": scheme,
         "scale_shape": tuple(entry["scale_shape"]),
-        "decided_by": DecidedBy(**entry["decided_by"]),
+        "decided_by": _decided_by(**entry["decided_by"]),
     }
     layer = Layer(**{**fields, **parsed})
     expected = layer.to_json()
@@ -286,7 +287,11 @@ def _fold_from_json(entry: dict[str, Any]) -> Fold:
 
 
 def _spec(name: str, entry: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+    return TensorSpec(name, sys.intern(entry["dtype"]), one_shape(entry["shape"]))
+
+
+# There may be very many tensors, kept for few reasons: equal ones are one object.
+_decided_by = lru_cache(1024)(DecidedBy)
 
 
 def _spec_json(spec: TensorSpec, **facts: Any) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A tensor without its bytes, in safetensors' words."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 # Bits per element. The order is that of the `Dtype` enum in tensor.rs: a file lists its tensors
 # from the last of these to the first (by falling alignment), then by name.
@@ -46,3 +48,13 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def one_shape(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Return a shape, the same object for equal ones: there may be very many tensors, of few shapes."""
+    return _one_shape(*sizes)
+
+
+@lru_cache(1024)
+def _one_shape(*sizes: int) -> tuple[int, ...]:
+    return sizes

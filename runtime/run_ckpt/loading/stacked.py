@@ -54,10 +54,9 @@ def _layers(layer: Layer) -> Iterator[Layer]:
 
 def _cut(view: View, names: list[str], shape: tuple[int, ...]) -> dict[str, View]:
     """Return views of as many equal parts of a tensor, one behind the other."""
-    ((offset, nbytes),) = view.ranges
-    each = nbytes // len(names)
+    each = view.nbytes // len(names)
     return {
-        name: View(TensorSpec(name, view.spec.dtype, shape), view.shard, ((offset + i * each, each),))
+        name: View(TensorSpec(name, view.spec.dtype, shape), view.shard, view.offset + i * each, each)
         for i, name in enumerate(names)
     }
 

@@ -10,11 +10,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from run_ckpt.contract.errors import HeaderError
-from run_ckpt.contract.tensors import DTYPE_BITS, METADATA_KEY, PT_METADATA, TensorSpec
+from run_ckpt.contract.tensors import DTYPE_BITS, METADATA_KEY, PT_METADATA, TensorSpec, one_shape
 from run_ckpt.storage.containers import describe_container
 from run_ckpt.storage.files import open_to_read
 
@@ -56,14 +57,18 @@ def build_header(specs: Iterable[TensorSpec], metadata: dict[str, str] | None = 
     metadata: written in the given key order; default ``{"format": "pt"}``.
     """
     metadata = PT_METADATA if metadata is None else metadata
-    ordered = sorted(specs, key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
-    entries: dict[str, Any] = {METADATA_KEY: metadata}
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    by_name = sorted(specs, key=attrgetter("name"))
+    ordered = sorted(by_name, key=lambda spec: -_DTYPE_ORDER[spec.dtype])
+    entries = [f"{encode(METADATA_KEY)}:{encode(metadata)}"]
     relative = 0
     for spec in ordered:
         end = relative + spec.nbytes
-        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [relative, end]}
+        shape = ",".join(map(str, spec.shape))
+        fields = f'"dtype":"{spec.dtype}","shape":[{shape}],"data_offsets":[{relative},{end}]'
+        entries.append(f"{encode(spec.name)}:{{{fields}}}")
         relative = end
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     data = len(text).to_bytes(LENGTH_NBYTES, "little") + text
     return Header(data, _place(ordered, len(data)), dict(metadata))
@@ -96,14 +101,12 @@ def parse_header(file_name: str, data: bytes, file_nbytes: int) -> Header:
     if not _is_text_map(metadata):
         faults.append(f"{METADATA_KEY} is not a map of text to text")
     placed = []
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one of each: there may be very many tensors of few shapes
     for name, entry in entries.items():
         fault = _entry_fault(name, entry)
         if fault:
             faults.append(fault)
         else:
-            shape = tuple(entry["shape"])
-            spec = TensorSpec(name, sys.intern(entry["dtype"]), shapes.setdefault(shape, shape))
+            spec = TensorSpec(name, sys.intern(entry["dtype"]), one_shape(entry["shape"]))
             placed.append(StoredTensor(spec, len(data) + entry["data_offsets"][0]))
     placed.sort(key=lambda tensor: (tensor.offset, tensor.end))
     if not faults:

@@ -110,12 +110,12 @@ class TensorReader:
         import torch
 
         view = self._views[name]
-        ((offset, nbytes),) = view.ranges
+        assert not view.pieces
         if view.shard not in self._mapped:
             access = mmap.PROT_READ | mmap.PROT_WRITE  # of pages that are our own as soon as they are written
             mapped = mmap.mmap(self._fds[view.shard], 0, flags=mmap.MAP_PRIVATE, prot=access)
             self._mapped[view.shard] = torch.frombuffer(mapped, dtype=torch.uint8)
-        return self._mapped[view.shard][offset : offset + nbytes]
+        return self._mapped[view.shard][view.offset : view.offset + view.nbytes]
 
     def read_all(self, name: str) -> Tensor:
         """Return uint8 [nbytes]: the whole tensor. For scales of FP8 and other small ones."""

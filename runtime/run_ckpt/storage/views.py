@@ -64,32 +64,31 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A tensor, and where its bytes lie in ``shard``: (offset, nbytes) of each range, in the tensor's order.
+    """A tensor, and where its bytes lie in ``shard``: ``nbytes`` of them from ``offset`` on.
 
-    ``rows`` are what it is made of; () for a tensor that is stored just so. With ``columns`` its rows are columns
-    there, and the one range says no more than where its matrix begins.
+    They are not those of ``spec`` where it is stored in codes. ``pieces`` are (offset, nbytes) of each range where it
+    lies in several, in the tensor's order; ``offset`` is that of the first in the shard then. ``rows`` are what it is
+    made of; () for a tensor that is stored just so. With ``columns`` its rows are columns there, and ``offset`` says no
+    more than where its matrix begins.
     """
 
     spec: TensorSpec
     shard: str
-    ranges: tuple[tuple[int, int], ...]
+    offset: int
+    nbytes: int
     rows: tuple[Rows, ...] = ()
     columns: Columns | None = None
+    pieces: tuple[tuple[int, int], ...] = ()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in the shard: not those of ``spec`` where it is stored in codes."""
-        return sum(length for _, length in self.ranges)
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """(offset, nbytes) of each range, in the tensor's order."""
+        return self.pieces or ((self.offset, self.nbytes),)
 
     @property
     def n_rows(self) -> int:
         """Rows; a tensor without dimension has one."""
         return self.spec.shape[0] if self.spec.shape else 1
-
-    @property
-    def offset(self) -> int:
-        """Where the first of its bytes in the shard lies."""
-        return min(self.ranges)[0]
 
     def read(self, start: int, out: np.ndarray, read_at: ReadAt) -> None:
         """Fill ``out``, uint8 [nbytes], with the bytes ``start``.. of the tensor."""
@@ -126,9 +125,7 @@ class View:
 
 def whole_views(folder: TensorFolder) -> tuple[View, ...]:
     """Return every tensor of a folder as it is stored, shard by shard, by rising offset."""
-    return tuple(
-        View(stored.spec, shard.name, ((stored.offset, stored.spec.nbytes),)) for shard, stored in folder.tensors()
-    )
+    return tuple(View(stored.spec, shard.name, stored.offset, stored.spec.nbytes) for shard, stored in folder.tensors())
 
 
 def recorded_views(views: Iterable[View], recorded: Mapping[str, Sequence[Sequence[Any]]] | None) -> tuple[View, ...]:
@@ -166,7 +163,9 @@ def make_view(name: str, rows: Sequence[Rows], whole: Mapping[str, View]) -> Vie
     )
     shape = (sum(part.stop - part.start for part in rows), *first.spec.shape[1:]) if first.spec.shape else ()
     shape = (math.prod(shape),) if name.endswith(".bias") else shape
-    return View(TensorSpec(name, first.spec.dtype, shape), first.shard, ranges, tuple(rows))
+    spec, nbytes = TensorSpec(name, first.spec.dtype, shape), sum(length for _, length in ranges)
+    pieces = ranges if len(ranges) > 1 else ()
+    return View(spec, first.shard, min(ranges)[0], nbytes, tuple(rows), pieces=pieces)
 
 
 def _matrix_view(name: str, rows: Sequence[Rows], whole: View) -> View:
@@ -179,9 +178,9 @@ def _matrix_view(name: str, rows: Sequence[Rows], whole: View) -> View:
     spec = TensorSpec(name, whole.spec.dtype, (count, n_rows if part.step else width))
     if part.step:
         columns = Columns(offset, width, part.start, part.step, len(rows))
-        return View(spec, whole.shard, ((offset, spec.nbytes),), tuple(rows), columns)
+        return View(spec, whole.shard, offset, spec.nbytes, tuple(rows), columns)
     start = offset + part.start * (whole.nbytes // (n_matrices * n_rows))
-    return View(spec, whole.shard, ((start, spec.nbytes),), tuple(rows))
+    return View(spec, whole.shard, start, spec.nbytes, tuple(rows))
 
 
 def _is_makeable(rows: Sequence[Rows], whole: Mapping[str, View]) -> bool:
