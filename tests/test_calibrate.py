@@ -13,9 +13,9 @@ from run_ckpt.storage.layer_statistics import fisher_name, read_statistics
 from run_ckpt.storage.units import parse_nbytes
 from run_ckpt.tools.calibrate import DEFAULT_PROMPTS, hold_out, sizes_in_turn
 from run_ckpt.tools.compare.trajectory import Sample, read_samples
-from tests.pipelines import make_language_model, make_pipeline
+from tests.pipelines import FLOAT32, make_language_model, make_pipeline
 
-SMALL = ("--height", 32, "--width", 32, "--steps", 2, "--samples", 4)
+SMALL = ("--height", 32, "--width", 32, "--steps", 2, "--samples", 4, *FLOAT32)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,11 @@ def test_the_statistics_of_a_pipeline_are_those_of_its_own_calls(base: Path, tmp
     assert result.exit_code == 0, result.output
     statistics = read_statistics(tmp_path / "stats" / "transformer")
 
-    flux = FluxPipeline.from_pretrained(base / "pipeline", torch_dtype=torch.bfloat16)
+    flux = FluxPipeline.from_pretrained(base / "pipeline", torch_dtype=torch.float32)
     rows: list[torch.Tensor] = []
     flux.transformer.single_transformer_blocks[0].proj_mlp.register_forward_hook(
-        lambda _module, args, _output: rows.append(args[0].double().flatten(0, -2))
+        # Recorded inputs are rounded to BF16.
+        lambda _module, args, _output: rows.append(args[0].bfloat16().double().flatten(0, -2))
     )
     for n, prompt in enumerate("acd"):  # b is held out
         generator = torch.Generator().manual_seed(1000 + "abcd".index(prompt))
@@ -73,7 +74,7 @@ def test_passes_that_fit_a_memory_write_the_same_files(base: Path, tmp_path: Pat
 
 def test_samples_have_several_sizes_by_turns(base: Path, tmp_path: Path) -> None:
     options = ("--model-path", base / "pipeline", "--prompts", base / "prompts.txt", "--steps", 2, "--samples", 4)
-    result = run("calibrate", *options, "--output", tmp_path, "--size", "32x32", "--size", "32x64")
+    result = run("calibrate", *options, *FLOAT32, "--output", tmp_path, "--size", "32x32", "--size", "32x64")
     assert result.exit_code == 0, result.output
     statistics = read_statistics(tmp_path / "transformer")["transformer_blocks.0.attn.to_q"]
     # Patches of 2 x 2 pixels: 256 and 512 tokens, in two steps each; the second sample is held out.

@@ -17,7 +17,7 @@ from run_ckpt.tools.compare.figures import PIPELINE_FIGURES, TEXT_FIGURES, Pipel
 from run_ckpt.tools.compare.metrics import psnr_db, ssim, sum_errors, sum_text_errors
 from run_ckpt.tools.compare.trajectory import Sample, read_samples
 from tests.checkpoints import convert
-from tests.pipelines import make_language_model, make_pipeline
+from tests.pipelines import FLOAT32, make_language_model, make_pipeline
 
 
 def run(*arguments: object) -> Result:
@@ -132,7 +132,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(root: Path, *more: object, prompts: str = "prompts.txt") -> Result:
-    size = ("--height", 32, "--width", 32, "--steps", 3)
+    size = ("--height", 32, "--width", 32, "--steps", 3, *FLOAT32)
     return run("compare", "--model-path", root / "base", "--prompts", root / prompts, *size, *more)
 
 
@@ -169,10 +169,10 @@ def test_figures_are_of_what_the_pipelines_themselves_compute(compared: tuple[An
 
     from run_ckpt import load_quantized
 
-    mxfp4 = load_quantized(pipeline / "mxfp4" / "transformer", dtype=torch.bfloat16)
+    mxfp4 = load_quantized(pipeline / "mxfp4" / "transformer", dtype=torch.float32)
     finals = []
     for parts in ({}, {"transformer": mxfp4}):
-        flux = FluxPipeline.from_pretrained(pipeline / "base", torch_dtype=torch.bfloat16, **parts)
+        flux = FluxPipeline.from_pretrained(pipeline / "base", torch_dtype=torch.float32, **parts)
         options = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "latent"}
         finals.append(
             [

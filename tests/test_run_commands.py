@@ -14,7 +14,7 @@ from run_ckpt.contract.errors import CheckpointError, UsageError
 from run_ckpt.tools.bench import LayerTime
 from tests.checkpoints import convert
 from tests.converted import FLUX_DIGITS
-from tests.pipelines import make_pipeline
+from tests.pipelines import FLOAT32, make_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def run(*arguments: object) -> Result:
 
 
 def run_generate(base: Path, out: Path, output: Path, *more: object) -> Result:
-    size = ("--height", 32, "--width", 32, "--steps", 2)
+    size = ("--height", 32, "--width", 32, "--steps", 2, *FLOAT32)
     paths = ("--model-path", base, "--transformer-path", out / "transformer", "--output", output)
     return run("generate", *paths, "--prompt", "a cat", *size, *more)
 

@@ -33,7 +33,7 @@ from tests.test_mistakes import COMMANDS
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COLUMNS = 80
 HUB = "https://huggingface.co"
-_DRAW = "--prompts prompts.txt --height 32 --width 32 --steps 2"
+_DRAW = "--prompts prompts.txt --height 32 --width 32 --steps 2 --dtype float32"
 # Name -> the commands, which run one after the other and in this order, each in the folder of what was made before.
 SCRIPTS = {
     "convert": "convert-ckpt flux-digits mxfp4 --format mxfp4",
@@ -59,7 +59,7 @@ SCRIPTS = {
     "calibrate": f"run-ckpt calibrate --model-path flux --output statistics --samples 4 {_DRAW} --device cpu",
     "generate": (
         "run-ckpt generate --model-path flux --transformer-path flux-mxfp4/transformer --prompt cat --output cat.png"
-        " --height 32 --width 32 --steps 2 --device cpu"
+        " --height 32 --width 32 --steps 2 --dtype float32 --device cpu"
     ),
     "compare": (
         f"run-ckpt compare --model-path flux --transformer-path flux-mxfp4 --output compared {_DRAW} --device cpu"
