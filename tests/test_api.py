@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import convert_ckpt
 from convert_ckpt import (
@@ -77,8 +78,7 @@ def test_every_field_of_the_options_and_every_argument_is_documented() -> None:
 def test_it_writes_the_bytes_of_the_command(tmp_path: Path, options: dict[str, str]) -> None:
     summary = convert(str(FLUX_DIGITS), tmp_path / "api", **options)  # type: ignore[arg-type]
     arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-c", "from convert_ckpt.cli import main; main()", FLUX_DIGITS, tmp_path / "cli"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+    done = CliRunner().invoke(cli, [str(FLUX_DIGITS), str(tmp_path / "cli"), *arguments])
     assert folder_bytes(tmp_path / "api") == folder_bytes(tmp_path / "cli")
     assert done.stdout.partition(" in ")[0] == str(summary).partition(" in ")[0]
 
