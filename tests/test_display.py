@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -97,6 +98,16 @@ def test_too_little_memory_for_torch_is_an_error_of_one_line(output: Path) -> No
     command = ["bash", "-c", 'ulimit -v 300000; exec "$0" -c "$1" verify "$2"', sys.executable, RUN, output]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.partition(". ")[0]) == (1, "error: out of memory")
+
+
+def test_a_umask_that_locks_its_own_user_out_is_lifted_for_that_user(tmp_path: Path) -> None:
+    options = [FLUX_DIGITS, str(tmp_path / "out"), "--format", "fp8", "--quiet"]
+    done = subprocess.run(
+        ["bash", "-c", 'umask 0727; exec "$@"', "bash", sys.executable, "-c", CONVERT, *options], check=False
+    )
+    assert done.returncode == 0
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "out" / "config.json").stat().st_mode) == 0o640
 
 
 HOSTILE = 'a`</code></table><script>alert(1)</script>[x](javascript:1)"; import os; $(reboot) ${x} |'

@@ -131,7 +131,10 @@ def test_a_downloaded_repo_verifies(hub: Hub, source: Path, output: Path, tmp_pa
     assert report.faults == ()
 
 
-def test_after_a_kill_in_the_middle_only_what_is_missing_goes_up(hub: Hub, output: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_after_a_kill_in_the_middle_only_what_is_missing_goes_up(
+    hub: Hub, output: Path, number: signal.Signals, code: int
+) -> None:
     second, reached, resume = sha256(output / SHARDS[1]), threading.Event(), threading.Event()
 
     def hold(method: str, path: str) -> None:
@@ -142,8 +145,8 @@ def test_after_a_kill_in_the_middle_only_what_is_missing_goes_up(hub: Hub, outpu
     hub.fault = hold
     process = subprocess.Popen(run_ckpt("push", output, REPO), env=command_environment(hub))
     assert reached.wait(60)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    assert process.wait(25) == code
     resume.set()
     assert hub.files(REPO).keys() == {SHARDS[0]}
     hub.fault = lambda method, path: None

@@ -1,6 +1,7 @@
 """What both commands share: completion, errors in one line, exit codes."""
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -42,6 +43,7 @@ def run_command(
 ) -> NoReturn:
     """Run ``args`` (default: the process's). An error is one message on stderr and ends the process by EXIT_CODES."""
     args = sys.argv[1:] if args is None else list(args)
+    os.umask(os.umask(0o077) & 0o077)  # or a run could not go on in the folder that one before it made
     subcommand = [arg for arg in args[:1] if arg in getattr(command, "commands", ())]
     with usable_streams(), ending_signals() as ending:
         try:
