@@ -1,10 +1,12 @@
 """gpt-oss: the MXFP4 of its experts is written as OpenAI's own checkpoints have it, and passed through."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
@@ -146,6 +148,15 @@ def test_our_loader_runs_the_rounded_source(
             linear: Any = loaded.get_submodule(f"{EXPERTS}.{number}.{leaf}")
             assert linear.backend == backend
             assert_bits_equal(linear(torch.eye(linear.layer.K)) - linear.bias, (weight + linear.bias) - linear.bias)
+
+
+def test_biases_of_other_experts_are_a_fault(foreign: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(foreign, tmp_path / "copy"))
+    tensors = load_all(folder)
+    tensors[f"{EXPERTS}.down_proj_bias"] = tensors[f"{EXPERTS}.down_proj_bias"][:3].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(FaultsError, match=r"down_proj_bias: in the checkpoint, but the model has no use for it"):
+        load_quantized(folder)
 
 
 def test_what_our_loader_saves_is_the_result(converted: Path, tmp_path: Path) -> None:

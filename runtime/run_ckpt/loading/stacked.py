@@ -33,7 +33,9 @@ def unstacked(checkpoint: Checkpoint) -> Checkpoint:
         layers |= {each.module: each for each in experts}
         for role, name in layer.tensors.items():
             views |= _cut(views.pop(name), [each.tensors[role] for each in experts], experts[0].specs()[role].shape)
-        if bias := kept.pop(f"{layer.module}_bias", None):
+        bias = kept.get(f"{layer.module}_bias")
+        if bias and bias.spec.shape[:1] == (layer.n_stacked,):
+            del kept[bias.spec.name]
             cut = _cut(views.pop(bias.spec.name), [f"{each.module}.bias" for each in experts], bias.spec.shape[1:])
             views |= cut
             kept |= {name: KeptTensor(view.spec, bias.reason, bias.decided_by) for name, view in cut.items()}
