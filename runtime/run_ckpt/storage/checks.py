@@ -11,10 +11,11 @@ from run_ckpt.contract.manifest import MANIFEST_NAME, WEIGHT, Manifest
 from run_ckpt.contract.manifest_checks import spec_faults
 from run_ckpt.contract.manifest_types import type_faults
 from run_ckpt.storage.files import MAX_INDEX_NBYTES
+from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.header import Header, build_header, confirm_header
 from run_ckpt.storage.json_files import make_index, read_json_object
 from run_ckpt.storage.manifest_file import check_manifest, confirm_manifest, read_checked_manifest
-from run_ckpt.storage.shards import TensorFolder, read_folder
+from run_ckpt.storage.shards import TensorFolder, read_folder, read_shards
 
 _REFETCH = "Fetch it again, or convert again."
 
@@ -25,25 +26,29 @@ def check_structure(path: Path) -> None:
     This is what run-ckpt verify finds without reading a tensor or hashing a file.
     """
     manifest, folder = read_checked_manifest(path), read_folder(path)
-    _check(path, manifest, folder, text_faults(folder))
+    _check(path, manifest, folder, [*text_faults(folder), *index_faults(manifest, folder)])
 
 
 def check_written(path: Path, manifest: Manifest, digest: str, headers: Mapping[str, Header]) -> None:
     """Check as check_structure what was just written to ``path``, and raise as it.
 
     What is known need not be parsed again, only compared with the bytes on the disk: ``headers`` of the shards, as
-    build_header made them, and ``manifest``, whose text has the BLAKE3 ``digest``.
+    build_header made them, ``manifest``, whose text has the BLAKE3 ``digest``, and the index, of which it states that.
     """
     confirm_manifest(path, digest)
     if wrong := next(type_faults(manifest.document()), None):
         raise ManifestError(f"{path / MANIFEST_NAME}: {wrong}: is of the wrong type. Report this with the command.")
     check_manifest(path, manifest)
-    _check(path, manifest, read_folder(path, lambda shard: confirm_header(shard, headers[shard.name])), [])
+    found: list[str] = []
+    shards = read_shards(path, sorted(headers), lambda shard: confirm_header(shard, headers[shard.name]), found)
+    index_name = next(iter(_listed_indexes(manifest)), None)
+    folder = TensorFolder(path, tuple(shards), index_name, ())
+    _check(path, manifest, folder, [*found, *_written_index_faults(manifest, folder)])
 
 
 def _check(path: Path, manifest: Manifest, folder: TensorFolder, found: list[str]) -> None:
     faults = [*unlisted_faults(path, manifest), *config_faults(path, manifest), *found]
-    faults += [*header_faults(manifest, folder), *index_faults(manifest, folder)]
+    faults += header_faults(manifest, folder)
     if faults:
         raise FaultsError(f"{path}: not the checkpoint that its manifest describes", faults)
 
@@ -120,7 +125,7 @@ def unlisted_faults(folder: Path, manifest: Manifest) -> list[str]:
 
 def index_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
     """Return a sentence for everything in the index that is not exactly what the shards hold."""
-    listed = sorted(name for name in manifest.files if name.endswith(INDEX_SUFFIX))
+    listed = _listed_indexes(manifest)
     name = folder.index_name
     if name is None:
         if len(folder.shards) > 1:
@@ -139,6 +144,18 @@ def index_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
             f"{name}: metadata is {index.get('metadata')}, the tensors make {expected['metadata']}. {_REFETCH}"
         )
     return faults
+
+
+def _written_index_faults(manifest: Manifest, folder: TensorFolder) -> list[str]:
+    name = folder.index_name
+    if name is None or _listed_indexes(manifest) != [name]:
+        return index_faults(manifest, folder)
+    is_same = hash_path(folder.root / name) == manifest.files[name]["blake3"]
+    return [] if is_same else [f"{name}: is not what was written a moment ago. Look at the disk, then convert again."]
+
+
+def _listed_indexes(manifest: Manifest) -> list[str]:
+    return sorted(name for name in manifest.files if name.endswith(INDEX_SUFFIX))
 
 
 def _short(value: object) -> str:

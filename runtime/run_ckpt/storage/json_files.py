@@ -66,5 +66,12 @@ def config_text(config: dict[str, Any]) -> str:
 
 
 def index_text(index: dict[str, Any]) -> str:
-    """Return the index as it is written: keys sorted, as safetensors' other writers do."""
-    return json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    """Return the index as it is written: keys sorted, as safetensors' other writers do.
+
+    Made line by line: Python's json takes several times as long, and as much memory, for indented text.
+    """
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    entries = sorted(index["weight_map"].items())
+    weight_map = ",\n".join(f"    {encode(name)}: {encode(shard)}" for name, shard in entries)
+    metadata = f'"total_size": {index["metadata"]["total_size"]}'
+    return f'{{\n  "metadata": {{\n    {metadata}\n  }},\n  "weight_map": {{\n{weight_map}\n  }}\n}}\n'

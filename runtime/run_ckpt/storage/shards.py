@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +73,7 @@ def read_folder(path: Path, read: Callable[[Path], Header] = read_shard) -> Tens
         else:
             weight_map = None
             names = _find_files(path, faults, notes)
-    shards = _read_shards(root, names, read, faults)
+    shards = read_shards(root, names, read, faults)
     if weight_map is None and (copies := _same_tensors(shards)):
         faults.append(_give_one(root, copies))
     else:
@@ -148,7 +148,8 @@ def _unlisted_notes(folder: Path, listed: list[str], index_name: str) -> list[st
     return [f"{name}: left out, {index_name} does not list it" for name in present if name not in listed]
 
 
-def _read_shards(root: Path, names: list[str], read: Callable[[Path], Header], faults: list[str]) -> list[Shard]:
+def read_shards(root: Path, names: Iterable[str], read: Callable[[Path], Header], faults: list[str]) -> list[Shard]:
+    """Return the shards ``names`` in ``root``, as ``read`` returns them; what is wrong is added to ``faults``."""
     shards = []
     for name in names:
         path = root / name
