@@ -107,8 +107,7 @@ def test_small_tensors_that_lie_behind_each_other_here_and_there_are_one_slab(tm
     assert [(slab.action, slab.tensor.spec.name, len(slab.others)) for slab in slabs] == [
         ("copy", "model.a_2", 0),  # of another dtype
         ("copy", "model.a_0", 18),
-        ("scan", weight, 0),
-        ("encode", weight, 0),
+        ("quantize", weight, 0),
         ("copy", "model.n_0", 19),
     ]
 

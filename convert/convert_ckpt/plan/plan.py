@@ -100,12 +100,11 @@ class Plan:
 
     def quantized_by_file(self) -> dict[str, list[TensorPlan]]:
         """Return name of each file -> the tensors that are quantized into it."""
-        file_of = self.file_of_tensors()
-        quantized: dict[str, list[TensorPlan]] = {file.name: [] for file in self.files}
-        for tensor in self.tensors:
-            if tensor.layer and (file := file_of.get(tensor.layer.tensors[WEIGHT])):
-                quantized[file].append(tensor)
-        return quantized
+        weights = {tensor.layer.tensors[WEIGHT]: tensor for tensor in self.tensors if tensor.layer}
+        return {
+            file.name: [weights[t.spec.name] for t in file.header.tensors if t.spec.name in weights]
+            for file in self.files
+        }
 
     @property
     def source_nbytes(self) -> int:

@@ -233,9 +233,13 @@ class Engine:
         if slab.row == 0 and (fault := identity_fault(self._plan, slab.tensor, to_float(unfolded[:1]))):
             raise CheckpointError(fault)
         bits = fold_bits(unfolded, slab.tensor.fold, slab.row)
-        scale = self._tensor_scale(slab, layer) if slab.action == "encode" else None
+        is_seen = slab.action == "encode" and slab.hash_order is None  # when it was scanned
+        group = scale_group(slab.tensor)
+        if group and slab.action == "quantize":  # it is all of its group
+            self._amax[group], is_seen = self._look(slab, bits), True
+        scale = self._tensor_scale(group, layer) if group else None
         if self._nonfinite.is_refused:
-            if slab.action == "quantize" or slab.hash_order is not None:  # else it was looked at when it was scanned
+            if not is_seen:
                 self._look(slab, bits)
             return
         if self._calibrated and slab.tensor.statistics:
@@ -262,9 +266,7 @@ class Engine:
         with self._signal.notify():
             self._errors[layer.module].append(errors)
 
-    def _tensor_scale(self, slab: Slab, layer: Layer) -> np.ndarray:
-        group = scale_group(slab.tensor)
-        assert group is not None
+    def _tensor_scale(self, group: str, layer: Layer) -> np.ndarray:
         self._signal.wait_until(lambda: self._unscanned[group] == 0)
         return tensor_scale(self._amax[group], layer)
 

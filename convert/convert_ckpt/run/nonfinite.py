@@ -14,6 +14,8 @@ from run_ckpt.contract.tensors import DTYPE_BITS
 
 # The kernel that looks for the largest magnitude takes so many elements at a time.
 _STEP = 16
+# Elements that numpy looks through in less time than it takes to call the kernel.
+_FEW = 1024
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -46,7 +48,7 @@ class NonFiniteElements:
         if slab.tensor.spec.dtype not in _FLOATS or not slab.nbytes:
             return
         bits = weight_bits(raw, slab.tensor.spec.dtype, 1)
-        whole = len(bits) // _STEP * _STEP
+        whole = len(bits) // _STEP * _STEP if len(bits) > _FEW else 0
         largest = largest_magnitude(bits[:whole].reshape(1, -1)) if whole else 0
         if is_finite(largest) and np.isfinite(to_float(bits[whole:])).all():
             return

@@ -34,15 +34,15 @@ Action = Literal["copy", "quantize", "scan", "encode", "decode", "store", "hash"
 class Slab:
     """``nbytes`` bytes of a source tensor from byte ``start``; rows from ``row`` on if it is a weight or folded.
 
-    They lie at ``offset`` in the shard. copy and quantize read and write; a weight with a scale of its own is read
-    twice, to scan its amax and to encode it; codes that are there already are decoded, or stored as they are, with
-    scales that are read beside them; hash reads what has no place in the output. ``hash_order`` numbers the
-    slabs that together are all bytes of a source shard; it is None for a second reading, and for one of a shard that
-    is no file of the plan. A weight that is stored transposed is read twice, as its rows are no bytes in order: its
-    matrix is hashed, then its columns are read. ``outputs`` are the files it writes to, or that wait for its hash: none
-    if only the scan is needed, two where another file repeats its scale. A layer with statistics is quantized or
-    encoded as one slab. ``others`` are whole tensors that are copied with it: in the shard and in the file they lie one
-    behind the other, and have the same dtype.
+    They lie at ``offset`` in the shard. copy and quantize read and write; a weight with a scale of its own that is no
+    single slab, or shares that scale, is read twice, to scan its amax and to encode it; codes that are there already
+    are decoded, or stored as they are, with scales that are read beside them; hash reads what has no place in the
+    output. ``hash_order`` numbers the slabs that together are all bytes of a source shard; it is None for a second
+    reading, and for one of a shard that is no file of the plan. A weight that is stored transposed is read twice, as
+    its rows are no bytes in order: its matrix is hashed, then its columns are read. ``outputs`` are the files it
+    writes to, or that wait for its hash: none if only the scan is needed, two where another file repeats its scale. A
+    layer with statistics is quantized or encoded as one slab. ``others`` are whole tensors that are copied with it: in
+    the shard and in the file they lie one behind the other, and have the same dtype.
     """
 
     action: Action
@@ -131,6 +131,7 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
     slabs: list[Slab] = []
     encodes: dict[str, list[Slab]] = {}
     n_hashed: Counter[str] = Counter()
+    n_members = Counter(map(scale_group, plan.tensors))
     for tensor, *others in join_copies(plan, SLAB_NBYTES):
         names = tensor.layer.tensors.values() if tensor.layer else [tensor.spec.name]
         files = tuple(dict.fromkeys(place.file for name in names for place in places.find(name)))
@@ -143,7 +144,9 @@ def list_slabs(plan: Plan, known_groups: Collection[str]) -> list[Slab]:
             if tensor.shard not in hashed:
                 continue
             action = "hash"
-        if group and group not in known_groups:
+        if group and group not in known_groups and files and n_members[group] == 1 and not whole and _is_small(tensor):
+            action = "quantize"
+        elif group and group not in known_groups:
             if files:
                 encodes.setdefault(group, []).extend(
                     Slab("encode", tensor, *part, None, files) for part in split(tensor, whole=whole)
@@ -259,6 +262,11 @@ def _with_encodes(slabs: list[Slab], encodes: dict[str, list[Slab]]) -> list[Sla
     return [*merged, *waiting]
 
 
+def _is_small(tensor: TensorPlan) -> bool:
+    """True where a tensor is one slab, whatever becomes of it."""
+    return not tensor.view.pieces and 2 * max(tensor.view.nbytes, tensor.spec.nbytes) <= SLAB_NBYTES
+
+
 def split(
     tensor: TensorPlan, others: Sequence[TensorPlan] = (), *, whole: bool = False
 ) -> Iterator[tuple[int, int, int, int]]:
@@ -269,7 +277,7 @@ def split(
     if others:
         yield 0, sum(each.view.nbytes for each in (tensor, *others)), 0, tensor.view.offset
         return
-    if not tensor.view.pieces and 2 * max(tensor.view.nbytes, tensor.spec.nbytes) <= SLAB_NBYTES:
+    if _is_small(tensor):
         yield 0, tensor.view.nbytes, 0, tensor.view.offset
         return
     step, row_nbytes = SLAB_NBYTES, 0
