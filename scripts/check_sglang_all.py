@@ -36,7 +36,7 @@ from tests.model_classes import CLASSES  # noqa: E402
 from tests.models import MODELS, save  # noqa: E402
 from tests.test_text_encoders import MODELS as WITH_VISION  # noqa: E402
 
-CASES = {**MODELS, "anima": CLASSES["anima"]}
+CASES = {**MODELS, **{name: CLASSES[name] for name in ("anima", "qwen-image-layered")}}
 MODEL_NAMES = tuple(name for name, case in CASES.items() if case.preset not in ("dense-llm", "text-encoder"))
 # SGLang's name -> diffusers' name, in Z-Image's config.json: in reduced sizes SGLang needs its own.
 Z_IMAGE_NAMES = {"num_layers": "n_layers", "num_attention_heads": "n_heads", "out_channels": "in_channels"}

@@ -13,7 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+
+from check_sglang_all import write_mixed_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,8 +32,10 @@ from tests.models import MODELS, save  # noqa: E402
 CASES = {**MODELS, **CLASSES}
 MODEL_NAMES = (
     *("flux1", "flux2", "qwen-image", "wan-2.2", "wan-2.1-i2v", "ltx2", "z-image", "z-image-wide"),
-    *("wan-vace", "hunyuan-video-1.5"),
+    *("wan-vace", "hunyuan-video-1.5", "qwen-image-layered"),
 )
+# By a recipe: a third of the layers in FP8, a third in BF16.
+MIXED = "mixed"
 # Heads are shared out whole.
 MAX_RANKS = {"z-image": 2}
 VARIANTS = {
@@ -38,6 +43,8 @@ VARIANTS = {
     "mxfp4": {"format": "mxfp4"},
     "mxfp4-plain": {"format": "mxfp4", "layout": "plain"},
     "mxfp8": {"format": "mxfp8"},
+    "fp8-plugin": {"format": "fp8", "dialect": "mxfp4"},
+    MIXED: {"format": "mxfp4"},
 }
 
 
@@ -65,7 +72,9 @@ def check(python: Path, name: str, folders: list[Path], options: list[str]) -> i
     """Run check_vllm_omni.py, print its verdicts; return how many are not RIGHT. folders: results and their source."""
     if len(folders) == 1:
         return 0
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # The plug-in of this checkout, whichever is installed there.
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "convert", "runtime"))
+    environment = {**os.environ, "PYTHONPATH": paths}
     command = [str(python), str(ROOT / "scripts" / "check_vllm_omni.py"), *map(str, folders), "--quiet"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)
     verdicts = [line for line in done.stdout.splitlines() if line.startswith(("RIGHT", "WRONG", "REFUSED"))]
@@ -82,6 +91,10 @@ def convert(name: str, source: Path, key: str) -> Path | None:
     """Return the result for vLLM-Omni, None where it has no sound form."""
     output, options = source.parent / key, Options(**VARIANTS[key], target="vllm-omni")
     try:
+        if key == MIXED:
+            options = replace(
+                options, **write_mixed_recipe(read_manifest(source.parent / "mxfp4").layers, source.parent)
+            )
         convert_checkpoint(source, output, options, n_workers=2, restart=True, progress=Silent())
     except UsageError as error:
         print(f"{name:14} {key}: {error}", flush=True)

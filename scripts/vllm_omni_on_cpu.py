@@ -24,6 +24,7 @@ from unittest.mock import MagicMock
 import torch
 from missing_libraries import fill_in_torchaudio, fill_in_torchvision
 from torch import nn
+from vllm_ranks import as_rank
 from vllm_stand_ins import stand_in_for_block_kernel, stand_in_for_fp8_rounding
 
 # Class of a transformer -> the pipeline whose folder it lies in.
@@ -37,7 +38,11 @@ PIPELINES = {
     "WanVACETransformer3DModel": "WanVACEPipeline",
     "HunyuanVideo15Transformer3DModel": "HunyuanVideo15ImageToVideoPipeline",
 }
-WAN_IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
+# Where the config tells which of a class's pipelines: class, what is true of it -> pipeline.
+OTHER_PIPELINES = {
+    ("WanTransformer3DModel", "image_dim"): "WanImageToVideoPipeline",
+    ("QwenImageTransformer2DModel", "use_layer3d_rope"): "QwenImageLayeredPipeline",
+}
 _OTHER_COMPONENTS = re.compile(
     r"(Scheduler|Tokenizer\w*|Encoder\w*|AutoConfig|Processor|ForConditionalGeneration|CLIPTextModel|AutoModel\w*"
     r"|from_pretrained_with_prefetch|prefetch_subfolders|create_transformers_model|Vocoder\w*|Connectors\w*)$"
@@ -117,7 +122,7 @@ class VllmOmni:
             tempfile.TemporaryDirectory() as pipeline,
             set_current_vllm_config(self._config),
             _default_dtype(),
-            _ranks(rank, n_ranks),
+            as_rank(rank, n_ranks),
         ):
             _lay_out(Path(pipeline), folder)
             config = OmniDiffusionConfig(model=pipeline)
@@ -142,8 +147,9 @@ def _lay_out(pipeline: Path, folder: Path) -> None:
     name = PIPELINES.get(config["_class_name"])
     if name is None:
         sys.exit(f"{config['_class_name']}: no pipeline of this class is known here. Known: {', '.join(PIPELINES)}.")
-    if name == "WanPipeline" and config.get("image_dim"):
-        name = WAN_IMAGE_TO_VIDEO
+    for (class_name, key), other in OTHER_PIPELINES.items():
+        if config["_class_name"] == class_name and config.get(key):
+            name = other
     index = {"_class_name": name, "transformer": ["diffusers", config["_class_name"]]}
     (pipeline / "model_index.json").write_text(json.dumps(index))
     (pipeline / "transformer").symlink_to(folder.resolve())
@@ -189,16 +195,3 @@ def _default_dtype() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def _ranks(rank: int, n_ranks: int) -> Iterator[None]:
-    from vllm.distributed import parallel_state
-
-    group = parallel_state.get_tp_group()
-    before = group.world_size, group.rank_in_group
-    group.world_size, group.rank_in_group = n_ranks, rank
-    try:
-        yield
-    finally:
-        group.world_size, group.rank_in_group = before

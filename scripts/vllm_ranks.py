@@ -41,13 +41,14 @@ def _load(config: Any, rank: int, n_ranks: int) -> dict[str, nn.Module]:
 
     # The model that was loaded before has layers of these names.
     config.compilation_config.static_forward_context.clear()
-    with set_current_vllm_config(config), _group(rank, n_ranks):
+    with set_current_vllm_config(config), as_rank(rank, n_ranks):
         model = get_model(vllm_config=config)
     return {name: module for name, module in model.named_modules() if is_ours(module)}
 
 
 @contextmanager
-def _group(rank: int, n_ranks: int) -> Iterator[None]:
+def as_rank(rank: int, n_ranks: int) -> Iterator[None]:
+    """Tell vLLM's tensor parallel group its size and rank for a while."""
     from vllm.distributed import parallel_state
 
     group = parallel_state.get_tp_group()

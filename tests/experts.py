@@ -33,8 +33,9 @@ def _mixtral() -> Any:
 
 def _deepseek_v3() -> Any:
     heads = {"kv_lora_rank": 64, "q_lora_rank": 256, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
-    # vLLM has the correction of the router's choice with this method alone, transformers always.
-    method = {"topk_method": "noaux_tc"}
+    # As in published configs: vLLM has the correction of the router's choice with this method alone, SGLang asks for
+    # the others.
+    method = {"topk_method": "noaux_tc", "moe_layer_freq": 1, "scoring_func": "sigmoid"}
     config = transformers.DeepseekV3Config(**_SIZES, **_SHARED, **heads, **method, n_group=2, topk_group=1)
     return transformers.DeepseekV3ForCausalLM(config)
 

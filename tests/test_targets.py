@@ -131,6 +131,44 @@ def test_block_scales_that_sglangs_llama_loses_are_refused_or_said(tmp_path: Pat
     assert plan["targets"]["sglang"] is None
 
 
+@pytest.mark.parametrize("class_name", ["MistralForCausalLM", "Llama4ForCausalLM"])
+def test_block_scales_are_lost_in_the_classes_made_of_sglangs_llama(tmp_path: Path, class_name: str) -> None:
+    model = language_model(tmp_path, class_name)
+    plan = plan_conversion(model, Options("fp8", granularity="block")).components[0]
+    assert "SGLang loads no " in plan["targets"]["sglang"]
+    with pytest.raises(FaultsError, match=r"llama\.py renames weight_scale_inv"):
+        plan_conversion(model, Options("fp8", granularity="block", target="sglang"))
+
+
+def test_experts_that_sglang_does_not_load_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FaultsError, match="SGLang loads no experts of this class, silently"):
+        plan_conversion(language_model(tmp_path, "Llama4ForCausalLM", experts=2), Options("fp8", target="sglang"))
+
+
+def test_layers_that_sglang_would_not_find_among_the_kept_are_refused(tmp_path: Path) -> None:
+    mixture = language_model(tmp_path, "MixtralForCausalLM", experts=2)
+    options = {"format": "fp8", "granularity": "channel", "target": "sglang"}
+    assert plan_conversion(mixture, Options(**options)).components[0]["targets"]["sglang"] is None
+    with pytest.raises(FaultsError, match="looks for what is kept under other names"):
+        plan_conversion(mixture, Options(**options, ignore=("*.o_proj",)))
+
+
+def test_sglangs_experts_take_no_weights_by_tensor_with_activations_by_token(tmp_path: Path) -> None:
+    mixture = language_model(tmp_path, "Qwen3MoeForCausalLM", experts=2)
+    asked = Options("fp8", granularity="tensor", dialect="compressed-tensors", target="sglang")
+    with pytest.raises(FaultsError, match="no FP8 by tensor with activations by token"):
+        plan_conversion(mixture, asked)
+
+
+@pytest.mark.parametrize(("dialect", "key"), [("quark", "exclude"), ("compressed-tensors", "ignore")])
+def test_what_servers_fuse_of_kept_layers_is_ignored_by_that_name_too(tmp_path: Path, dialect: str, key: str) -> None:
+    """SGLang: a fused linear by another name than its parts' would be FP8 without a scale, silently."""
+    convert(language_model(tmp_path), tmp_path / "out", format="fp8", dialect=dialect, ignore=["*.self_attn.*"])
+    config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["quantization_config"]
+    names = [f"model.layers.0.self_attn.{name}" for name in ("k_proj", "o_proj", "q_proj", "qkv_proj", "v_proj")]
+    assert config[key] == names
+
+
 def test_the_manifest_says_whom_a_result_is_for_and_relayout_judges_again(tmp_path: Path) -> None:
     llama = language_model(tmp_path)
     convert(llama, tmp_path / "shuffled", format="mxfp4")

@@ -151,7 +151,7 @@ def _nothing_to_read(context: PlanContext) -> str:
     target = context.target
     model = f"a {context.source.class_name}" if context.source.class_name else "this model"
     ways = [way for name in FORMATS for way in _ways(replace(context, options=Options(name, target=target.name)))]
-    listed = "; ".join(f"{scheme} (dialect {dialect})" for dialect, scheme in ways)
+    listed = "; ".join(dict.fromkeys(f"{scheme} (dialect {dialect})" for dialect, scheme in ways))
     if not ways:
         return f"--target {target.name}: {target.title} was not seen to load {model}."
     return f"--target {target.name}: {target.title} does not read that of {model}. It reads {listed}."

@@ -97,7 +97,7 @@ class _Judge:
             return Verdict(refusal=reading)
         faults = [
             f"dialect {manifest.dialect}: {target.title} {fault}."
-            for fault in reading.faults(class_name, context.source.config or {})
+            for fault in reading.faults(class_name, context.source.config or {}, manifest.kept)
         ]
         faults += self._plain(target, reading)
         if refusal := reading.refusal(manifest.layers):

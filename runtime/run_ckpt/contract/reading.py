@@ -22,7 +22,8 @@ class Reading:
 
     ``naming`` is the model_kind of what it reads. ``schemes`` is None for all that the dialects say, ``presets`` where
     it builds any class. ``not_for`` maps a pattern on class names to what goes wrong there, ``not_with`` such a pattern
-    with a key and a value of config.json; ``no_experts`` says what does in a mixture of experts.
+    with a key and a value of config.json, ``keeps_wrong`` one to what goes wrong where projections or experts are kept;
+    ``no_experts`` says what does in a mixture of experts.
     ``matching`` says how the ignore list is matched with a linear's name, None where the manifest decides.
     Codes of a linear that it builds as a plain one become its right BF16 weight in the schemes that it ``dequantizes``;
     in all others they are loaded silently wrong, or refused where it ``is_loud``.
@@ -37,6 +38,7 @@ class Reading:
     presets: tuple[str, ...] | None = None
     not_for: dict[str, str] = field(default_factory=dict, hash=False)
     not_with: dict[tuple[str, str, object], str] = field(default_factory=dict, hash=False)
+    keeps_wrong: dict[str, str] = field(default_factory=dict, hash=False)
     no_experts: str | None = None
     matching: str | None = None
     dequantizes: tuple[Scheme, ...] = ()
@@ -51,15 +53,23 @@ class Reading:
         """Return why no result is read with these linears quantized, None where it is."""
         return self.no_experts if has_experts(linears) else None
 
-    def faults(self, class_name: str, config: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what goes wrong with a class and its config.json."""
-        yield from (fault for pattern, fault in self.not_for.items() if fnmatchcase(class_name, pattern))
+    def faults(self, class_name: str, config: Mapping[str, Any], kept: Iterable[str]) -> Iterator[str]:
+        """Yield what goes wrong with a class, its config.json and the tensors that are kept."""
+        lost = self.keeps_wrong if any(map(_is_of_block, kept)) else {}
+        known = [*self.not_for.items(), *lost.items()]
+        yield from (fault for pattern, fault in known if fnmatchcase(class_name, pattern))
         for (pattern, key, value), fault in self.not_with.items():
             if fnmatchcase(class_name, pattern) and config.get(key) == value:
                 yield fault
 
     def builds(self, preset: str) -> bool:
         return self.presets is None or preset in self.presets
+
+
+def _is_of_block(tensor: str) -> bool:
+    """Return whether a tensor is that of a projection or of experts, by its name in transformers."""
+    module = tensor.removesuffix(".weight")
+    return module.endswith("_proj") or ".experts." in module
 
 
 @dataclass(frozen=True)

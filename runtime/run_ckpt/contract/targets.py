@@ -1,6 +1,7 @@
 """Who a result is for: the targets, the results that each of them reads, and the reason where it does not."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from run_ckpt.contract.formats import (
@@ -29,7 +30,17 @@ _GPT_OSS = ("gpt-oss",)
 _OWN = ("fp8", "mxfp4", "modelopt", "quark", "compressed-tensors")
 # Of which a weight has one byte.
 _BYTES = (TENSOR_FP8, CHANNEL_FP8, PLAIN_MXFP8)
-_LLAMA = {"LlamaForCausalLM": "loads no block scales of a Llama, silently: its llama.py renames weight_scale_inv"}
+# SGLang 0.5.23, srt/models/llama.py and the classes whose load_weights it is. Ran: Llama, Llama 4; the others: read.
+_RENAMED = "loads no block scales of this class, silently: its llama.py renames weight_scale_inv"
+_LLAMA = dict.fromkeys(
+    ("Llama*", "Mistral*", "Ministral3*", "Phi3ForCausalLM", "InternLM3*", "IQuestCoder*", "TeleFLM*"), _RENAMED
+)
+# Ran: scripts/check_sglang_llm.py, Llama 4 from a checkpoint in BF16 too.
+_LOST = "looks for what is kept under other names, and makes FP8 without a scale of it, silently"
+_QWEN3_VL = {"Qwen3VLMoe*": _LOST}
+_MIXTRAL = {"MixtralForCausalLM": f"{_LOST}. Use --dialect quark or fp8"}
+_DEEPSEEK = {"DeepseekV*": "takes one scale for q_a_proj and kv_a_proj_with_mqa together; use --granularity channel"}
+_LLAMA4 = {"Llama4ForCausalLM": "loads no experts of this class, silently, quantized or not"}
 # transformers' own code of these reads the dtype of .weight, and packed codes have another name (ran, 5.19 and 5.23).
 _PACKED = {
     "*T5EncoderModel": "fails on packed codes, as transformers' T5 asks for a .weight. Use --dialect mxfp4, or"
@@ -69,48 +80,30 @@ _ENCODERS = (
     Reading("transformers-plugin", ENCODER, ("mxfp4",)),
 )
 
+_SGLANG_DIT = partial(Reading, "sglang", "diffusers", is_loud=False, fused_scales=True)
+_SGLANG_LLM = partial(Reading, "sglang-llm", "transformers", not_for=_LLAMA4, keeps_wrong=_QWEN3_VL, is_loud=False)
+_OMNI_DIT = partial(Reading, "vllm-omni", "diffusers", is_loud=False, fused_scales=False)
+_OMNI_PLUGIN = partial(Reading, "vllm-omni-plugin", "diffusers", ("mxfp4",), presets=_OMNI)
+_VLLM = partial(Reading, "vllm", "transformers")
+
 _TARGETS = (
     Target(
         "sglang",
         "SGLang",
         (
-            Reading(
-                "sglang",
-                "diffusers",
-                ("fp8",),
-                matching=PART,
-                dequantizes=(TENSOR_FP8,),
-                is_loud=False,
-                fused_scales=True,
-            ),
-            Reading(
-                "sglang",
-                "diffusers",
-                ("modelopt",),
-                (TENSOR_FP8,),
-                matching=NAME,
-                dequantizes=(TENSOR_FP8,),
-                is_loud=False,
-                fused_scales=True,
-            ),
-            Reading(
-                "sglang",
-                "diffusers",
-                ("modelopt",),
-                (PLAIN_NVFP4,),
-                not_for=_SWAPPED,
-                matching=NAME,
-                is_loud=False,
-                fused_scales=True,
-            ),
+            _SGLANG_DIT(("fp8",), matching=PART, dequantizes=(TENSOR_FP8,)),
+            _SGLANG_DIT(("modelopt",), (TENSOR_FP8,), matching=NAME, dequantizes=(TENSOR_FP8,)),
+            _SGLANG_DIT(("modelopt",), (PLAIN_NVFP4,), not_for=_SWAPPED, matching=NAME),
             Reading("sglang-plugin", "diffusers", ("mxfp4", "quark", "compressed-tensors")),
             Reading("sglang-weights", "diffusers", ("rowwise",), presets=_ROWWISE, keeps_names=True),
-            Reading("sglang-llm", "transformers", ("gpt-oss",), presets=_GPT_OSS),
-            Reading("sglang-llm", "transformers", ("quark",)),
-            Reading("sglang-llm", "transformers", ("compressed-tensors",), (TENSOR_FP8, CHANNEL_FP8)),
-            Reading("sglang-llm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
-            Reading("sglang-llm", "transformers", ("fp8",), (BLOCK_FP8,), not_for=_LLAMA, is_loud=False),
-            Reading("sglang-llm", "transformers", ("fp8", "modelopt"), (TENSOR_FP8,)),
+            _SGLANG_LLM(("gpt-oss",), presets=_GPT_OSS),
+            _SGLANG_LLM(("quark",), (PLAIN_MXFP4,)),
+            _SGLANG_LLM(("quark",), (TENSOR_FP8,), not_for=_LLAMA4 | _DEEPSEEK),
+            _SGLANG_LLM(("compressed-tensors",), (TENSOR_FP8,), no_experts=_NO_EXPERTS),
+            _SGLANG_LLM(("compressed-tensors",), (CHANNEL_FP8,), keeps_wrong=_QWEN3_VL | _MIXTRAL),
+            _SGLANG_LLM(("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE),
+            _SGLANG_LLM(("fp8",), (BLOCK_FP8,), not_for=_LLAMA4 | _LLAMA),
+            _SGLANG_LLM(("fp8", "modelopt"), (TENSOR_FP8,), not_for=_LLAMA4 | _DEEPSEEK),
             # Ran, scripts/encoder_sglang.py: it hands these to transformers, and refuses what it takes for its own.
             Reading("sglang-encoder", ENCODER, ("compressed-tensors",), _BYTES, not_with=_HALF),
             Reading("sglang-encoder", ENCODER, ("compressed-tensors",), not_for=_PACKED, not_with=_HALF),
@@ -126,48 +119,29 @@ _TARGETS = (
         "vllm-omni",
         "vLLM-Omni",
         (
-            Reading(
-                "vllm-omni",
-                "diffusers",
+            _OMNI_DIT(
                 ("modelopt",),
                 (CHANNEL_FP8, TENSOR_FP8),
                 _OMNI_MODELOPT,
                 matching=TEXT,
                 dequantizes=(CHANNEL_FP8, TENSOR_FP8),
-                is_loud=False,
-                fused_scales=False,
             ),
-            Reading(
-                "vllm-omni",
-                "diffusers",
-                ("vllm-omni",),
-                presets=_OMNI_FP8,
-                matching=NAME,
-                is_loud=False,
-                fused_scales=False,
-            ),
-            Reading("vllm-omni-plugin", "diffusers", ("mxfp4",), (AITER_MXFP4, PLAIN_MXFP4), _OMNI),
+            _OMNI_DIT(("vllm-omni",), presets=_OMNI_FP8, matching=NAME),
+            _OMNI_PLUGIN(schemes=(AITER_MXFP4, PLAIN_MXFP4)),
             # E4M3 codes have the shape of the weight that a plain linear would take them for.
-            Reading(
-                "vllm-omni-plugin",
-                "diffusers",
-                ("mxfp4",),
-                (AITER_MXFP4, PLAIN_MXFP4, PLAIN_MXFP8, TENSOR_FP8),
-                _OMNI,
-                is_loud=False,
-            ),
+            _OMNI_PLUGIN(schemes=(AITER_MXFP4, PLAIN_MXFP4, PLAIN_MXFP8, TENSOR_FP8), is_loud=False),
         ),
     ),
     Target(
         "vllm",
         "vLLM",
         (
-            Reading("vllm", "transformers", ("gpt-oss",), presets=_GPT_OSS),
-            Reading("vllm", "transformers", ("quark",), (PLAIN_MXFP4,)),
-            Reading("vllm", "transformers", ("compressed-tensors",), (TENSOR_FP8,), no_experts=_NO_EXPERTS),
-            Reading("vllm", "transformers", ("compressed-tensors",), (PLAIN_MXFP4, CHANNEL_FP8)),
-            Reading("vllm", "transformers", ("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
-            Reading("vllm", "transformers", ("fp8", "modelopt", "quark"), (TENSOR_FP8, BLOCK_FP8)),
+            _VLLM(("gpt-oss",), presets=_GPT_OSS),
+            _VLLM(("quark",), (PLAIN_MXFP4,)),
+            _VLLM(("compressed-tensors",), (TENSOR_FP8,), no_experts=_NO_EXPERTS),
+            _VLLM(("compressed-tensors",), (PLAIN_MXFP4, CHANNEL_FP8)),
+            _VLLM(("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
+            _VLLM(("fp8", "modelopt", "quark"), (TENSOR_FP8, BLOCK_FP8)),
         ),
     ),
     Target(
@@ -266,7 +240,7 @@ def _reasons(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, str | N
             reasons[name] = reading
             continue
         title = TARGETS[name].title
-        refusal, fault = reading.refusal(manifest.layers), next(reading.faults(class_name, config), None)
+        refusal, fault = reading.refusal(manifest.layers), next(reading.faults(class_name, config, manifest.kept), None)
         sentence = f"dialect {manifest.dialect}: {title} {fault}" if fault else None
         reasons[name] = f"{title}: {refusal}" if refusal else sentence and sentence + "." * (not reading.is_loud)
     return reasons

@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, usual_scale_shape, usual_suffixes
+from run_ckpt.contract.dialects.dialect import (
+    Dialect,
+    common_scheme,
+    ignore_list_with_fused,
+    usual_scale_shape,
+    usual_suffixes,
+)
 from run_ckpt.contract.formats import (
     CHANNEL_FP8,
     E2M1,
@@ -59,7 +65,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
                 "output_activations": None,
             }
         },
-        "ignore": sorted(manifest.unquantized_linears),
+        "ignore": ignore_list_with_fused(manifest),
         "kv_cache_scheme": None,
     }
 

@@ -74,3 +74,21 @@ def ignore_list(manifest: Manifest) -> list[str]:
     """
     named = {module: prefix for module, prefix in manifest.unquantized_linears.items() if prefix is not None}
     return sorted({*named, *filter(None, named.values())})
+
+
+# Linear of a language model in a server -> its parts in a checkpoint. SGLang 0.5.23 takes few of these names apart: the
+# others it builds quantized where all their parts are ignored, and loads their BF16 weights as FP8 without a scale.
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+
+
+def ignore_list_with_fused(manifest: Manifest) -> list[str]:
+    """Return the linears that were left alone, and the names of what servers fuse of them."""
+    ignored = set(manifest.unquantized_linears)
+    for fused, (first, *others) in _FUSED.items():
+        parents = {module.removesuffix(first) for module in ignored if module.endswith(f".{first}")}
+        ignored |= {parent + fused for parent in parents if all(parent + other in ignored for other in others)}
+    return sorted(ignored)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, usual_suffixes
+from run_ckpt.contract.dialects.dialect import Dialect, common_scheme, ignore_list_with_fused, usual_suffixes
 from run_ckpt.contract.formats import FP8, MX_BLOCK_SIZE, MXFP4, PLAIN_MXFP4, TENSOR_FP8, Scheme
 from run_ckpt.contract.manifest import WEIGHT_SCALE, Manifest
 
@@ -24,7 +24,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
             "bias": None,
             "target_device": None,
         },
-        "exclude": sorted(manifest.unquantized_linears),
+        "exclude": ignore_list_with_fused(manifest),
         "layer_quant_config": {},
         "layer_type_quant_config": {},
         "kv_cache_quant_config": {},
