@@ -110,6 +110,14 @@ def test_a_umask_that_locks_its_own_user_out_is_lifted_for_that_user(tmp_path: P
     assert stat.S_IMODE((tmp_path / "out" / "config.json").stat().st_mode) == 0o640
 
 
+@pytest.mark.parametrize("main", ["convert_ckpt.cli", "run_ckpt.cli.main"])
+def test_a_user_that_the_machine_does_not_know_needs_no_home(output: Path, tmp_path: Path, main: str) -> None:
+    unknown = "import os, pwd, sys; del os.environ['HOME']; pwd.getpwuid = {}.__getitem__; "
+    command = ["inspect", output] if "run" in main else [FLUX_DIGITS, tmp_path / "new", "--format", "fp8", "--quiet"]
+    done = run(f"{unknown} from {main} import main; main()", *command, env={**os.environ, "HOME": "/"})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 HOSTILE = 'a`</code></table><script>alert(1)</script>[x](javascript:1)"; import os; $(reboot) ${x} |'
 
 

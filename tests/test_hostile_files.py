@@ -20,6 +20,7 @@ from run_ckpt.contract.manifest import MANIFEST_NAME
 from run_ckpt.contract.manifest_text import seal_manifest
 from run_ckpt.progress import Silent
 from run_ckpt.storage.atomic import write_durably
+from run_ckpt.storage.checks import config_faults
 from run_ckpt.storage.header import parse_header
 from run_ckpt.storage.manifest_file import read_checked_manifest
 from run_ckpt.tools.publish.card import make_card
@@ -192,6 +193,31 @@ def test_a_file_name_that_nobody_can_write_is_refused(source: Path, name: str) -
 def test_a_class_that_is_no_name_is_refused(source: Path, config: dict[str, Any]) -> None:
     (source / "config.json").write_text(json.dumps(config))
     assert "is no name of a class" in faults_of(source)
+
+
+@pytest.mark.parametrize("declared", ["fp8", 5, [], ["fp8"], None])
+def test_a_config_that_declares_nonsense_is_converted_or_refused(source: Path, tmp_path: Path, declared: Any) -> None:
+    (source / "config.json").write_text(json.dumps({**CLASS, "quantization_config": declared}))
+    with contextlib.suppress(CheckpointError):
+        convert(source, tmp_path / "out", format="fp8")
+        assert config_faults(tmp_path / "out", read_checked_manifest(tmp_path / "out")) == []
+
+
+def test_a_small_file_called_as_ours_would_be_for_a_moment_is_carried_along(source: Path, tmp_path: Path) -> None:
+    name = f"{MANIFEST_NAME}.part"
+    (source / name).write_text("text")
+    convert(source, tmp_path / "out", format="fp8")
+    assert (tmp_path / "out" / name).read_text() == "text"
+    assert name in read_checked_manifest(tmp_path / "out").files
+
+
+def test_what_verify_would_reject_is_not_published(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convert_ckpt.run.side_files.quantization_config", lambda _: {"quant_method": "other"})
+    with pytest.raises(CheckpointError, match="quant_method is 'other'"):
+        convert(source, tmp_path / "out", format="fp8")
+    assert not (tmp_path / "out").exists()
 
 
 def reseal(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:

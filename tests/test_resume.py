@@ -45,6 +45,15 @@ def source(tmp_path: Path) -> Path:
     return save_checkpoint(tmp_path / "in", shards, {"architectures": ["LlamaForCausalLM"]})
 
 
+def test_numbers_that_equal_nothing_in_a_config_do_not_keep_a_run_from_going_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "a": NaN, "b": [-Infinity]}')
+    stop_after(2, source, tmp_path / "out", monkeypatch, format="mxfp4")
+    assert convert(source, tmp_path / "out", format="mxfp4").n_files_resumed == 2
+    convert(source, tmp_path / "out", format="mxfp4")  # complete
+
+
 class StoppedError(Exception):
     """Stands for whatever ends a run."""
 
