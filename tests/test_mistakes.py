@@ -99,6 +99,19 @@ COMMAND_LINE = [
 
 EFFECTS = [
     Mistake(
+        "convert-ckpt good OUT --format mxfp4 --layout plain --dialect gpt-oss",
+        2,
+        "--dialect gpt-oss: is for experts that are stored all in one tensor, those of gpt-oss. Leave it out.",
+    ),
+    Mistake(
+        "run-ckpt relayout result OUT --layout plain --dialect gpt-oss", 2, "--dialect gpt-oss: is for experts that"
+    ),
+    Mistake(
+        "run-ckpt relayout result OUT --layout plain --dialect fp8",
+        2,
+        "--dialect fp8: can't say --format mxfp4 --layout plain. Choose one of mxfp4, quark, compressed-tensors.",
+    ),
+    Mistake(
         "convert-ckpt good OUT --format mxfp4 --granularity channel",
         2,
         "--granularity channel: has no effect on mxfp4, only on fp8. Leave it out.",
@@ -113,6 +126,8 @@ SHARDS = [
 ]
 
 RULES = [
+    Mistake("convert-ckpt good OUT --format mxfp4 --min-sqnr 99", 1, "are kept. 4 for: --min-sqnr 99. Ask for less."),
+    Mistake("convert-ckpt good OUT --format mxfp4 --keep-first 9", 1, "4 for: --keep-first 9. Keep fewer blocks."),
     Mistake(
         "convert-ckpt good OUT --format fp8 --ignore 'decoder.*'", 2, "decoder.*: matches no linear layer of good."
     ),
@@ -145,6 +160,8 @@ RULES = [
 ]
 
 SOURCE = [
+    Mistake("convert-ckpt good/config.json OUT --format fp8", 1, "not a .safetensors file. Give its folder: good."),
+    Mistake("convert-ckpt pipeline/model_index.json OUT --format fp8", 1, "Give its folder: pipeline."),
     Mistake("convert-ckpt nowhere OUT --format fp8", 1, "nowhere: no such file or folder. Give a checkpoint folder"),
     Mistake(
         "convert-ckpt empty OUT --format fp8",
@@ -190,6 +207,7 @@ SOURCE = [
 ]
 
 OUTPUT = [
+    Mistake("convert-ckpt good file/out --format fp8", 1, "file: is a file, in which no folder can be. Choose another"),
     Mistake("convert-ckpt OUT good --format fp8", 1, "good: is not empty. Choose another folder, or remove this one."),
     Mistake("convert-ckpt good good --format fp8", 1, "good: is the source. Choose another folder."),
     Mistake(
@@ -255,6 +273,27 @@ RESULTS = [
 ]
 
 RUNNING = [
+    Mistake("run-ckpt report result --output nowhere/r.html", 1, "nowhere/r.html: its folder does not exist. Make it"),
+    Mistake(
+        "run-ckpt generate --model-path pipelin --transformer-path result --prompt cat --output cat.png",
+        2,
+        "--model-path pipelin: no such folder (did you mean pipeline?). Give a folder or owner/name.",
+    ),
+    Mistake(
+        "run-ckpt generate --model-path good --transformer-path result --prompt cat --output cat.png",
+        2,
+        "--model-path good: no model_index.json, so it is no pipeline in diffusers' layout.",
+    ),
+    Mistake(
+        "run-ckpt calibrate --model-path nowhere --output OUT --text prompts.txt",
+        2,
+        "--model-path nowhere: no such folder. Give a folder or owner/name.",
+    ),
+    Mistake(
+        "run-ckpt compare --model-path good --transformer-path result --text prompts.txt",
+        1,
+        "--model-path good: no language model that transformers can load (",
+    ),
     Mistake("run-ckpt bench result --rows few", 2, "'few' is no list of numbers such as 1,16,256,4096."),
     Mistake("run-ckpt bench result --rows 0", 2, "'--rows': each M must be at least 1."),
     Mistake("run-ckpt bench result --backend magic", 2, "no backend 'magic'. Choose one of aiter, scaled_mm,"),

@@ -140,7 +140,13 @@ def convert_checkpoint(
         pinned_revision = None if restart else staging.pinned_revision(str(reference))
         with open_source(reference, selection, progress.log, staging.skeleton, pinned_revision) as opened:
             predictor = Predictor(opened, options, staging.fetched, n_workers, max_memory, progress)
-            checkpoint = plan_checkpoint(opened, options, partial(_predict, reference, staging, predictor, restart))
+            predict = partial(_predict, reference, staging, predictor, restart)
+            try:
+                checkpoint = plan_checkpoint(opened, options, predict)
+            except (FaultsError, UsageError):  # of a budget, after what was predicted for it
+                if staging.is_adopted:
+                    staging.give_up()
+                raise
             plans = checkpoint.components
             if staging.may_be_published() and all(is_published(staging.output, planned) for planned in plans):
                 staging.remove()

@@ -82,7 +82,7 @@ class RunSummary:
         return {**values, **({"pushed_to": self.pushed.url} if self.pushed else {})}
 
     def _result(self) -> str:
-        formats = self.format
+        formats = next(iter(self.n_layers), self.format)
         if len(self.n_layers) > 1:
             formats = " and ".join(f"{name} ({count})" for name, count in sorted(self.n_layers.items()))
         what = (

@@ -1,5 +1,6 @@
 """OUTPUT in an object store: built here, each shard uploaded while later ones are made, the manifests last."""
 
+import platform
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -118,6 +119,10 @@ class StoreFolder:
         except FileNotFoundError as error:
             raise PublishError(f"{self.reference}: {what}: no such bucket or folder. Check the name.") from error
         except Exception as error:  # each file system has errors of its own
+            if "Credential" in type(error).__name__:  # botocore's, google.auth's, azure's
+                raise PublishError(
+                    f"{self.reference}: {what}: {platform.node()} has no credentials for it ({first_line(error)})."
+                ) from error
             raise PublishError(
                 f"{self.reference}: {what} ({type(error).__name__}: {first_line(error)}). What is here stays: run the"
                 " same command again."

@@ -111,7 +111,13 @@ def find_dialect(context: PlanContext, formats: Collection[str]) -> Dialect:
     schemes = [options.scheme(weight_format) for weight_format in sorted({*formats} - {KEEP}) or [options.format]]
     dialect = _dialect_of_target(context, schemes) if options.target and not options.dialect else None
     if dialect is None:
-        dialect = choose_dialect(schemes, context.naming, asked=options.dialect, static=options.has_static_scales)
+        dialect = choose_dialect(
+            schemes,
+            context.naming,
+            asked=options.dialect,
+            static=options.has_static_scales,
+            of_joint_experts=context.preset.dialect is not None,
+        )
     if options.swap_weight_nibbles and not (dialect.name in SGLANG_DIALECTS and PLAIN_NVFP4 in schemes):
         raise UsageError("--swap-weight-nibbles: is for NVFP4 in a dialect that SGLang's diffusion runtime reads.")
     return dialect

@@ -24,7 +24,7 @@ from convert_ckpt.plan.shape_rules import WEIGHT_SUFFIX, linear_module, reason_n
 from convert_ckpt.plan.target_checks import judge_targets, target_faults, target_notes
 from convert_ckpt.source.component import Component
 from convert_ckpt.source.quantized import EncodedWeight
-from run_ckpt.contract.decided_by import BY_KIND
+from run_ckpt.contract.decided_by import BUDGET, BY_KIND, EDGE, IGNORE
 from run_ckpt.contract.errors import FaultsError
 from run_ckpt.contract.folds import Fold, folds_by_tensor
 from run_ckpt.contract.foreign import is_stored_alike
@@ -35,6 +35,11 @@ from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.version import VERSION
 
 TOOL_NAME = "convert-ckpt"
+
+
+# Who kept all layers -> what to do about it.
+_TO_KEEP_LESS = {BUDGET: "Ask for less.", EDGE: "Keep fewer blocks.", IGNORE: "Ignore fewer layers."}
+_RECIPE_INSTEAD = "Write a --recipe that says otherwise."
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,14 @@ def make_plan(source: Component, options: Options, chosen: Chosen = Chosen()) ->
     files = make_files(source, tensors, manifest, options.max_shard_nbytes)
     idle = idle_notes(options, layers, context.preset, source.class_name)
     dropped = (*dropped_scales_note(calibration, source), *experts_note(calibration, layers))
-    warnings = (*source.notes, *dropped, *idle, *found.notes, *target_notes(context, verdicts))
+    warnings = (
+        *source.notes,
+        *_quantized_note(manifest),
+        *dropped,
+        *idle,
+        *found.notes,
+        *target_notes(context, verdicts),
+    )
     statistics, unused = calibration.statistics, _unused(source)
     return Plan(tensors, files, manifest, scales, warnings, context.preset_from, statistics, unused)
 
@@ -95,8 +107,9 @@ def _nothing_to_convert(decisions: Mapping[str, Decision]) -> str:
         return "nothing to convert: it holds no 2-D weight of a linear layer."
     reasons = Counter(decision.reason for decision in decisions.values())
     listed = "; ".join(f"{count} for: {reason}" for reason, count in sorted(reasons.items()))
-    kept = f"all {len(decisions)} linear layers are kept. {listed}"
-    return f"nothing to convert: {kept}. Write a --recipe that says otherwise."
+    deciders = {decision.decided_by.by for decision in decisions.values()}
+    way = _TO_KEEP_LESS.get(deciders.pop(), _RECIPE_INSTEAD) if len(deciders) == 1 else _RECIPE_INSTEAD
+    return f"nothing to convert: all {len(decisions)} linear layers are kept. {listed}. {way}"
 
 
 def _takes_fused_scales(context: PlanContext, manifest: Manifest) -> bool:
@@ -188,6 +201,17 @@ def _source_facts(source: Component, tensors: tuple[TensorPlan, ...]) -> dict[st
     if source.quantization:
         facts["quantized"] = {"by": source.quantization.by, "weights": _count_fates(tensors)}
     return facts
+
+
+def _quantized_note(manifest: Manifest) -> tuple[str, ...]:
+    """Say that a source is quantized already, what becomes of it, and what errors then are."""
+    found = manifest.source.get("quantized")
+    if not found:
+        return ()
+    fates = ", ".join(f"{fate}: {count}" for fate, count in found["weights"].items())
+    is_new = any("requantized" in fate for fate in found["weights"])
+    errors = "; errors are against what its codes stand for" if is_new else ""
+    return (f"the source is quantized already ({found['by']}); weights {fates}{errors}",)
 
 
 def _count_fates(tensors: tuple[TensorPlan, ...]) -> dict[str, int]:

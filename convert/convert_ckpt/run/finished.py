@@ -6,15 +6,13 @@ from pathlib import Path
 
 from convert_ckpt.plan.plan import ComponentPlan
 from convert_ckpt.source.opened import OpenedSource
-from run_ckpt.contract.differences import manifest_differences
+from run_ckpt.contract.differences import first_of, manifest_differences
 from run_ckpt.contract.errors import ManifestError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.progress import Progress
 from run_ckpt.storage.hashing import hash_path
 from run_ckpt.storage.manifest_file import read_manifest
-
-_N_SHOWN = 3
 
 
 def is_result(output: Path) -> bool:
@@ -43,8 +41,7 @@ def result_faults(output: Path, opened: OpenedSource, plans: list[ComponentPlan]
     for planned in plans:
         found = manifest_differences(manifests[planned.name], planned.plan.manifest)
         if found:
-            more = f" and {len(found) - _N_SHOWN} more" if len(found) > _N_SHOWN else ""
-            faults.append(f"{output}: holds another result ({'; '.join(found[:_N_SHOWN])}{more})")
+            faults.append(f"{output}: holds another result ({first_of(found)})")
     if not faults:
         progress.start("hash source", sum(planned.plan.source_nbytes for planned in plans) if not opened.store else 0)
         for planned in plans:

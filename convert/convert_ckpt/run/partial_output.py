@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from run_ckpt.contract.differences import differences
+from run_ckpt.contract.differences import differences, first_of
 from run_ckpt.contract.errors import PartialRunError
 from run_ckpt.contract.file_names import join_names
 from run_ckpt.storage.files import read_small
@@ -49,6 +49,7 @@ class Staging:
         self._temporary: TemporaryDirectory[str] | None = None
         self.output = self._partial.target
         self.folder = self._partial.path
+        self.is_adopted = False
 
     @property
     def result(self) -> Path:
@@ -104,8 +105,9 @@ class Staging:
             touched = _TOUCHED if any(".ctime_ns was" in line for line in found) else ""
             raise PartialRunError(
                 f"{self.folder} holds an unfinished run with another source or other options:"
-                f" {'; '.join(found)}. {touched}Repeat that command to finish it, or add --restart to throw it away."
+                f" {first_of(found)}. {touched}Repeat that command to finish it, or add --restart to throw it away."
             )
+        self.is_adopted = True
 
     def share(self) -> None:
         """Let the others in, where runs share the folder."""

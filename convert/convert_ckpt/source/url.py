@@ -104,7 +104,9 @@ def _plain_errors(what: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FetchError(f"{what}: not there. Check the name.") from error
+        # fsspec's http says so of a host that does not answer, too.
+        answer = f", or no answer ({first_line(error.__cause__)})" if error.__cause__ else ""
+        raise FetchError(f"{what}: not there{answer}. Check the name.") from error
     except PermissionError as error:
         raise FetchError(f"{what}: no permission to read it. Check the store's credentials.") from error
     except (NotImplementedError, ValueError, TypeError) as error:

@@ -54,11 +54,13 @@ def calibrate(
       run-ckpt calibrate --model-path LLAMA --text wiki.txt --output stats \\
         --memory 16GB
     """
+    from run_ckpt.storage.pipelines import check_base
     from run_ckpt.tools.calibrate import DEFAULT_PROMPTS, Recording, calibrate_pipeline, calibrate_text
 
     if prompts and text:
         raise UsageError("give either --prompts FILE, for a pipeline, or --text FILE, for a language model.")
     memory = parse_nbytes(options["memory"]) if options["memory"] else None
+    check_base(model_path, is_pipeline=not text)
     recording = Recording(output, options["hessian"], options["fisher"], memory)
     if text:
         from run_ckpt.storage.files import read_small

@@ -76,11 +76,13 @@ def compare(
     """
     if bool(options["prompts"]) == bool(options["text"]):
         raise UsageError("give either --prompts FILE, for a pipeline, or --text FILE, for a language model.")
+    from run_ckpt.storage.pipelines import check_base
     from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.compare.figures import faults, measured_figures, parse_limits
 
     figures = measured_figures(of_text=bool(options["text"]), with_lpips=options["lpips"])
     limits = parse_limits(figures, fail_under, fail_over)
+    check_base(options["model_path"], is_pipeline=not options["text"])
     if output:
         from run_ckpt.storage.atomic import check_file
 

@@ -78,11 +78,12 @@ def report(outputs: tuple[str, ...], file: Path) -> None:
     Example:
       run-ckpt report flux-mxfp4 flux-fp8 --output report.html
     """
-    from run_ckpt.storage.atomic import write_durably
+    from run_ckpt.storage.atomic import check_file, write_durably
     from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.publish.report import make_report
     from run_ckpt.tools.publish.rows import read_result
 
+    check_file(file)
     results = {Path(output).resolve().name: read_result(local_path(output, small=True)) for output in outputs}
     write_durably(file, make_report(results).encode())
     click.echo(f"Wrote {file}.")

@@ -65,11 +65,13 @@ def generate(
         --transformer-2-path OUT/transformer_2 --output video.mp4
     """
     from run_ckpt.cli.progress import show_progress
+    from run_ckpt.storage.pipelines import check_base
     from run_ckpt.storage.snapshots import local_path
     from run_ckpt.tools.generate import Request, check_output, load_pipeline, load_transformers
     from run_ckpt.tools.generate import generate as run
 
     check_output(output)
+    check_base(model_path, is_pipeline=True)
     paths = {"transformer": transformer_path, "transformer_2": transformer_2_path}
     given = {name: local_path(path) for name, path in paths.items() if path}
     place = placement(options)

@@ -7,6 +7,8 @@ from run_ckpt.contract.manifest import Manifest
 
 # What is known of a layer only once it is converted.
 _MEASURED = ("sqnr_db", "max_abs_error", "method", "output_sqnr_db")
+_N_SHOWN = 3
+_LONGEST = 60
 # What is compared of a manifest, what a reader knows best first: one that differs makes most of the others differ too.
 _BLOCKS = ("tool", "source", "recipe", "kept", "fused_scales", "unquantized_linears", "layers")
 
@@ -17,7 +19,19 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
     old_text, new_text = (json.dumps(value, sort_keys=True) for value in (old, new))  # in which NaN is NaN
-    return [] if old_text == new_text else [f"{where} was {old!r}, now {new!r}"]
+    return [] if old_text == new_text else [f"{where} was {_short(old)}, now {_short(new)}"]
+
+
+def first_of(found: list[str]) -> str:
+    """Return the first differences in a line, options before files, and how many more there are."""
+    shown = sorted(found, key=lambda phrase: not phrase.startswith("options."))
+    more = f" and {len(found) - _N_SHOWN} more" if len(found) > _N_SHOWN else ""
+    return "; ".join(shown[:_N_SHOWN]) + more
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def manifest_differences(finished: Manifest, planned: Manifest) -> list[str]:

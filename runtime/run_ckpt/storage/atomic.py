@@ -24,7 +24,9 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raise CheckpointError where something that is no file has the name: a folder, a device, a link."""
+    """Raise CheckpointError where something that is no file has the name (a folder, a device, a link), or no folder."""
+    if not path.absolute().parent.is_dir():
+        raise CheckpointError(f"{path}: its folder does not exist. Make it first.")
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise CheckpointError(f"{path}: is a device, a link or a folder. Give the name of a file.")

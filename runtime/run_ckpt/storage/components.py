@@ -31,9 +31,7 @@ def find_components(path: Path, *, with_text_encoders: bool = False) -> dict[str
     """
     if path.is_file():
         if path.suffix not in (SUFFIX, GGUF_SUFFIX):
-            raise CheckpointError(
-                describe_container(path) or f"{path}: not a {SUFFIX} file. Give a checkpoint folder or a {SUFFIX} file."
-            )
+            raise CheckpointError(describe_container(path) or f"{path}: not a {SUFFIX} file. {_what_to_give(path)}")
         return {"": path}
     if not path.is_dir():
         raise CheckpointError(
@@ -51,6 +49,12 @@ def find_components(path: Path, *, with_text_encoders: bool = False) -> dict[str
     if not components or (has_weights and not (path / PIPELINE_INDEX_NAME).is_file()):
         return {"": path}
     return components
+
+
+def _what_to_give(path: Path) -> str:
+    if path.suffix == ".json":  # config.json, an index, model_index.json
+        return f"Give its folder: {path.parent}."
+    return f"Give a checkpoint folder or a {SUFFIX} file."
 
 
 def _no_transformer(path: Path) -> str:

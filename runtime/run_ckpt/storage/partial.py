@@ -134,8 +134,11 @@ class PartialFolder:
         except OSError as error:
             if self._shared and isinstance(error, FileNotFoundError):
                 return False
+            in_the_way = next((parent for parent in self.path.parents if parent.is_file()), None)
             raise CheckpointError(
-                f"{self.path}: {error.strerror}. Choose a place where you may make a folder."
+                f"{in_the_way}: is a file, in which no folder can be. Choose another place."
+                if in_the_way
+                else f"{self.path}: {error.strerror}. Choose a place where you may make a folder."
             ) from error
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self.folder.close)

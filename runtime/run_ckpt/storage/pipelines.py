@@ -7,8 +7,20 @@ from pathlib import Path
 from run_ckpt.contract.errors import UsageError
 from run_ckpt.contract.file_names import INDEX_SUFFIX, SUFFIX
 from run_ckpt.storage.components import PIPELINE_INDEX_NAME
+from run_ckpt.storage.files import similar_path
 from run_ckpt.storage.hub_client import CLIENT, hub_errors
-from run_ckpt.storage.reference import HubRef, Reference
+from run_ckpt.storage.reference import HubRef, Reference, parse_reference
+
+
+def check_base(base: str, *, is_pipeline: bool) -> None:
+    """Raise UsageError where --model-path means something here that is no model, before anything is loaded."""
+    path = parse_reference(base)
+    if not isinstance(path, Path):
+        return
+    if not path.exists():
+        raise UsageError(f"--model-path {base}: no such folder{similar_path(path)}. Give a folder or owner/name.")
+    if is_pipeline and not (path / PIPELINE_INDEX_NAME).is_file():
+        raise UsageError(f"--model-path {base}: no {PIPELINE_INDEX_NAME}, so it is no pipeline in diffusers' layout.")
 
 
 def pipeline_folder(base: Reference, components: Collection[str]) -> Path:

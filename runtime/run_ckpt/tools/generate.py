@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from run_ckpt.contract.errors import CheckpointError, UsageError
+from run_ckpt.contract.errors import CheckpointError, UsageError, first_line
 from run_ckpt.loading.linear import QuantizedLinear
 from run_ckpt.loading.load import describe_backends, load_quantized
 from run_ckpt.progress import Progress
@@ -78,7 +78,9 @@ def load_pipeline(base: str, loaded: Mapping[str, nn.Module], placement: Placeme
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=placement.dtype, **loaded)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # of a model_index.json that is none
-        raise CheckpointError(f"--model-path {base}: no pipeline that diffusers can load ({error}).") from error
+        raise CheckpointError(
+            f"--model-path {base}: no pipeline that diffusers can load ({first_line(error)})."
+        ) from error
     pipeline.to(placement.device)
     others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name not in loaded]
     say(f"loaded {type(pipeline).__name__} from {base}: {', '.join(others)}")
@@ -128,12 +130,10 @@ def run_pipeline(
 
 
 def check_output(path: Path) -> None:
-    """Raise UsageError unless the name says image or video, and the folder is there; and as check_file does."""
+    """Raise UsageError unless the name says image or video; and as check_file does."""
     if path.suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         known = ", ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
         raise UsageError(f"--output {path}: the name must end in one of {known}.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--output {path}: its folder does not exist. Make it first.")
     check_file(path)
 
 

@@ -18,17 +18,25 @@ DIALECTS: dict[str, Dialect] = {
 
 
 def choose_dialect(
-    schemes: Sequence[Scheme], naming: str, *, asked: str | None = None, static: bool = False
+    schemes: Sequence[Scheme],
+    naming: str,
+    *,
+    asked: str | None = None,
+    static: bool = False,
+    of_joint_experts: bool = False,
 ) -> Dialect:
     """Return the dialect that was asked for by name, or the one that the usual consumers of such layers read.
 
     schemes: one for each format among the layers, all different. static: activations have an input_scale.
+    of_joint_experts: of gpt-oss, whose experts are stored all in one tensor.
     Raises UsageError where the dialect can't say all that, or no dialect can.
     """
     if static and list(schemes) != [TENSOR_FP8]:
         raise UsageError("--static: static activations exist only for --format fp8 --granularity tensor.")
     dialect = DIALECTS[asked] if asked else _usual_dialect(schemes, naming, static=static)
     fault = dialect_fault(dialect, schemes, static=static)
+    if dialect.experts_only and not of_joint_experts:
+        fault = "is for experts that are stored all in one tensor, those of gpt-oss. Leave it out."
     if fault:
         raise UsageError(f"--dialect {dialect.name}: {fault}")
     return dialect
@@ -49,7 +57,7 @@ def dialect_fault(dialect: Dialect, schemes: Sequence[Scheme], *, static: bool) 
         return f"can't say that some layers are {formats}. Use --dialect {_list(_that(is_mixed=True))}."
     for scheme in schemes:
         if scheme not in dialect.schemes:
-            able = _list([other for other in DIALECTS.values() if scheme in other.schemes])
+            able = _list([other for other in DIALECTS.values() if scheme in other.schemes and not other.experts_only])
             return f"can't say {scheme}. Choose one of {able}."
     return None
 

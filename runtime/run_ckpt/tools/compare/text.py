@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from run_ckpt.contract.errors import CheckpointError, UsageError
+from run_ckpt.contract.errors import CheckpointError, UsageError, first_line
 from run_ckpt.progress import Progress
 from run_ckpt.tools.compare.figures import TextErrors
 from run_ckpt.tools.compare.metrics import sum_text_errors
@@ -71,7 +71,7 @@ def load_language_model(base: str, placement: Placement) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=placement.dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"--model-path {base}: no language model that transformers can load ({error})."
+            f"--model-path {base}: no language model that transformers can load ({first_line(error)})."
         ) from error
     return tokenizer, model.to(placement.device).eval()
 

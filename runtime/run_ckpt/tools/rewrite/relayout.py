@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from run_ckpt.contract.dialects.dialect import Dialect
-from run_ckpt.contract.dialects.table import choose_dialect, header_metadata, quantization_config
+from run_ckpt.contract.dialects.table import DIALECTS, choose_dialect, header_metadata, quantization_config
 from run_ckpt.contract.errors import FaultsError, UsageError
 from run_ckpt.contract.file_names import CONFIG_KEY
 from run_ckpt.contract.formats import Scheme
@@ -67,7 +67,9 @@ def _new_manifest(manifest: Manifest, layout: Layout, asked: str | None) -> Mani
         for module, layer in manifest.layers.items()
     }
     naming = manifest.recipe["naming"]
-    dialect = choose_dialect(sorted(set(schemes.values()), key=str), naming, asked=asked)
+    of_joint_experts = DIALECTS[manifest.dialect].experts_only
+    sorted_schemes = sorted(set(schemes.values()), key=str)
+    dialect = choose_dialect(sorted_schemes, naming, asked=asked, of_joint_experts=of_joint_experts)
     layers = {module: _new_layer(layer, schemes[module], dialect, naming) for module, layer in manifest.layers.items()}
     recipe = {**manifest.recipe, "layout": layout.name, "dialect": dialect.name}
     return replace(manifest, layers=layers, recipe=recipe)
