@@ -83,7 +83,7 @@ class Conversion:
                 before = fingerprint["source"][planned.name]["side_files"]
                 side_files = write_side_files(folder, planned.source, planned.plan, before)
                 manifest = _complete_manifest(self.opened, planned, self._records(planned), side_files)
-                digest = write_parts(folder, MANIFEST_NAME, manifest.to_json())
+                digest = write_parts(folder, MANIFEST_NAME, manifest.to_json())["blake3"]
                 headers = {file.name: file.header for file in planned.plan.files}
                 check_written(folder.path, manifest, digest, headers)
             manifests[planned.name] = manifest

@@ -230,7 +230,8 @@ class Engine:
         layer = slab.tensor.layer
         assert layer is not None
         unfolded = self._unfolded_bits(slab, raw)
-        if slab.row == 0 and (fault := identity_fault(self._plan, slab.tensor, to_float(unfolded[:1]))):
+        is_first = self._plan.statistics and slab.row == 0
+        if is_first and (fault := identity_fault(self._plan, slab.tensor, to_float(unfolded[:1]))):
             raise CheckpointError(fault)
         bits = fold_bits(unfolded, slab.tensor.fold, slab.row)
         is_seen = slab.action == "encode" and slab.hash_order is None  # when it was scanned

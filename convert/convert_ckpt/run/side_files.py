@@ -1,7 +1,6 @@
 """The small files of the result: config.json, the index, what SOURCE holds besides, the manifest."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from run_ckpt.contract.file_names import CONFIG_KEY, CONFIG_NAME, INDEX_SUFFIX
 from run_ckpt.contract.manifest import MANIFEST_NAME, Manifest
 from run_ckpt.storage.files import read_small
 from run_ckpt.storage.folders import Folder
-from run_ckpt.storage.hashing import describe_bytes
-from run_ckpt.storage.json_files import config_text, index_text, make_index
+from run_ckpt.storage.hashing import write_parts
+from run_ckpt.storage.json_files import config_text, index_parts, make_index
 
 
 def output_names(source: Component, plan: Plan) -> list[str]:
@@ -31,14 +30,13 @@ def write_side_files(
     another by now.
     """
     copied = _copied(source, plan)
-    makers = _texts(source, plan) | {name: partial(read_small, path) for name, path in copied.items()}
+    texts = _texts(source, plan)
     described = {}
-    for name in sorted(makers):
-        data = makers[name]()
-        described[name] = describe_bytes(data)
+    for name in sorted({*texts, *copied}):
+        parts = texts[name]() if name in texts else [read_small(copied[name])]
+        described[name] = write_parts(folder, name, parts)
         if name in copied and described[name]["blake3"] != blake3_before[name]:
             raise CheckpointError(f"{name}: changed while the shards were converted. Start again with --restart.")
-        folder.write(name, data)
     return described
 
 
@@ -50,15 +48,15 @@ def make_config(config: dict[str, Any] | None, manifest: Manifest) -> dict[str, 
     return {**(config or {}), CONFIG_KEY: declared}
 
 
-def _texts(source: Component, plan: Plan) -> dict[str, Callable[[], bytes]]:
+def _texts(source: Component, plan: Plan) -> dict[str, Callable[[], Iterable[bytes]]]:
     """Return what makes each file that is not copied."""
-    texts: dict[str, Callable[[], bytes]] = {}
+    texts: dict[str, Callable[[], Iterable[bytes]]] = {}
     config = make_config(source.config, plan.manifest)
     if config is not None:
-        texts[CONFIG_NAME] = lambda: config_text(config).encode()
+        texts[CONFIG_NAME] = lambda: [config_text(config).encode()]
     if index_name := _index_name(source, plan):
         stored = ((tensor.spec, file.name) for file in plan.files for tensor in file.header.tensors)
-        texts[index_name] = lambda: index_text(make_index(stored)).encode()
+        texts[index_name] = lambda: index_parts(make_index(stored))
     return texts
 
 

@@ -43,11 +43,8 @@ def read_small(
     with open(fd, "rb") as file:
         nbytes = os.fstat(fd).st_size
         if nbytes <= max_nbytes:
-            data = file.read(max_nbytes + 1)
-            nbytes = len(data)
-    if nbytes > max_nbytes:
-        raise OSError(errno.EINVAL, f"holds {nbytes:,} bytes, more than the {max_nbytes:,} of any such file", str(path))
-    return data
+            return file.read(nbytes)  # what is added meanwhile is not read
+    raise OSError(errno.EFBIG, f"holds {nbytes:,} bytes, more than the {max_nbytes:,} of any such file", str(path))
 
 
 def read_text(path: str | Path, max_nbytes: int = MAX_TEXT_NBYTES) -> str:

@@ -55,17 +55,19 @@ def _describe(fd: int) -> dict[str, Any]:
         os.close(fd)
 
 
-def write_parts(folder: Folder, name: str, parts: Iterable[bytes]) -> str:
-    """Write a file as Folder.write_parts; return its BLAKE3, hexadecimal."""
-    digest = blake3()
+def write_parts(folder: Folder, name: str, parts: Iterable[bytes]) -> dict[str, Any]:
+    """Write a file as Folder.write_parts; return what the manifest says of it."""
+    digest, nbytes = blake3(), 0
 
     def hashed() -> Iterator[bytes]:
+        nonlocal nbytes
         for part in parts:
             digest.update(part)
+            nbytes += len(part)
             yield part
 
     folder.write_parts(name, hashed())
-    return digest.hexdigest()
+    return {"nbytes": nbytes, "blake3": digest.hexdigest()}
 
 
 def hash_path(path: Path, advance: Callable[[int], object] = _ignore) -> str:

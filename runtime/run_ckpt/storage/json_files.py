@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from run_ckpt.storage.files import MAX_TEXT_NBYTES, read_text
 
 # Python reads more than it can write, and no model's config needs ten.
 _MAX_DEPTH = 100
+_LINES_AT_ONCE = 1000
 # Half of a surrogate pair, maybe with its other half, which alone is no text that can be written.
 _MAYBE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -53,11 +55,11 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 def make_index(stored: Iterable[tuple[TensorSpec, str]]) -> dict[str, Any]:
     """Return the index of tensors and the shards that hold them; ``total_size`` counts tensor bytes."""
-    stored = list(stored)
-    return {
-        "metadata": {"total_size": sum(spec.nbytes for spec, _ in stored)},
-        "weight_map": {spec.name: shard for spec, shard in stored},
-    }
+    total, weight_map = 0, {}
+    for spec, shard in stored:
+        total += spec.nbytes
+        weight_map[spec.name] = shard
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def config_text(config: dict[str, Any]) -> str:
@@ -65,13 +67,21 @@ def config_text(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def index_text(index: dict[str, Any]) -> str:
-    """Return the index as it is written: keys sorted, as safetensors' other writers do.
+def index_parts(index: dict[str, Any]) -> Iterator[bytes]:
+    """Yield the parts of the index as it is written: keys sorted, as safetensors' other writers do.
 
-    Made line by line: Python's json takes several times as long, and as much memory, for indented text.
+    Made line by line: Python's json takes several times as long for indented text, and holds all of it.
     """
+    lines = _index_lines(index)
+    while batch := "".join(islice(lines, _LINES_AT_ONCE)).encode():
+        yield batch
+
+
+def _index_lines(index: dict[str, Any]) -> Iterator[str]:
     encode = json.JSONEncoder(ensure_ascii=False).encode
-    entries = sorted(index["weight_map"].items())
-    weight_map = ",\n".join(f"    {encode(name)}: {encode(shard)}" for name, shard in entries)
-    metadata = f'"total_size": {index["metadata"]["total_size"]}'
-    return f'{{\n  "metadata": {{\n    {metadata}\n  }},\n  "weight_map": {{\n{weight_map}\n  }}\n}}\n'
+    weight_map = index["weight_map"]
+    before = f'{{\n  "metadata": {{\n    "total_size": {index["metadata"]["total_size"]}\n  }},\n  "weight_map": {{\n'
+    for name in sorted(weight_map):
+        yield f"{before}    {encode(name)}: {encode(weight_map[name])}"
+        before = ",\n"
+    yield "\n  }\n}\n"

@@ -20,7 +20,7 @@ from run_ckpt.storage.folders import open_folder
 from run_ckpt.storage.foreign import is_about_quantization
 from run_ckpt.storage.hashing import describe_bytes
 from run_ckpt.storage.header import Header, build_header
-from run_ckpt.storage.json_files import config_text, index_text, make_index
+from run_ckpt.storage.json_files import config_text, index_parts, make_index
 from run_ckpt.storage.partial import build_folder, remove_what_is_left
 from run_ckpt.storage.reader import cut_bytes
 from run_ckpt.storage.shards import Shard, read_folder
@@ -126,7 +126,7 @@ def _write_component(checkpoint: Checkpoint, target: Files, steps: Rewrite, prog
         writer = target.open_shard(name, headers[shard.name])
         _write_tensors(checkpoint, shard, steps, writer, progress)
         files[name] = writer.finish()
-    contents = {name: text.encode() for name, text in _texts(checkpoint, headers, steps).items()}
+    contents = _texts(checkpoint, headers, steps)
     for name in sorted(_side_files(checkpoint)):
         if name not in {*files, *contents, CONFIG_NAME} and not name.endswith((SUFFIX, INDEX_SUFFIX)):
             contents[name] = read_small(checkpoint.path / name)
@@ -170,12 +170,12 @@ def _write_tensors(
     map_threads(write_tensor, [tensor.spec for tensor in shard.header.tensors])
 
 
-def _texts(checkpoint: Checkpoint, headers: Mapping[str, Header], steps: Rewrite) -> dict[str, str]:
+def _texts(checkpoint: Checkpoint, headers: Mapping[str, Header], steps: Rewrite) -> dict[str, bytes]:
     """Return config.json and index, in the bytes convert-ckpt would write."""
     texts = {}
     if steps.config is not None:
-        texts[CONFIG_NAME] = config_text(steps.config)
+        texts[CONFIG_NAME] = config_text(steps.config).encode()
     if checkpoint.folder.index_name:
         stored = [(tensor.spec, steps.rename(name)) for name, header in headers.items() for tensor in header.tensors]
-        texts[checkpoint.folder.index_name] = index_text(make_index(stored))
+        texts[checkpoint.folder.index_name] = b"".join(index_parts(make_index(stored)))
     return texts
