@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")
 work=$(mktemp -d -p /var/tmp)
-export PYTHONPATH=$PWD/convert:$PWD/runtime OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0
+export PYTHONPATH=$PWD/convert:$PWD/runtime OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 declare -A pid
 
 cleanup() {

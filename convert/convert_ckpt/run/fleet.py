@@ -35,11 +35,10 @@ _MOST_THREADS = 4
 # Tasks handed to Ray at once, so that it can place, and a cluster that grows sees what for.
 _MOST_TASKS = 1000
 _RETRIES = 3
+# Signs of life (RAY_grpc_client_keepalive_time_ms) are not asked for sooner: the machines of a cluster that others
+# started take more than one in five minutes for abuse, and end the connection of a task that lasts.
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # else Ray reports to its makers
-    # A machine that falls silent, its cable cut, is asked every 30 s for a sign of life, not every 5 minutes.
-    "RAY_grpc_client_keepalive_time_ms": "30000",
-    "RAY_grpc_client_keepalive_timeout_ms": "20000",
     "RAY_task_oom_retries": str(_RETRIES),  # else for ever
     # In a cluster of our own; at Ray's 15 a task gets a thirtieth of a core that somebody else uses, too.
     "RAY_worker_niceness": "0",
