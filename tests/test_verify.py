@@ -17,6 +17,7 @@ from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.manifest import MANIFEST_NAME, sqnr_db
 from run_ckpt.progress import Silent
 from run_ckpt.storage.manifest_file import read_manifest, result_hash
+from run_ckpt.storage.threads import map_threads
 from run_ckpt.tools.verify.component import ComponentReport, verdict, verify_output
 from tests.codec import dequantize_mxfp4
 from tests.converted import (
@@ -601,3 +602,19 @@ def test_the_hash_of_a_pipeline_covers_each_component(tmp_path: Path) -> None:
     hashes = [blake3(name.encode()).hexdigest() for name in ("transformer", "transformer_2")]
     expected = blake3(f"transformer {hashes[0]}\ntransformer_2 {hashes[1]}\n".encode()).hexdigest()
     assert result_hash({name: tmp_path / name for name in ("transformer_2", "transformer")}) == expected
+
+
+def test_threads_return_in_order_and_take_nothing_more_after_an_error() -> None:
+    taken: list[int] = []
+
+    def double(number: int) -> int:
+        taken.append(number)
+        if number == 3:
+            raise ValueError("three")
+        return 2 * number
+
+    assert map_threads(double, [1, 5, 2]) == [2, 10, 4]
+    taken.clear()
+    with pytest.raises(ValueError, match="three"):
+        map_threads(double, [3] * 100_000)
+    assert len(taken) < 1000
