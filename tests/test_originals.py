@@ -93,7 +93,8 @@ BY_SCRIPT = {
 
 
 def map_of(class_name: str) -> Original:
-    return next(original for original in originals() if original.class_name == class_name)
+    found = (original for original in originals() if original.class_name == class_name)
+    return next(original for original in found if not original.also_with_config)
 
 
 def to_original(state: dict[str, Tensor], original: Original) -> dict[str, Tensor]:

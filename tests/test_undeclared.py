@@ -222,7 +222,6 @@ REFUSED = {
         },
         "no INT8 weight with a scale for each row",
     ),
-    "Nunchaku": ({f"{Q}.qweight": torch.ones(8, 8).char(), f"{Q}.wscales": torch.ones(1, 8)}, "Nunchaku's SVDQuant"),
     "AWQ": ({f"{Q}.qweight": torch.ones(8, 8).int(), f"{Q}.qzeros": torch.ones(1, 8).int()}, "(AWQ, GPTQ)"),
     "nothing": ({f"{Q}.weight": torch.empty(0, 256).to(E4M3)}, "holds nothing"),
     "a name twice": ({Q: CODES.clone(), f"{Q}.weight": CODES}, "a weight, and a tensor of the name"),

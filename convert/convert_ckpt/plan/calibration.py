@@ -20,12 +20,12 @@ from run_ckpt.contract.folds import Fold
 from run_ckpt.contract.formats import E4M3_MAX
 from run_ckpt.contract.manifest import GPTQ, INPUT_SCALE, Layer
 from run_ckpt.contract.module_names import has_experts
-from run_ckpt.storage.decoders import as_stored
 from run_ckpt.storage.files import open_to_read
 from run_ckpt.storage.hashing import hash_parts, hash_path
 from run_ckpt.storage.header import read_header
 from run_ckpt.storage.layer_statistics import InputStatistics, find_statistics, read_statistics
 from run_ckpt.storage.modelopt import AMAX, MODELOPT_SUFFIXES, read_modelopt_ranges
+from run_ckpt.storage.read_part import as_stored
 
 _SUFFIX = ".input_amax"
 # Of the largest |input| that was seen. Room above costs a floating-point format next to nothing, clipping does not.

@@ -15,7 +15,8 @@ from run_ckpt.contract.formats import Scheme
 from run_ckpt.contract.layouts import TileLayout
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.storage.code_values import E2M1_PAIRS, E4M3_VALUES, E5M2_VALUES, E8M0_VALUES
-from run_ckpt.storage.decoders import DECODERS, as_stored
+from run_ckpt.storage.decoders import DECODERS
+from run_ckpt.storage.read_part import as_stored
 
 # Reads bytes of a shard: name, offset, count.
 Read = Callable[[str, int, int], np.ndarray]

@@ -120,7 +120,9 @@ def open_component(path: Path) -> Component:
     if quantization:
         _check_cuts(path.name, translation, quantization)
     notes.append(translation.note)
-    return replace(component, config=translation.config, notes=tuple(notes), translation=translation)
+    is_known = component.class_name is not None and component.class_name == _class_name(translation.config)
+    config = component.config if is_known else translation.config
+    return replace(component, config=config, notes=tuple(notes), translation=translation)
 
 
 def _check_cuts(name: str, translation: Translation, quantization: Quantization) -> None:

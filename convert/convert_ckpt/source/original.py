@@ -36,13 +36,15 @@ class Rule:
 class Original:
     """How a class is called elsewhere. ``known_by`` are tensors that no other class has, or only one with fewer such.
 
-    A tensor that holds several is cut by rows: each but the last gets as many as the tensor ``hidden`` has.
+    A tensor that holds several is cut by rows: each but the last gets as many as the tensor ``hidden`` has; where that
+    is "", all the same number. ``also_with_config``: config.json of the class may lie beside these names.
     """
 
     class_name: str
     known_by: tuple[str, ...]
     rules: tuple[Rule, ...]
     hidden: str
+    also_with_config: bool = False
 
     def find_rule(self, name: str) -> tuple[Rule, list[str]] | None:
         """Return the rule for a tensor and the names it gives, None where no rule knows it."""
@@ -76,7 +78,7 @@ def translate(name: str, views: Iterable[View], class_name: str | None) -> Trans
     """
     whole = {view.spec.name: view for view in views}
     original, prefix = _find_original(whole.keys())
-    if original is None or original.class_name == class_name:
+    if original is None or (original.class_name == class_name and not original.also_with_config):
         return None
     # A part of the checkpoint may lack it: config_of says so.
     hidden = whole[prefix + original.hidden].n_rows if prefix + original.hidden in whole else 0
@@ -121,7 +123,8 @@ def _halves(view: View) -> list[list[Rows]]:
 
 
 def _cut(view: View, n_parts: int, hidden: int) -> list[list[Rows]]:
-    """Return the rows of each tensor that a stored one holds."""
+    """Return the rows of each tensor that a stored one holds. hidden: of each but the last; 0: all the same number."""
+    hidden = hidden or view.n_rows // n_parts
     bounds = [*(hidden * i for i in range(n_parts)), view.n_rows]
     return [[Rows(view.spec.name, *rows)] for rows in pairwise(bounds)]
 
@@ -150,4 +153,5 @@ def _read_original(path: Path) -> Original:
     if base:
         hidden = table.get("hidden", base.hidden)
         return Original(table["class"], (*base.known_by, *table["known_by"]), (*rules, *base.rules), hidden)
-    return Original(table["class"], tuple(table["known_by"]), tuple(rules), table.get("hidden", ""))
+    also = table.get("also_with_config", False)
+    return Original(table["class"], tuple(table["known_by"]), tuple(rules), table.get("hidden", ""), also)

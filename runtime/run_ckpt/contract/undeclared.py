@@ -25,7 +25,6 @@ _SCALES = (*SCALE_SUFFIXES, _SCALE_WEIGHT)
 _INPUT_SCALES = (f".{INPUT_SCALE}", _SCALE_INPUT)
 # How names of tensors end -> what other tools' codes are that names, dtypes and shapes don't say all of.
 _UNREAD = {
-    ".wscales": "Nunchaku's SVDQuant, in the order of its GPU kernels and with modulations packed in another one",
     ".qzeros": "integers with zero points, packed in the order of their kernels (AWQ, GPTQ)",
     ".absmax": "codebooks (bitsandbytes)",
 }

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from run_ckpt.contract.errors import CheckpointError
 from run_ckpt.contract.formats import MX_BLOCK_SIZE, NVFP4_BLOCK_SIZE
 from run_ckpt.contract.ggml import GGML_FORMATS
 from run_ckpt.contract.manifest import TENSOR_SCALE, WEIGHT_SCALE, Layer
+from run_ckpt.contract.nunchaku import MODULATION_BIASES, MODULATIONS, SVDQUANT_BIAS, SVDQUANT_INT4, SVDQUANT_NVFP4
 from run_ckpt.contract.source_formats import (
     BLOCKED_MXFP8,
     BLOCKED_NVFP4,
@@ -22,29 +22,16 @@ from run_ckpt.contract.source_formats import (
 )
 from run_ckpt.extras import naming_extras
 from run_ckpt.storage.code_values import E2M1_PAIRS, E4M3_VALUES, E8M0_VALUES
-
-
-class ReadPart(Protocol):
-    """Reads the tensors of a layer."""
-
-    def __call__(self, role: str, start: int, count: int, /, n_rows: int | None = None) -> np.ndarray:
-        """Return rows start.. of the tensor that plays a role, [count, ...] as as_stored() does.
-
-        n_rows: of how many it is, where not of as many as its first dimension says.
-        """
-
+from run_ckpt.storage.read_part import ReadPart
+from run_ckpt.storage.svdquant import (
+    decode_modulation,
+    decode_modulation_bias,
+    decode_svdquant,
+    decode_svdquant_bias,
+)
 
 # Returns float32 [n, K]: the rows from ``row`` on, whose codes are uint8 [n, bytes of a row].
 Decoder = Callable[[Layer, int, np.ndarray, ReadPart], np.ndarray]
-
-
-def as_stored(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Return scales, uint8 as they lie in a file, as bytes where they are codes, else as float32."""
-    if dtype == "BF16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F16":
-        return data.view(np.float16).astype(np.float32)
-    return data.view(np.float32) if dtype == "F32" else data
 
 
 @naming_extras("reading GGUF")
@@ -136,4 +123,9 @@ DECODERS: dict[str, Decoder] = {
     INT8.name: _decode_int8,
     BLOCKED_NVFP4.name: _decode_nvfp4,
     BLOCKED_MXFP8.name: _decode_mxfp8,
+    SVDQUANT_INT4.name: decode_svdquant,
+    SVDQUANT_NVFP4.name: decode_svdquant,
+    SVDQUANT_BIAS.name: decode_svdquant_bias,
+    **{quant_format.name: partial(decode_modulation, n) for n, quant_format in MODULATIONS.items()},
+    **{quant_format.name: partial(decode_modulation_bias, n) for n, quant_format in MODULATION_BIASES.items()},
 }

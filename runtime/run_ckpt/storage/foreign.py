@@ -14,6 +14,7 @@ from run_ckpt.contract.foreign import ForeignTensors, dialect_name, read_tensors
 from run_ckpt.contract.ggml import read_ggml
 from run_ckpt.contract.manifest import MANIFEST_NAME, KeptTensor, Manifest
 from run_ckpt.contract.modelslim import MODELSLIM, read_modelslim
+from run_ckpt.contract.nunchaku import NUNCHAKU, is_nunchaku, read_nunchaku
 from run_ckpt.contract.tensors import TensorSpec
 from run_ckpt.contract.torchao import TORCHAO, is_torchao, read_torchao
 from run_ckpt.contract.undeclared import is_undeclared, read_undeclared
@@ -101,6 +102,8 @@ def find_quantized(path: Path, config: dict[str, Any], folder: TensorFolder) -> 
             return MODELSLIM, read_modelslim(description, specs, dtype)
         if declared is not None:
             return dialect_name(declared), read_tensors(declared, specs, dtype)
+        if is_nunchaku(specs):
+            return NUNCHAKU, read_nunchaku(specs, dtype)
         return read_undeclared(specs, dtype) if is_undeclared(specs) else None
     except FaultsError as error:
         raise FaultsError(f"{path}: the quantized weights can't be read", error.faults) from error

@@ -9,7 +9,8 @@ from torch import Tensor
 from run_ckpt.contract.codec import dequantize, tensor_scale
 from run_ckpt.contract.manifest import INVERSE_TENSOR_SCALE, TENSOR_SCALE, WEIGHT, WEIGHT_SCALE, Layer
 from run_ckpt.contract.tensors import DTYPE_BITS
-from run_ckpt.storage.decoders import DECODERS, as_stored
+from run_ckpt.storage.decoders import DECODERS
+from run_ckpt.storage.read_part import as_stored
 from run_ckpt.storage.reader import TensorReader
 
 # A slab of a weight is 1 MiB in float32: it stays in cache, and torch's cost per call is small beside it

@@ -42,8 +42,9 @@ def _plan(checkpoint: Checkpoint, *, dtype: str | None) -> Rewrite:
     alone = layers.keys() - {name for joined in all_joined for name in joined.names}
     replaced: dict[str, tuple[TensorSpec, ...]] = dict.fromkeys([*manifest.fused_scales, *checkpoint.unused], ())
     writers: dict[str, Callable[[TensorWriter], None]] = {}
-    for name, layer in layers.items():
+    for layer in layers.values():  # a tensor may be of several: Nunchaku's biases depend on weights
         replaced.update(dict.fromkeys(layer.tensors.values(), ()))
+    for name, layer in layers.items():
         if name in alone:
             spec = _plain_spec(checkpoint, layer, dtype)
             replaced[layer.tensors[WEIGHT]] = (spec,)
