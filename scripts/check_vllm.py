@@ -57,9 +57,9 @@ VARIANTS = {
     "mxfp8-compressed-tensors": {"format": "mxfp8"},
     "mxfp4-plugin": {"format": "mxfp4", "target": "vllm+plugin"},
     "mxfp4-row-major-plugin": {"format": "mxfp4", "layout": "plain", "target": "vllm+plugin"},
-    "mxfp8-plugin": {"format": "mxfp8", "dialect": "mxfp4"},
-    "fp8-tensor-plugin": {"format": "fp8", "dialect": "mxfp4"},
-    "mixed-plugin": {"format": "mxfp4", "dialect": "mxfp4", "recipe": MIXED},
+    "mxfp8-plugin": {"format": "mxfp8", "target": "vllm+plugin"},
+    "fp8-tensor-plugin": {"format": "fp8", "target": "vllm+plugin"},
+    "mixed-plugin": {"format": "mxfp4", "target": "vllm+plugin", "recipe": MIXED},
     "fp8": {"format": "fp8", "target": "vllm"},
     "fp8-channel": {"format": "fp8", "granularity": "channel", "target": "vllm"},
     "fp8-block": {"format": "fp8", "granularity": "block", "target": "vllm"},
@@ -67,6 +67,7 @@ VARIANTS = {
     "fp8-tensor-quark": {"format": "fp8", "granularity": "tensor", "dialect": "quark"},
     "fp8-tensor-compressed-tensors": {"format": "fp8", "granularity": "tensor", "dialect": "compressed-tensors"},
 }
+VARIANTS |= {f"{name}-first-kept": {**VARIANTS[name], "keep_first": 1} for name in ("mxfp4-quark", "fp8", "fp8-block")}
 
 
 ENVIRONMENT = {

@@ -43,7 +43,7 @@ VARIANTS = {
     "mxfp4": {"format": "mxfp4"},
     "mxfp4-plain": {"format": "mxfp4", "layout": "plain"},
     "mxfp8": {"format": "mxfp8"},
-    "fp8-plugin": {"format": "fp8", "dialect": "mxfp4"},
+    "fp8-plugin": {"format": "fp8", "granularity": "tensor", "dialect": "mxfp4"},
     MIXED: {"format": "mxfp4"},
 }
 

@@ -125,7 +125,8 @@ def _load(python: Path, server: Server, folders: Sequence[Path]) -> Iterator[tup
                 if line.startswith(_DONE):
                     folder = Path(line.removeprefix(_DONE).strip())
                     log = _beside(folder, "log")
-                    yield folder, log.read_text().splitlines()[-1] if log.exists() else "no word"
+                    said = log.read_text().splitlines() if log.exists() else ["no word"]
+                    yield folder, ([line for line in said if "Error" in line] or said)[-1]
     if process.returncode:
         sys.exit(f"{server.script}: {process.returncode}")
 

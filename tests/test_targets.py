@@ -70,6 +70,14 @@ def test_the_plug_in_for_vllm_takes_shuffled_language_models(tmp_path: Path) -> 
     assert "vLLM does not read the mxfp4 dialect" in plan["targets"]["vllm"]
 
 
+def test_the_plug_in_for_vllm_takes_layers_of_different_formats(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[rules]]\nmatch = "*.down_proj"\nformat = "fp8"\n')
+    asked = Options("mxfp4", target="vllm+plugin", recipe=recipe)
+    (plan,) = plan_conversion(language_model(tmp_path), asked).components
+    assert (plan["dialect"], plan["targets"]["vllm+plugin"]) == ("mxfp4", None)
+
+
 def test_the_plan_says_what_each_target_costs() -> None:
     (component,) = plan_conversion(FLUX_DIGITS, Options("fp8")).components
     costs = component["target_costs"]

@@ -152,7 +152,7 @@ _TARGETS = (
                 "vllm-plugin",
                 "transformers",
                 ("mxfp4",),
-                (AITER_MXFP4, PLAIN_MXFP4),
+                (AITER_MXFP4, PLAIN_MXFP4, PLAIN_MXFP8, TENSOR_FP8),
                 no_experts="its plug-in runs no mixture of experts; use --target vllm",
             ),
         ),
