@@ -157,7 +157,8 @@ def _judge(server: Server, result: Converted, error: str) -> int:
     report.compare_experts(held.get(LOADED, {}), read_tensors(result.folder))
     if HELD in held:
         server.compare(report, held[HELD])
-    report.miss(result.modules)
+    # vLLM's linears are read when they can multiply, its experts when they are loaded.
+    report.miss(module for module in result.modules if HELD in held or ".experts." in module)
     for defect in report.defects:
         print(f"DEFECT {defect}")
     verdict = "WRONG" if report.defects else "RIGHT" if HELD in held else "LOADED right"
