@@ -122,8 +122,9 @@ def test_experts_are_not_given_scales_by_tensor(tmp_path: Path) -> None:
         plan = plan_conversion(mixture, Options("fp8", target=target)).components[0]
         assert plan["targets"]["vllm"] is None
         assert {tensor["outputs"][1]["shape"][0] for tensor in plan["tensors"]} == {256}
-    with pytest.raises(FaultsError, match="no FP8 by tensor with activations by token"):
-        plan_conversion(mixture, Options("fp8", target="vllm", granularity="tensor", dialect="compressed-tensors"))
+    for dialect in ("compressed-tensors", "quark"):
+        with pytest.raises(FaultsError, match="no FP8 by tensor with activations by token"):
+            plan_conversion(mixture, Options("fp8", target="vllm", granularity="tensor", dialect=dialect))
     asked = plan_conversion(mixture, Options("fp8", granularity="tensor")).components[0]
     assert "granularity channel or block" in asked["targets"]["vllm"]
 

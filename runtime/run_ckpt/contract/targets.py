@@ -141,7 +141,8 @@ _TARGETS = (
             _VLLM(("compressed-tensors",), (TENSOR_FP8,), no_experts=_NO_EXPERTS),
             _VLLM(("compressed-tensors",), (PLAIN_MXFP4, CHANNEL_FP8)),
             _VLLM(("modelopt",), (PLAIN_NVFP4,), not_for=_INPUT_SCALE, is_loud=False),
-            _VLLM(("fp8", "modelopt", "quark"), (TENSOR_FP8, BLOCK_FP8)),
+            _VLLM(("quark",), (TENSOR_FP8,), no_experts=_NO_EXPERTS),
+            _VLLM(("fp8", "modelopt"), (TENSOR_FP8, BLOCK_FP8)),
         ),
     ),
     Target(
