@@ -117,9 +117,10 @@ def test_the_last_lines_say_the_result_its_errors_where_it_is_and_what_to_do_nex
     layers = read_manifest(output).layers
     values = [layer.sqnr_db or 0 for layer in layers.values()]
     worst = min(layers, key=lambda name: layers[name].sqnr_db or 0)
-    result, errors, where, command, expect = str(summary).splitlines()
+    result, errors, right_for, where, command, expect = str(summary).splitlines()
     assert result.startswith("Converted 8 of 9 tensors to mxfp4: ")
     assert errors == f"SQNR mean {sum(values) / len(values):.2f} dB, worst {min(values):.2f} dB in {worst}"
+    assert right_for == f"Right for: {', '.join(summary.targets)}"
     assert (where, command) == (f"It is in {output}. Check it:", f"  run-ckpt verify '{output}' --source {llm}")
     assert f"--expect {summary.hash}" in expect
 
@@ -244,5 +245,5 @@ def test_another_calibration_under_the_same_name_is_another_result(llm: Path, tm
     convert(llm, tmp_path / "out", **options)
     assert convert(llm, tmp_path / "out", **options).was_complete
     save_file({name: torch.tensor([3.0]) for name in names}, options["calibration"])
-    with pytest.raises(FaultsError, match=r"holds another result \(recipe\.calibration_blake3 was '.*', now '"):
+    with pytest.raises(FaultsError, match=r"holds another result \(recipe\.calibration_blake3 was '.*, now '"):
         convert(llm, tmp_path / "out", **options)
