@@ -225,7 +225,9 @@ def join_ranks(linears: list[torch.nn.Module], parts: list[torch.Tensor]) -> tor
     if sizes is None:
         return torch.cat(parts, axis)
     shares = [part.split([size // len(parts) for size in sizes], axis) for part in parts]
-    return torch.cat([torch.cat([share[i] for share in shares], axis) for i in range(len(sizes))], axis)
+    # Where there are fewer heads of k and v than ranks, neighbours hold the same ones.
+    steps = [1, *[getattr(linears[0], "num_kv_head_replicas", 1)] * (len(sizes) - 1)]
+    return torch.cat([torch.cat([share[i] for share in shares[::step]], axis) for i, step in enumerate(steps)], axis)
 
 
 def _compare_product(report: Report, key: str, linear: torch.nn.Module, weight: torch.Tensor) -> None:

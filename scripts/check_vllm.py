@@ -111,7 +111,8 @@ def load_here(folder: Path) -> None:
     os.environ["VLLM_PLUGINS"] = ENTRY_POINT if has_plugin else "none of them"
     keep_experts(folder)
     options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 2}
-    llm = LLM(str(folder), skip_tokenizer_init=True, **options)
+    # A processor of pictures wants a tokenizer.
+    llm = LLM(str(folder), skip_tokenizer_init=True, limit_mm_per_prompt={"image": 0, "video": 0}, **options)
 
     seen: Tensors = {}
 

@@ -265,7 +265,8 @@ def _expert(file: Tensors, prefix: str, number: int, which: str, role: str, shap
     for end in ("_scales" if "scale" in role else "_blocks", ""):
         if f"{prefix}.{stacked}{end}" in file:
             together = file[f"{prefix}.{stacked}{end}"][number]
-            return together.t() if together.t().shape == shape else together
+            is_transposed = together.dim() == 2 and together.t().shape == shape
+            return together.t() if is_transposed else together
     for names in separate:
         for end in _ROLES[role]:
             parts = [f"{prefix}.{number}.{name}.{end}" for name in names]
@@ -288,7 +289,7 @@ def in_file(tensors: Tensors, module: str) -> str:
     """Return the name in a checkpoint of what a server's model calls ``module``."""
     names = [module]
     for theirs, ours in _RENAMED.items():
-        names += [name.replace(theirs, ours) for name in names if theirs in name and ours not in name]
+        names += [name.replace(theirs, ours) for name in names if theirs in name]
     return next((name for name in names if any(key == name or key.startswith(f"{name}.") for key in tensors)), module)
 
 

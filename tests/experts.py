@@ -58,7 +58,8 @@ def _llama4() -> Any:
 
 
 def _qwen3_vl_moe() -> Any:
-    text = {**_SIZES, "moe_intermediate_size": 512, "head_dim": 64, "num_experts": 4}
+    # transformers has no norm_topk_prob here; the published configs say it, and vLLM reads it.
+    text = {**_SIZES, "moe_intermediate_size": 512, "head_dim": 64, "num_experts": 4, "norm_topk_prob": True}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}
     vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
     config = transformers.Qwen3VLMoeConfig(

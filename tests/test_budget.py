@@ -180,8 +180,7 @@ def test_a_mixed_result_is_right_for_whom_one_format_is(source: str, max_size: s
     convert(folder, tmp_path / "mixed", format="mxfp4", max_size=max_size)
     single, mixed = (read_manifest(tmp_path / name) for name in ("single", "mixed"))
     assert len({layer.format.name for layer in mixed.layers.values()}) == 2
-    # vLLM's plug-in is proved for MXFP4 alone.
-    assert right_for(mixed) == right_for(single) - {"vllm+plugin"}
+    assert right_for(mixed) == right_for(single)
 
 
 def right_for(manifest: Manifest) -> set[str]:
@@ -290,7 +289,7 @@ def test_a_stopped_run_goes_on_without_predicting_again(
 def test_the_command_converts_and_says_that_formats_are_mixed(llm: Path, tmp_path: Path) -> None:
     result = run(llm, tmp_path / "out", "--format", "mxfp4", "--max-size", "1.6MB")
     assert result.exit_code == 0, result.output
-    assert "Formats are mixed; right for: transformers, run-ckpt" in result.output.splitlines()
+    assert "Formats are mixed; right for: vllm+plugin, transformers, run-ckpt" in result.output.splitlines()
     assert shard_nbytes(tmp_path / "out") <= 1_600_000
 
 

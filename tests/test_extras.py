@@ -82,7 +82,8 @@ def test_a_command_without_torch_says_in_one_line_how_to_get_it(
 
 @pytest.mark.parametrize("package", ["torch", "diffusers", "accelerate"])
 def test_generate_names_the_extra_that_holds_all_it_needs(output: Path, tmp_path: Path, package: str) -> None:
-    args = ["generate", "--model-path", "x", "--transformer-path", output, "--prompt", "7"]
+    (tmp_path / "model_index.json").write_text("{}")
+    args = ["generate", "--model-path", tmp_path, "--transformer-path", output, "--prompt", "7"]
     code = "from run_ckpt.cli.main import main; main()"
     done = run_without(package, code, *args, "--output", tmp_path / "image.png")
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -95,7 +96,8 @@ def test_compare_asks_for_its_packages_before_it_loads_anything(
     output: Path, tmp_path: Path, package: str, extra: str
 ) -> None:
     (tmp_path / "prompts.txt").write_text("7\n")
-    args = ["compare", "--model-path", "x", "--transformer-path", output, "--prompts", tmp_path / "prompts.txt"]
+    (tmp_path / "model_index.json").write_text("{}")
+    args = ["compare", "--model-path", tmp_path, "--transformer-path", output, "--prompts", tmp_path / "prompts.txt"]
     # torchvision is not set up here: what needs it stops at the same place whether it is blocked or not there.
     done = run_without(package, "from run_ckpt.cli.main import main; main()", *args, "--lpips")
     assert done.stderr.endswith(f"error: run-ckpt compare needs {package}: pip install 'convert-ckpt[{extra}]'\n")

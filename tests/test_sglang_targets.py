@@ -121,6 +121,16 @@ def test_ranks_share_each_segment_of_an_axis() -> None:
     assert cut_evenly([256], 3, 4) == ((192, 256),)
 
 
+def test_neighbouring_ranks_hold_the_same_of_a_segment_with_copies() -> None:
+    ranges = [cut_evenly([128, 64], rank, 4, [1, 2]) for rank in range(4)]
+    assert ranges == [
+        ((0, 32), (128, 160)),
+        ((32, 64), (128, 160)),
+        ((64, 96), (160, 192)),
+        ((96, 128), (160, 192)),
+    ]
+
+
 def test_one_rank_holds_the_whole_axis() -> None:
     assert cut_evenly([128, 64], 0, 1) is None
 

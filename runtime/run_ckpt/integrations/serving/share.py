@@ -51,16 +51,20 @@ class Share:
         return slice_columns(whole, *self.columns) if self.columns else whole
 
 
-def cut_evenly(sizes: Sequence[int], rank: int, n_ranks: int) -> tuple[Range, ...] | None:
+def cut_evenly(
+    sizes: Sequence[int], rank: int, n_ranks: int, n_copies: Sequence[int] | None = None
+) -> tuple[Range, ...] | None:
     """Return the ranges that one of ``n_ranks`` holds of an axis made of segments, each cut evenly.
 
+    n_copies: how many neighbouring ranks hold the same of each segment; without it, one.
     None where that is the whole axis.
     """
     if n_ranks == 1:
         return None
     ranges, offset = [], 0
-    for size in sizes:
-        part = size // n_ranks
-        ranges.append((offset + rank * part, offset + (rank + 1) * part))
+    for size, n_holders in zip(sizes, n_copies or [1] * len(sizes), strict=True):
+        part = size * n_holders // n_ranks
+        start = offset + rank // n_holders * part
+        ranges.append((start, start + part))
         offset += size
     return tuple(ranges)

@@ -92,10 +92,11 @@ class LoadingMethod(LinearMethodBase):  # type: ignore[misc]
     def _finish(self, layer: LinearBase, parts: list[dict[str, Tensor]], device: torch.device) -> None:
         """Give the linear this rank's share of its tensors, and its method."""
         target = Target(self._name, tuple(self._read(part) for part in parts))
-        if (layer.output_size, layer.input_size) != (target.N, target.K):
+        N = sum(_output_sizes(layer))
+        if (N, layer.input_size) != (target.N, target.K):
             raise CheckpointError(
-                f"{self._name}: [N, K] is [{target.N}, {target.K}], vLLM's is [{layer.output_size},"
-                f" {layer.input_size}]. Is this checkpoint for this model?"
+                f"{self._name}: [N, K] is [{target.N}, {target.K}], vLLM's is [{N}, {layer.input_size}]. Is this"
+                " checkpoint for this model?"
             )
         share = _share_of(layer, target)
         kept = share.layer()
@@ -148,8 +149,18 @@ def _share_of(layer: LinearBase, target: Target) -> Share:
     if isinstance(layer, RowParallelLinear):
         return Share(target, columns=cut_evenly([layer.input_size], layer.tp_rank, layer.tp_size))
     if isinstance(layer, ColumnParallelLinear):
-        if getattr(layer, "num_kv_head_replicas", 1) > 1:
-            raise CheckpointError(f"{target.module}: has fewer heads of k and v than ranks. Use fewer ranks.")
-        sizes = getattr(layer, "output_sizes", [layer.output_size])
-        return Share(target, rows=cut_evenly(sizes, layer.tp_rank, layer.tp_size))
+        sizes = _output_sizes(layer)
+        n_copies = [1, *[_n_holders(layer)] * (len(sizes) - 1)]
+        return Share(target, rows=cut_evenly(sizes, layer.tp_rank, layer.tp_size, n_copies))
     return Share(target)
+
+
+def _output_sizes(layer: LinearBase) -> list[int]:
+    """Return N of each part of the whole linear. vLLM counts heads of k and v once for each rank that holds them."""
+    query, *others = getattr(layer, "output_sizes", [layer.output_size])
+    return [query, *(size // _n_holders(layer) for size in others)]
+
+
+def _n_holders(layer: LinearBase) -> int:
+    """Return how many ranks hold the same heads of k and v, where there are fewer of them than ranks."""
+    return getattr(layer, "num_kv_head_replicas", 1)
